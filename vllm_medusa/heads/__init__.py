@@ -1,0 +1,6 @@
+"""Medusa heads: reading and writing checkpoints, and computing with them. No vLLM here."""
+
+from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec, load_heads
+from vllm_medusa.heads.errors import HeadsError
+
+__all__ = ["HeadsCheckpoint", "HeadsError", "HeadsSpec", "load_heads"]

@@ -1,0 +1,228 @@
+"""Loading Medusa heads of any published format into one canonical form.
+
+Every fault of a checkpoint is an error that names the tensor, file or number and the remedy: heads
+that load are complete, finite and of consistent shapes. Formats and names: `formats`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_medusa.heads.assemble import assemble
+from vllm_medusa.heads.config_file import ConfigFile
+from vllm_medusa.heads.errors import HeadsError
+from vllm_medusa.heads.files import open_store, read_json
+from vllm_medusa.heads.formats import LmHeadKind, Plan, SourceFormat, has_heads, make_plan
+from vllm_medusa.heads.resolve import resolve_heads
+
+TREE_FILE = "medusa_tree.json"
+TREE_FORMAT = "vllm_medusa.tree/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsSpec:
+    """What kind of heads a checkpoint holds.
+
+    Attributes:
+        source_format: the format it was read from, see `formats`.
+        num_heads, num_layers: Medusa heads, and residual blocks in each.
+        hidden_size: of the target's final hidden states, which the heads read.
+        vocab_size: of the target; None if neither the tensors nor config.json nor the caller say.
+        draft_vocab_size: rows of the lm_heads if `token_map` restricts them to a part of the
+            vocabulary, else None.
+        lm_head: one matrix per head (`own`), one for all heads (`common`), the target's (`target`),
+            or a down and an up factor per head (`low_rank`).
+        has_bias: whether the blocks' linear layers have biases.
+        logit_scale: factor on the heads' logits.
+        dtype: of the floating-point tensors.
+    """
+
+    source_format: SourceFormat
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int | None
+    draft_vocab_size: int | None
+    lm_head: LmHeadKind
+    has_bias: bool
+    logit_scale: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class HeadsCheckpoint:
+    """Medusa heads, stacked over heads so that one batched product serves all of them.
+
+    Attributes:
+        spec: what the heads are.
+        tensors: by canonical name, with K heads, L layers, hidden size H, V rows of the lm_heads:
+            `blocks.weight` [K, L, H, H] (out, in), `blocks.bias` [K, L, H] if `spec.has_bias`;
+            `lm_head.weight` [K, V, H] (own) or [V, H] (common); `lm_head.down` [K, rank, H] and
+            `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
+            ids, if `spec.draft_vocab_size` is set.
+        tree_paths: the tree that came with the heads, by descending probability, or None.
+        notes: what is odd about the checkpoint but does not make it unusable.
+    """
+
+    spec: HeadsSpec
+    tensors: dict[str, torch.Tensor]
+    tree_paths: list[list[int]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_heads(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    target_hidden_size: int | None = None,
+    target_vocab_size: int | None = None,
+) -> HeadsCheckpoint:
+    """Load Medusa heads.
+
+    Args:
+        path: directory, single weights file, or hub name (`owner/name`).
+        revision: of a hub name.
+        target_hidden_size, target_vocab_size: of the model that the heads are to serve, if known.
+
+    Raises:
+        HeadsError: the heads cannot be had, are incomplete, damaged, quantised or not finite, or
+            were made for another hidden size or vocabulary.
+    """
+    location = resolve_heads(path, revision=revision)
+    directory = location if location.is_dir() else location.parent
+    config = ConfigFile(directory / "config.json")
+    store = open_store(location, has_heads)
+    plan = make_plan(location, store.keys(), original_lm_head=config.flag("original_lm_head"))
+    tensors = assemble(store, plan)
+    spec, notes = _describe(location, plan, tensors, config, target_vocab_size)
+    if target_hidden_size is not None and spec.hidden_size != target_hidden_size:
+        raise HeadsError(
+            f"{location}: the heads are for hidden size {spec.hidden_size}, the target model has "
+            f"{target_hidden_size}; use heads that were trained for this model"
+        )
+    if target_vocab_size is not None and spec.vocab_size != target_vocab_size:
+        raise HeadsError(
+            f"{location}: the heads are for a vocabulary of {spec.vocab_size} tokens, the target "
+            f"model has {target_vocab_size}; use heads that were trained for this model"
+        )
+    return HeadsCheckpoint(spec, tensors, _read_tree(directory / TREE_FILE, spec), notes)
+
+
+def _describe(
+    location: Path,
+    plan: Plan,
+    tensors: dict[str, torch.Tensor],
+    config: ConfigFile,
+    target_vocab_size: int | None,
+) -> tuple[HeadsSpec, tuple[str, ...]]:
+    num_heads, num_layers, hidden_size = tensors["blocks.weight"].shape[:3]
+    notes = config.check_count(
+        "heads", num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
+    )
+    # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
+    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
+    if plan.source_format == "vllm":
+        layer_names.append("num_hidden_layers")
+    notes += config.check_count("layers per head", num_layers, *layer_names)
+    config.check_size("hidden_size", hidden_size)
+    has_bias = "blocks.bias" in tensors
+    if config.flag("medusa_fc_bias") and not has_bias:
+        raise HeadsError(
+            f"{config.path}: medusa_fc_bias is true, but the checkpoint holds no biases; export "
+            "the heads again or set it to false"
+        )
+    if plan.source_format == "vllm" and has_bias and not config.flag("medusa_fc_bias"):
+        notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
+    vocab_size, draft_vocab_size = _vocab(location, tensors, config, target_vocab_size)
+    spec = HeadsSpec(
+        source_format=plan.source_format,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        lm_head=plan.lm_head,
+        has_bias=has_bias,
+        logit_scale=config.logit_scale(),
+        dtype=tensors["blocks.weight"].dtype,
+    )
+    return spec, notes
+
+
+def _vocab(
+    location: Path,
+    tensors: dict[str, torch.Tensor],
+    config: ConfigFile,
+    target_vocab_size: int | None,
+) -> tuple[int | None, int | None]:
+    """Find the target's and the draft vocabulary; restrict full lm_heads to the token map.
+
+    Returns:
+        vocab_size, draft_vocab_size
+    """
+    rows_name = "lm_head.up" if "lm_head.up" in tensors else "lm_head.weight"
+    token_map = tensors.get("token_map")
+    if rows_name not in tensors:
+        if token_map is not None:
+            raise HeadsError(
+                f"{location}: holds a token_map but no lm_head that it could belong to; remove it"
+            )
+        return config.integer("vocab_size") or target_vocab_size, None
+    num_rows = tensors[rows_name].shape[-2]
+    if token_map is None:
+        config.check_size("vocab_size", num_rows)
+        return num_rows, None
+    draft_vocab_size = len(token_map)
+    config.check_size("truncated_vocab_size", draft_vocab_size)
+    vocab_size = config.integer("vocab_size") or target_vocab_size
+    if num_rows != draft_vocab_size:
+        if num_rows != (vocab_size or num_rows):
+            raise HeadsError(
+                f"{location}: the lm_heads have {num_rows} rows, neither token_map's "
+                f"{draft_vocab_size} nor the vocabulary's {vocab_size}; export the heads again"
+            )
+        vocab_size = num_rows
+    _check_token_map(location, token_map, vocab_size)
+    if num_rows != draft_vocab_size:
+        tensors[rows_name] = tensors[rows_name].index_select(-2, token_map)
+    return vocab_size, draft_vocab_size
+
+
+def _check_token_map(location: Path, token_map: torch.Tensor, vocab_size: int | None) -> None:
+    low, high = int(token_map.min()), int(token_map.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise HeadsError(
+            f"{location}: token_map holds token {low if low < 0 else high}, outside the vocabulary "
+            f"of {vocab_size} tokens; export the heads again"
+        )
+    if len(set(token_map.tolist())) != len(token_map):
+        raise HeadsError(f"{location}: token_map holds a token twice; export the heads again")
+
+
+def _read_tree(path: Path, spec: HeadsSpec) -> list[list[int]] | None:
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if content.get("format") != TREE_FORMAT:
+        raise HeadsError(
+            f"{path}: format is {content.get('format')!r}, expected {TREE_FORMAT!r}; write the "
+            "tree again with `vllm-medusa calibrate`, or remove the file"
+        )
+    paths = content.get("paths")
+    is_paths = isinstance(paths, list) and all(
+        isinstance(path, list) and path and all(type(rank) is int and rank >= 0 for rank in path)
+        for path in paths
+    )
+    if not isinstance(paths, list) or not is_paths or not paths:
+        raise HeadsError(
+            f"{path}: 'paths' must be a list of paths such as [0, 1]; write the tree again with "
+            "`vllm-medusa calibrate`, or remove the file"
+        )
+    deepest = max(paths, key=len)
+    if len(deepest) > spec.num_heads:
+        raise HeadsError(
+            f"{path}: path {deepest} is deeper than the {spec.num_heads} heads beside it; use a "
+            "tree made for these heads, or remove the file"
+        )
+    return paths
