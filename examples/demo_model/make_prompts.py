@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Cut the demo's prompts from the held-out files of the corpus.
+
+A prompt starts at a function or class and is cut at the end of a line, so that its continuation
+starts with a line break, as in the training text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+from common import DemoError, read_corpus
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+BOUNDARY = re.compile(r"^[ ]*(?:async def|def|class) ", re.MULTILINE)
+MIN_TOKENS, MAX_TOKENS = 60, 200
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="for its tokenizer")
+    parser.add_argument("--out", type=Path, default=Path("demo/prompts.jsonl"))
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def cut_prompt(
+    text: str, start: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random
+) -> tuple[str, int] | None:
+    """Whole lines from `start` up to a random length: (prompt, its end in the text)."""
+    wanted = rng.randint(MIN_TOKENS, MAX_TOKENS)
+    end = start
+    for line in text[start:].splitlines(keepends=True):
+        prompt = text[start : end + len(line)].rstrip()
+        num_tokens = len(tokenizer(prompt)["input_ids"])
+        if num_tokens > MAX_TOKENS:
+            return None
+        end += len(line)
+        if num_tokens >= wanted:
+            return prompt, end
+    return None
+
+
+def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[str]:
+    """All prompts of one file that do not overlap, in random order."""
+    prompts, taken_up_to = [], 0
+    for match in BOUNDARY.finditer(text):
+        if match.start() < taken_up_to:
+            continue
+        cut = cut_prompt(text, match.start(), tokenizer, rng)
+        if cut is not None:
+            prompt, taken_up_to = cut
+            prompts.append(prompt)
+    rng.shuffle(prompts)
+    return prompts
+
+
+def run(arguments: argparse.Namespace) -> None:
+    rng = random.Random(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    _, held_out = read_corpus()
+    remaining = [prompts_of(text, tokenizer, rng) for text in held_out]
+    available = sum(map(len, remaining))
+    if available < arguments.count:
+        raise DemoError(f"--count {arguments.count}: the held-out files give {available} prompts")
+    chosen: list[str] = []
+    while len(chosen) < arguments.count:  # one of each file in turn
+        for prompts in remaining:
+            if prompts and len(chosen) < arguments.count:
+                chosen.append(prompts.pop())
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in chosen]
+    arguments.out.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(chosen)} prompts of {available} written to {arguments.out}")
+
+
+def main() -> int:
+    try:
+        run(parse_arguments())
+    except (DemoError, OSError) as error:
+        print(f"make_prompts: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
