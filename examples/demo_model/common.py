@@ -97,6 +97,7 @@ class Progress:
         self.start = time.perf_counter()
 
     def update(self, step: int, message: str) -> None:
+        """Print a line when step (from 1) is due, and at the last one."""
         if step % self.every and step != self.total:
             return
         elapsed = time.perf_counter() - self.start
@@ -153,4 +154,5 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

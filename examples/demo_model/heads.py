@@ -25,6 +25,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., hidden] to the same shape."""
         return x + F.silu(self.linear(x))
 
 

@@ -22,6 +22,7 @@ MIN_TOKENS, MAX_TOKENS = 60, 200
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,6 +65,7 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Cut, choose and write the prompts."""
     rng = random.Random(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     _, held_out = read_corpus()
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Run, with errors in one line."""
     try:
         run(parse_arguments())
     except (DemoError, OSError) as error:

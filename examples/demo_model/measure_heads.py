@@ -51,6 +51,7 @@ class Drafter:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,6 +149,7 @@ def continue_prompts(
 
 
 def positions_of(continuations: list[Continuation], with_loops: bool) -> list[Ranks]:
+    """The ranks of every continuation, cut at its loop unless loops are wanted."""
     return [
         item.ranks if with_loops else item.ranks[: item.num_before_loop] for item in continuations
     ]
@@ -203,6 +205,7 @@ def top_accuracy(continuations: list[Ranks], num_heads: int) -> dict[str, list[f
 
 
 def measure(continuations: list[Ranks], paths: list[TreePath], num_heads: int) -> dict[str, Any]:
+    """Accuracy of the heads and tokens per step of the chain and of the best trees."""
     chain = frozenset((0,) * depth for depth in range(1, num_heads + 1))
     steps = {f"chain of {num_heads}": round(tokens_per_step(continuations, chain), 3)}
     for size in TREE_SIZES:
@@ -217,6 +220,7 @@ def measure(continuations: list[Ranks], paths: list[TreePath], num_heads: int) -
 
 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
+    """Print the results as Markdown tables, one column a result."""
     for row in ("accuracy", "tokens_per_step"):
         first = next(iter(results.values()))[row]
         print(f"\n| {row} | " + " | ".join(results) + " |\n|---" + "|---" * len(results) + "|")
@@ -227,6 +231,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Generate, build the trees, measure, write."""
     model = load_model(arguments.model)
     heads = load_heads(arguments.heads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -252,6 +257,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Run, with errors in one line."""
     try:
         run(parse_arguments())
     except (DemoError, OSError) as error:

@@ -36,6 +36,7 @@ MAX_POSITIONS = 2048
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,6 +88,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def build_model(eos_token_id: int) -> LlamaForCausalLM:
+    """A freshly initialised 4.0 M parameter Llama."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -158,6 +160,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, arguments: argparse.Nam
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Train, write and evaluate."""
     keep_freed_memory()
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
@@ -195,6 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Run, with errors in one line."""
     try:
         run(parse_arguments())
     except (DemoError, OSError) as error:

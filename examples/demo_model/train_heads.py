@@ -40,6 +40,7 @@ GENERATION_BATCH = 128
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,6 +95,7 @@ def build_cache(model: PreTrainedModel, arguments: argparse.Namespace) -> torch.
 
 
 def cached_hidden(model: PreTrainedModel, arguments: argparse.Namespace) -> torch.Tensor:
+    """The hidden states, from the cache file if there is one."""
     if arguments.cache is not None and arguments.cache.exists():
         stored: torch.Tensor = torch.load(arguments.cache, weights_only=True)
         return stored
@@ -149,6 +151,7 @@ def train(
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Cache, train and write."""
     keep_freed_memory()
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
@@ -172,6 +175,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Run, with errors in one line."""
     try:
         run(parse_arguments())
     except (DemoError, OSError) as error:
