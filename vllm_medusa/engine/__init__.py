@@ -1,0 +1,1 @@
+"""Everything that touches vLLM; the only folder that imports it."""

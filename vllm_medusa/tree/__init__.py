@@ -1,0 +1,5 @@
+"""Pure tree and verification maths: torch and the standard library only."""
+
+from vllm_medusa.tree.draft_tree import DraftTree, TreeError
+
+__all__ = ["DraftTree", "TreeError"]

@@ -1,0 +1,174 @@
+"""The draft tree: a set of paths closed under parents, in depth-first order.
+
+A node is named by its path, the tuple of per-head ranks from the root: node ``(0, 2)`` holds the
+third-best guess of head 1 below the best guess of head 0 (paper, arXiv 2401.10774, section 2.1.2;
+the path notation is that of the reference's ``medusa_choices``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+TreePath = tuple[int, ...]
+
+TREE_FILE_FORMAT = "vllm_medusa.tree/1"
+#: vLLM verifies at most this many draft tokens of a request in one step (``MAX_SPEC_LEN``, less
+#: the root's own token).
+MAX_DRAFT_TOKENS = 127
+
+
+class TreeError(ValueError):
+    """A draft tree that cannot be used; the message names the path and the remedy."""
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A valid draft tree.
+
+    Attributes:
+        paths: the draft nodes (without the root) in depth-first order, which is the lexicographic
+            order of their paths. Node ``i`` of every tensor of this project is ``paths[i - 1]``;
+            node 0 is the root.
+
+    """
+
+    paths: tuple[TreePath, ...]
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> DraftTree:
+        """Build a tree from its paths, in any order.
+
+        Raises:
+            TreeError: if a path is empty, repeats, has a negative or non-integer rank or lacks its
+                parent, or if the tree has no node or more than ``MAX_DRAFT_TOKENS``.
+
+        """
+        nodes: set[TreePath] = set()
+        for raw in paths:
+            path = _checked_path(raw)
+            if path in nodes:
+                raise TreeError(f"tree path {list(path)} is given twice; remove one of them")
+            nodes.add(path)
+        if not nodes:
+            raise TreeError("the tree has no paths; give at least [[0]], or use tree='chain'")
+        for path in nodes:
+            if len(path) > 1 and path[:-1] not in nodes:
+                raise TreeError(
+                    f"tree path {list(path)} has no parent; add the path {list(path[:-1])}"
+                )
+        if len(nodes) > MAX_DRAFT_TOKENS:
+            raise TreeError(
+                f"the tree has {len(nodes)} nodes; vLLM verifies at most {MAX_DRAFT_TOKENS} draft "
+                "tokens a step, so remove paths"
+            )
+        return cls(tuple(sorted(nodes)))
+
+    @classmethod
+    def chain(cls, length: int) -> DraftTree:
+        """Return the top-1 chain of ``length`` draft tokens."""
+        return cls.from_paths([(0,) * depth for depth in range(1, length + 1)])
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Number of draft nodes, without the root."""
+        return len(self.paths)
+
+    @cached_property
+    def depth(self) -> int:
+        """Depth of the deepest node: the number of heads the tree needs."""
+        return max(len(path) for path in self.paths)
+
+    @cached_property
+    def top_k(self) -> int:
+        """Number of guesses the tree needs from each head."""
+        return 1 + max(path[-1] for path in self.paths)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """Parent node index of each node; the root's is -1."""
+        index = {path: node for node, path in enumerate(self.paths, start=1)}
+        index[()] = 0
+        return (-1, *(index[path[:-1]] for path in self.paths))
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Node indices of the leaves, in depth-first order."""
+        inner = set(self.parents)
+        return tuple(node for node in range(1, len(self.paths) + 1) if node not in inner)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has one child at most."""
+        return len(self.leaves) == 1
+
+    def cut_to_depth(self, depth: int) -> DraftTree:
+        """Return the tree without the nodes deeper than ``depth``."""
+        return DraftTree.from_paths(path for path in self.paths if len(path) <= depth)
+
+    def check_heads(self, num_heads: int) -> None:
+        """Raise `TreeError` if the tree is deeper than there are heads."""
+        if self.depth <= num_heads:
+            return
+        deepest = next(path for path in self.paths if len(path) > num_heads)
+        raise TreeError(
+            f"the tree is {self.depth} deep (path {list(deepest)}) but the heads are {num_heads}; "
+            "use heads trained for more positions or a tree without that path"
+        )
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise `TreeError` if the tree asks a head for more guesses than it has tokens."""
+        if self.top_k > vocab_size:
+            raise TreeError(
+                f"the tree asks for rank {self.top_k - 1} but a head knows {vocab_size} tokens; "
+                "remove the paths with larger ranks"
+            )
+
+
+def _checked_path(raw: Sequence[int]) -> TreePath:
+    """Return ``raw`` as a path, or raise `TreeError`."""
+    if isinstance(raw, (str, bytes)) or not isinstance(raw, Sequence):
+        raise TreeError(f"tree path {raw!r} is not a list of ranks such as [0, 2]")
+    for rank in raw:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise TreeError(f"tree path {list(raw)} has rank {rank!r}; ranks are 0, 1, 2, ...")
+    if not raw:
+        raise TreeError("the tree has an empty path; the root is implied, remove it")
+    return tuple(raw)
+
+
+def read_tree_file(path: Path) -> list[list[int]]:
+    """Read the paths of a tree file, in the file's order (the most probable first).
+
+    The file holds ``{"format": "vllm_medusa.tree/1", "paths": [[0], [1], [0, 0]]}`` or the bare
+    list of paths.
+
+    Raises:
+        TreeError: if the file cannot be read or does not hold a list of paths.
+
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TreeError(f"cannot read the tree file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise TreeError(f"the tree file {path} is not JSON: {error}") from None
+    if isinstance(data, dict):
+        if data.get("format") != TREE_FILE_FORMAT:
+            raise TreeError(
+                f"the tree file {path} has format {data.get('format')!r}; "
+                f"expected {TREE_FILE_FORMAT!r}"
+            )
+        data = data.get("paths")
+    if not isinstance(data, list):
+        raise TreeError(f"the tree file {path} holds no list of paths such as [[0], [1], [0, 0]]")
+    return data
+
+
+def write_tree_file(path: Path, paths: Iterable[Sequence[int]]) -> None:
+    """Write ``paths``, the most probable first, so that each prefix is itself a tree."""
+    text = json.dumps({"format": TREE_FILE_FORMAT, "paths": [list(p) for p in paths]})
+    path.write_text(text + "\n", encoding="utf-8")

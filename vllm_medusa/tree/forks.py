@@ -1,0 +1,344 @@
+"""Path forks: the index arithmetic that lets a plain causal kernel verify a tree.
+
+Each leaf path becomes a *pseudo-sequence* of its request: its block table is the request's, except
+that the blocks from the tail on are private *fork blocks*. In depth-first order the nodes a path
+adds over the one before are contiguous, so they are the pseudo-sequence's queries and the plain
+causal mask is the ancestor mask. The first path uses the request's own blocks.
+
+Fork blocks stay with a request from step to step and *mirror* its tail: after each step the
+accepted tokens' K/V is written to the request's own blocks and to all of its forks, so that the
+next step finds every fork's tail in place. Whole blocks are copied only for a request's first
+tree, or after steps without one.
+
+All functions here map indices to indices: they know neither vLLM nor what a block holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vllm_medusa.tree.layout import TreeLayout
+
+#: Slot that a K/V write skips, as vLLM's ``PAD_SLOT_ID``.
+PAD_SLOT = -1
+
+
+@dataclass(frozen=True)
+class ForkGeometry:
+    """How a request's fork blocks are laid out, for one KV block size.
+
+    The blocks of a fork form a ring: block ``k`` of the sequence lies at ring place ``k % ring``.
+    So when the tail moves on to the next block, that block is already in its place.
+
+    Attributes:
+        block_size: tokens of a block.
+        ring: blocks of one fork: the most that the tree's tokens can straddle.
+        num_forks: forks of one request: leaf paths other than the first.
+
+    """
+
+    block_size: int
+    ring: int
+    num_forks: int
+
+    @classmethod
+    def of(cls, layout: TreeLayout, block_size: int) -> ForkGeometry:
+        """Return the geometry of a tree's forks."""
+        ring = (block_size - 1 + layout.depth) // block_size + 1
+        return cls(block_size=block_size, ring=ring, num_forks=layout.num_paths - 1)
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Fork blocks that one request holds."""
+        return self.num_forks * self.ring
+
+    def block(self, base: Tensor, path: Tensor, block_idx: Tensor) -> Tensor:
+        """Return the fork block that path ``path >= 1`` uses as the sequence's ``block_idx``-th.
+
+        Args:
+            base: first of the request's fork blocks.
+            path: leaf path.
+            block_idx: index into the sequence's block table. All three broadcast.
+
+        """
+        return base + (path - 1) * self.ring + block_idx % self.ring
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The indices of one step that depend only on how many tokens each request runs.
+
+    B requests run T tokens as Q pseudo-sequences and write K/V to E slots; R of the requests are
+    forked (run more than one leaf path).
+
+    Attributes:
+        token_req: [T] request of each token.
+        token_offset: [T] position of each token, from the request's number of computed tokens.
+        seq_req: [Q] request of each pseudo-sequence.
+        seq_path: [Q] its leaf path; 0 for a request that is not forked.
+        seq_length: [Q] its length, from the request's number of computed tokens.
+        query_start_loc: [Q + 1] int32, first token of each pseudo-sequence.
+        fork_seqs: [F] the pseudo-sequences of paths other than the first.
+        write_token: [E] token whose K/V is written.
+        write_seq: [E] pseudo-sequence whose blocks it goes to.
+        write_offset: [E] its position, from the request's number of computed tokens.
+        forked_reqs: [R] the forked requests.
+        node_write: [R, N + 1] a place among the E that holds each node; 0 for nodes not run.
+        commit_from: first depth that a commit writes. The root is on every path, so a step writes
+            it to all forks by itself, unless a tree was cut short and had fewer paths.
+        max_query_len: queries of the longest pseudo-sequence.
+
+    """
+
+    token_req: Tensor
+    token_offset: Tensor
+    seq_req: Tensor
+    seq_path: Tensor
+    seq_length: Tensor
+    query_start_loc: Tensor
+    fork_seqs: Tensor
+    write_token: Tensor
+    write_seq: Tensor
+    write_offset: Tensor
+    forked_reqs: Tensor
+    node_write: Tensor
+    commit_from: int
+    max_query_len: int
+
+    @property
+    def num_seqs(self) -> int:
+        """Number of pseudo-sequences."""
+        return self.seq_req.numel()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether any request is forked; if not, the step is vLLM's own but for positions."""
+        return self.forked_reqs.numel() > 0
+
+
+class _Parts:
+    """One request's share of a `StepShape`, as plain lists."""
+
+    def __init__(self, layout: TreeLayout, num_tokens: int, num_draft_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        paths = layout.num_live_paths(num_draft_tokens)
+        self.is_forked = num_draft_tokens > 0 and paths > 1
+        self.is_cut = self.is_forked and paths < layout.num_paths
+        if not self.is_forked:
+            # One path at most: the tokens lie one behind the other, as in any other request.
+            self.token_offset = list(range(num_tokens))
+            self.query_lens, self.seq_length = [num_tokens], [num_tokens]
+            self.writes = [(0, token, token) for token in range(num_tokens)]
+            self.node_write: list[int] = []
+            return
+        depths, ancestors = layout.depths.tolist(), layout.ancestors.tolist()
+        self.token_offset = depths[: num_draft_tokens + 1]
+        self.query_lens, self.seq_length, self.writes = [], [], []
+        self.node_write = [0] * layout.num_nodes
+        for path in range(paths):
+            start = layout.path_starts[path]
+            last = min(layout.path_leaves[path], num_draft_tokens)
+            self.query_lens.append(last - start + 1)
+            self.seq_length.append(depths[last] + 1)
+            for depth in range(depths[last] + 1):
+                node = ancestors[last][depth]
+                self.node_write[node] = len(self.writes)
+                self.writes.append((path, node, depth))
+
+
+class StepShapes:
+    """Makes the `StepShape` of a step; the shapes of recent steps are kept.
+
+    Args:
+        layout: the full tree.
+        device: where the index tensors are needed.
+
+    """
+
+    def __init__(self, layout: TreeLayout, device: torch.device | str = "cpu") -> None:
+        self._layout = layout
+        self._device = torch.device(device)
+        self._parts = lru_cache(maxsize=4096)(self._make_parts)
+        self.get = lru_cache(maxsize=256)(self._make_shape)
+
+    def _make_parts(self, num_tokens: int, num_draft_tokens: int) -> _Parts:
+        return _Parts(self._layout, num_tokens, num_draft_tokens)
+
+    def _make_shape(
+        self, num_tokens: tuple[int, ...], num_draft_tokens: tuple[int, ...]
+    ) -> StepShape:
+        """Return the shape of a step; called as ``get``.
+
+        Args:
+            num_tokens: tokens that each request runs.
+            num_draft_tokens: how many of them are drafts; 0, or ``num_tokens - 1``.
+
+        """
+        requests = [self._parts(*counts) for counts in zip(num_tokens, num_draft_tokens)]
+        token_start = _exclusive_sums([parts.num_tokens for parts in requests])
+        seq_start = _exclusive_sums([len(parts.query_lens) for parts in requests])
+        write_start = _exclusive_sums([len(parts.writes) for parts in requests])
+        seq_path = [path for parts in requests for path in range(len(parts.query_lens))]
+        query_lens = [length for parts in requests for length in parts.query_lens]
+        writes = [
+            (token_start[req] + token, seq_start[req] + path, offset)
+            for req, parts in enumerate(requests)
+            for path, token, offset in parts.writes
+        ]
+        return StepShape(
+            token_req=self._indices(
+                [req for req, parts in enumerate(requests) for _ in range(parts.num_tokens)]
+            ),
+            token_offset=self._indices([o for parts in requests for o in parts.token_offset]),
+            seq_req=self._indices(
+                [req for req, parts in enumerate(requests) for _ in parts.query_lens]
+            ),
+            seq_path=self._indices(seq_path),
+            seq_length=self._indices([n for parts in requests for n in parts.seq_length]),
+            query_start_loc=self._indices(
+                [*_exclusive_sums(query_lens), sum(query_lens)], torch.int32
+            ),
+            fork_seqs=self._indices([seq for seq, path in enumerate(seq_path) if path > 0]),
+            write_token=self._indices([write[0] for write in writes]),
+            write_seq=self._indices([write[1] for write in writes]),
+            write_offset=self._indices([write[2] for write in writes]),
+            forked_reqs=self._indices([r for r, parts in enumerate(requests) if parts.is_forked]),
+            node_write=self._indices(
+                [
+                    [write_start[req] + write for write in parts.node_write]
+                    for req, parts in enumerate(requests)
+                    if parts.is_forked
+                ]
+            ),
+            commit_from=0 if any(parts.is_cut for parts in requests) else 1,
+            max_query_len=max(query_lens),
+        )
+
+    def _indices(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _exclusive_sums(counts: Sequence[int]) -> list[int]:
+    sums, total = [], 0
+    for count in counts:
+        sums.append(total)
+        total += count
+    return sums
+
+
+def expand_block_table(
+    shape: StepShape,
+    geometry: ForkGeometry,
+    block_table: Tensor,
+    num_computed_tokens: Tensor,
+    fork_base: Tensor,
+) -> Tensor:
+    """Return the block table of every pseudo-sequence.
+
+    Args:
+        shape: the step's shape.
+        geometry: layout of the forks in this KV-cache group.
+        block_table: [B, W] the requests' block tables, at least as wide as any sequence is long.
+        num_computed_tokens: [B] int64, tokens in the KV cache; the root is the next one.
+        fork_base: [B] int64, first fork block of each request; unused where not forked.
+
+    Returns:
+        [Q, W + ring]; entries behind a pseudo-sequence's last block are arbitrary.
+
+    """
+    width = block_table.shape[1]
+    rows = block_table.new_zeros((shape.num_seqs, width + geometry.ring))
+    rows[:, :width] = block_table.index_select(0, shape.seq_req)
+    req = shape.seq_req.index_select(0, shape.fork_seqs)
+    path = shape.seq_path.index_select(0, shape.fork_seqs)
+    ring = torch.arange(geometry.ring, device=block_table.device)
+    block_idx = (num_computed_tokens[req] // geometry.block_size)[:, None] + ring
+    blocks = geometry.block(fork_base[req][:, None], path[:, None], block_idx)
+    rows[shape.fork_seqs[:, None], block_idx] = blocks.to(rows.dtype)
+    return rows
+
+
+def write_slots(
+    shape: StepShape, geometry: ForkGeometry, rows: Tensor, num_computed_tokens: Tensor
+) -> Tensor:
+    """Return the [E] int64 slots of a step's K/V writes.
+
+    Args:
+        shape: the step's shape.
+        geometry: layout of the forks in this KV-cache group.
+        rows: [Q, >= W] block tables from `expand_block_table`.
+        num_computed_tokens: [B] int64.
+
+    """
+    req = shape.seq_req.index_select(0, shape.write_seq)
+    positions = num_computed_tokens[req] + shape.write_offset
+    blocks = rows[shape.write_seq, positions // geometry.block_size].to(torch.int64)
+    return blocks * geometry.block_size + positions % geometry.block_size
+
+
+def commit_writes(
+    shape: StepShape,
+    geometry: ForkGeometry,
+    block_table: Tensor,
+    num_computed_tokens: Tensor,
+    fork_base: Tensor,
+    path: Tensor,
+    length: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the writes that put the accepted tokens into own blocks and mirrors.
+
+    Args:
+        shape: the step's shape.
+        geometry: layout of the forks in this KV-cache group.
+        block_table: [B, W] the requests' own block tables.
+        num_computed_tokens: [B] int64, as it was in the step.
+        fork_base: [B] int64.
+        path: [B, D + 1] accepted nodes from the root on (`Acceptance.path`).
+        length: [B] how many of them behind the root were accepted.
+
+    Returns:
+        ``(source, slots)``, each [R * P * (D + 1 - commit_from)] int64: the place among the step's E writes that
+        holds the K/V, and the slot it goes to or `PAD_SLOT`.
+
+    """
+    reqs = shape.forked_reqs
+    offsets = torch.arange(shape.commit_from, path.shape[1], device=path.device)
+    positions = num_computed_tokens[reqs][:, None] + offsets
+    block_idx = positions // geometry.block_size
+    own = block_table[reqs[:, None], block_idx.clamp(max=block_table.shape[1] - 1)]
+    forks = torch.arange(1, geometry.num_forks + 1, device=path.device)
+    mirrors = geometry.block(
+        fork_base[reqs][:, None, None], forks[None, :, None], block_idx[:, None, :]
+    )
+    blocks = torch.cat([own.to(torch.int64)[:, None, :], mirrors], dim=1)
+    slots = blocks * geometry.block_size + (positions % geometry.block_size)[:, None, :]
+    accepted = offsets <= length[reqs][:, None]
+    slots = slots.where(accepted[:, None, :], PAD_SLOT)
+    source = shape.node_write.gather(1, path[reqs][:, shape.commit_from :])
+    return source[:, None, :].expand_as(slots).flatten(), slots.flatten()
+
+
+def mirror_copies(
+    geometry: ForkGeometry, tail_block: Tensor, block_idx: Tensor, fork_base: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the whole-block copies that put a request's tail into all of its forks.
+
+    Args:
+        geometry: layout of the forks in this KV-cache group.
+        tail_block: [M] block that holds each request's partial tail.
+        block_idx: [M] its index in the request's block table.
+        fork_base: [M] first fork block of each request.
+
+    Returns:
+        ``(source, destination)``, each [M * num_forks] int64 block ids.
+
+    """
+    paths = torch.arange(1, geometry.num_forks + 1, device=tail_block.device)
+    destination = geometry.block(fork_base[:, None], paths, block_idx[:, None])
+    source = tail_block.to(torch.int64)[:, None].expand_as(destination)
+    return source.flatten(), destination.flatten()
