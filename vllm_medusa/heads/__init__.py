@@ -2,5 +2,13 @@
 
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec, load_heads
 from vllm_medusa.heads.errors import HeadsError
+from vllm_medusa.heads.module import MedusaHeads, head_logits
 
-__all__ = ["HeadsCheckpoint", "HeadsError", "HeadsSpec", "load_heads"]
+__all__ = [
+    "HeadsCheckpoint",
+    "HeadsError",
+    "HeadsSpec",
+    "MedusaHeads",
+    "head_logits",
+    "load_heads",
+]

@@ -36,17 +36,18 @@ class TensorFile(Protocol):
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         try:
-            self._handle: Any = safe_open(path, framework="pt", device="cpu")
+            handle: Any = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as exc:
             raise HeadsError(
                 f"{path}: not a readable safetensors file ({exc}); it is truncated or damaged, "
                 "copy or download it again"
             ) from None
-        stored = set(self._handle.keys())
+        self._handle = handle
+        stored = set(handle.keys())
         # safetensors.torch.save_model drops a tensor that shares memory with another one and notes
         # "dropped name: kept name" in the metadata. Heads whose layers are tied (the reference
         # repeats one residual block object) come out that way.
-        metadata = self._handle.metadata() or {}
+        metadata = handle.metadata() or {}
         self._aliases = {
             name: kept for name, kept in metadata.items() if name not in stored and kept in stored
         }
