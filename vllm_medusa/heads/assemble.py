@@ -25,7 +25,8 @@ def assemble(store: TensorStore, plan: Plan) -> dict[str, torch.Tensor]:
         lead[name] = tuple(max(size, i + 1) for size, i in zip(known, index, strict=True))
     tensors: dict[str, torch.Tensor] = {}
     for key, (name, index) in plan.slots.items():
-        value = _read_finite(store, key, is_token_map=name == "token_map")
+        is_index = name in ("token_map", "d2t", "t2d")
+        value = _read_index(store, key) if is_index else _read_finite(store, key)
         if not index:
             tensors[name] = value
             continue
@@ -37,16 +38,34 @@ def assemble(store: TensorStore, plan: Plan) -> dict[str, torch.Tensor]:
         whole[index] = value
         tensors[name] = whole
     _check_shapes(store, plan, tensors)
+    if "d2t" in tensors:
+        tensors["token_map"] = _token_map_of(store, tensors.pop("d2t"), tensors.pop("t2d"))
     return _in_one_dtype(tensors)
 
 
-def _read_finite(store: TensorStore, key: str, *, is_token_map: bool) -> torch.Tensor:
+def _read_index(store: TensorStore, key: str) -> torch.Tensor:
+    value = store.read(key)
+    if value.dtype not in (torch.int32, torch.int64, torch.bool):
+        raise HeadsError(
+            f"{store.file_of(key)}: tensor {key!r} has dtype {value.dtype}; save it as int64"
+        )
+    return value.long()
+
+
+def _token_map_of(store: TensorStore, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
+    """Speculators' form: d2t is target id minus draft id, t2d marks the drafted target ids."""
+    token_map = d2t + torch.arange(len(d2t))
+    if not torch.equal(token_map.sort().values, t2d.nonzero().flatten()):
+        raise HeadsError(
+            f"{store.location}: tensors 'd2t' and 't2d' name different tokens; export the heads "
+            "again"
+        )
+    return token_map
+
+
+def _read_finite(store: TensorStore, key: str) -> torch.Tensor:
     value = store.read(key)
     where = f"{store.file_of(key)}: tensor {key!r}"
-    if is_token_map:
-        if value.dtype not in (torch.int32, torch.int64):
-            raise HeadsError(f"{where} has dtype {value.dtype}; save it as int64")
-        return value.long()
     if value.dtype not in _FLOATS:
         raise HeadsError(
             f"{where} has dtype {value.dtype}: quantised heads are not supported; export the heads "
@@ -69,6 +88,8 @@ def _check_shapes(store: TensorStore, plan: Plan, tensors: dict[str, torch.Tenso
         "lm_head.down": (num_heads, _ANY, hidden_size),
         "lm_head.up": (num_heads, _ANY, *rank),
         "token_map": (_ANY,),
+        "d2t": (_ANY,),
+        "t2d": (_ANY,),
     }
     first_part = {name: (key, index) for key, (name, index) in reversed(plan.slots.items())}
     for name, tensor in tensors.items():

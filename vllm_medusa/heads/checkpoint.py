@@ -12,12 +12,12 @@ import torch
 from vllm_medusa.heads.assemble import assemble
 from vllm_medusa.heads.config_file import ConfigFile
 from vllm_medusa.heads.errors import HeadsError
-from vllm_medusa.heads.files import open_store, read_json
-from vllm_medusa.heads.formats import LmHeadKind, Plan, SourceFormat, has_heads, make_plan
-from vllm_medusa.heads.resolve import resolve_heads
+from vllm_medusa.heads.files import open_store
+from vllm_medusa.heads.formats import LmHeadKind, Plan, SourceFormat, make_plan, select_heads
+from vllm_medusa.heads.resolve import resolve
+from vllm_medusa.tree.draft_tree import DraftTree, TreeError, read_tree_file
 
 TREE_FILE = "medusa_tree.json"
-TREE_FORMAT = "vllm_medusa.tree/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,14 @@ class HeadsCheckpoint:
             `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
             ids, if `spec.draft_vocab_size` is set.
         tree_paths: the tree that came with the heads, by descending probability, or None.
+        base_model: the target that the heads' config.json names, or None.
         notes: what is odd about the checkpoint but does not make it unusable.
     """
 
     spec: HeadsSpec
     tensors: dict[str, torch.Tensor]
     tree_paths: list[list[int]] | None = None
+    base_model: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,58 +85,22 @@ def load_heads(
     Args:
         path: directory, single weights file, or hub name (`owner/name`).
         revision: of a hub name.
-        target_hidden_size, target_vocab_size: of the model that the heads are to serve, if known.
+        target_hidden_size: of the model that the heads are to serve, if known.
+        target_vocab_size: likewise.
 
     Raises:
         HeadsError: the heads cannot be had, are incomplete, damaged, quantised or not finite, or
             were made for another hidden size or vocabulary.
     """
-    location = resolve_heads(path, revision=revision)
+    location = resolve(path, "heads", select_heads, revision=revision)
     directory = location if location.is_dir() else location.parent
     config = ConfigFile(directory / "config.json")
-    store = open_store(location, has_heads)
-    plan = make_plan(location, store.keys(), original_lm_head=config.flag("original_lm_head"))
+    store = open_store(location, select_heads)
+    plan = make_plan(location, store.keys, original_lm_head=config.flag("original_lm_head"))
     tensors = assemble(store, plan)
-    spec, notes = _describe(location, plan, tensors, config, target_vocab_size)
-    if target_hidden_size is not None and spec.hidden_size != target_hidden_size:
-        raise HeadsError(
-            f"{location}: the heads are for hidden size {spec.hidden_size}, the target model has "
-            f"{target_hidden_size}; use heads that were trained for this model"
-        )
-    if target_vocab_size is not None and spec.vocab_size != target_vocab_size:
-        raise HeadsError(
-            f"{location}: the heads are for a vocabulary of {spec.vocab_size} tokens, the target "
-            f"model has {target_vocab_size}; use heads that were trained for this model"
-        )
-    return HeadsCheckpoint(spec, tensors, _read_tree(directory / TREE_FILE, spec), notes)
-
-
-def _describe(
-    location: Path,
-    plan: Plan,
-    tensors: dict[str, torch.Tensor],
-    config: ConfigFile,
-    target_vocab_size: int | None,
-) -> tuple[HeadsSpec, tuple[str, ...]]:
-    num_heads, num_layers, hidden_size = tensors["blocks.weight"].shape[:3]
-    notes = config.check_count(
-        "heads", num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
-    )
-    # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
-    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
-    if plan.source_format == "vllm":
-        layer_names.append("num_hidden_layers")
-    notes += config.check_count("layers per head", num_layers, *layer_names)
-    config.check_size("hidden_size", hidden_size)
-    has_bias = "blocks.bias" in tensors
-    if config.flag("medusa_fc_bias") and not has_bias:
-        raise HeadsError(
-            f"{config.path}: medusa_fc_bias is true, but the checkpoint holds no biases; export "
-            "the heads again or set it to false"
-        )
-    if plan.source_format == "vllm" and has_bias and not config.flag("medusa_fc_bias"):
-        notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
     vocab_size, draft_vocab_size = _vocab(location, tensors, config, target_vocab_size)
+    num_heads, num_layers, hidden_size = tensors["blocks.weight"].shape[:3]
+    config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
     spec = HeadsSpec(
         source_format=plan.source_format,
         num_heads=num_heads,
@@ -143,11 +109,48 @@ def _describe(
         vocab_size=vocab_size,
         draft_vocab_size=draft_vocab_size,
         lm_head=plan.lm_head,
-        has_bias=has_bias,
+        has_bias="blocks.bias" in tensors,
         logit_scale=config.logit_scale(),
         dtype=tensors["blocks.weight"].dtype,
     )
-    return spec, notes
+    _check_target(location, "hidden size", spec.hidden_size, target_hidden_size)
+    _check_target(location, "vocabulary size", spec.vocab_size, target_vocab_size)
+    return HeadsCheckpoint(
+        spec=spec,
+        tensors=tensors,
+        tree_paths=_read_tree(directory / TREE_FILE, num_heads),
+        base_model=config.base_model(),
+        notes=_compare_config(config, plan, spec),
+    )
+
+
+def _check_target(location: Path, what: str, heads: int | None, target: int | None) -> None:
+    if target is not None and heads != target:
+        raise HeadsError(
+            f"{location}: the heads are for {what} {heads}, the target model has {target}; use "
+            "heads that were trained for this model"
+        )
+
+
+def _compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str, ...]:
+    """Check that config.json promises nothing that the tensors lack; note where it says less."""
+    notes = config.check_count(
+        "heads", spec.num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
+    )
+    # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
+    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
+    if plan.source_format == "vllm":
+        layer_names.append("num_hidden_layers")
+    notes += config.check_count("layers per head", spec.num_layers, *layer_names)
+    has_bias_flag = config.flag("medusa_fc_bias")
+    if has_bias_flag and not spec.has_bias:
+        raise HeadsError(
+            f"{config.path}: medusa_fc_bias is true, but the checkpoint holds no biases; export "
+            "the heads again or set it to false"
+        )
+    if plan.source_format == "vllm" and spec.has_bias and not has_bias_flag:
+        notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
+    return notes
 
 
 def _vocab(
@@ -168,14 +171,14 @@ def _vocab(
             raise HeadsError(
                 f"{location}: holds a token_map but no lm_head that it could belong to; remove it"
             )
-        return config.integer("vocab_size") or target_vocab_size, None
+        return config.vocab_size() or target_vocab_size, None
     num_rows = tensors[rows_name].shape[-2]
     if token_map is None:
-        config.check_size("vocab_size", num_rows)
+        config.check_size(num_rows, "vocab_size", "medusa_vocab_size")
         return num_rows, None
     draft_vocab_size = len(token_map)
-    config.check_size("truncated_vocab_size", draft_vocab_size)
-    vocab_size = config.integer("vocab_size") or target_vocab_size
+    config.check_size(draft_vocab_size, "truncated_vocab_size")
+    vocab_size = config.vocab_size() or target_vocab_size
     if num_rows != draft_vocab_size:
         if num_rows != (vocab_size or num_rows):
             raise HeadsError(
@@ -200,29 +203,12 @@ def _check_token_map(location: Path, token_map: torch.Tensor, vocab_size: int | 
         raise HeadsError(f"{location}: token_map holds a token twice; export the heads again")
 
 
-def _read_tree(path: Path, spec: HeadsSpec) -> list[list[int]] | None:
+def _read_tree(path: Path, num_heads: int) -> list[list[int]] | None:
     if not path.is_file():
         return None
-    content = read_json(path)
-    if content.get("format") != TREE_FORMAT:
-        raise HeadsError(
-            f"{path}: format is {content.get('format')!r}, expected {TREE_FORMAT!r}; write the "
-            "tree again with `vllm-medusa calibrate`, or remove the file"
-        )
-    paths = content.get("paths")
-    is_paths = isinstance(paths, list) and all(
-        isinstance(path, list) and path and all(type(rank) is int and rank >= 0 for rank in path)
-        for path in paths
-    )
-    if not isinstance(paths, list) or not is_paths or not paths:
-        raise HeadsError(
-            f"{path}: 'paths' must be a list of paths such as [0, 1]; write the tree again with "
-            "`vllm-medusa calibrate`, or remove the file"
-        )
-    deepest = max(paths, key=len)
-    if len(deepest) > spec.num_heads:
-        raise HeadsError(
-            f"{path}: path {deepest} is deeper than the {spec.num_heads} heads beside it; use a "
-            "tree made for these heads, or remove the file"
-        )
+    try:
+        paths = read_tree_file(path)
+        DraftTree.from_paths(paths).check_heads(num_heads)
+    except TreeError as exc:
+        raise HeadsError(f"{path}: {exc}") from None
     return paths

@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_medusa.heads.errors import HeadsError
 
+Selector = Callable[[Iterable[str]], Collection[str]]
+"""Selects, from the names of all tensors of a checkpoint, those that are wanted."""
+
 TORCH_SUFFIXES = (".pt", ".bin", ".pth")
 # Pickles that trainers leave beside the weights; they hold no weights and are never opened.
 TRAINER_FILES = frozenset(
@@ -28,9 +31,11 @@ class TensorFile(Protocol):
     """One open file of named tensors."""
 
     @property
-    def keys(self) -> Collection[str]: ...
+    def keys(self) -> Collection[str]:
+        """The tensors' names."""
 
-    def read(self, key: str) -> torch.Tensor: ...
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor."""
 
 
 class _SafetensorsFile:
@@ -126,10 +131,13 @@ class TensorStore:
         self._file_of = file_of
         self._open: dict[Path, TensorFile] = {}
 
-    def keys(self) -> Iterable[str]:
+    @property
+    def keys(self) -> Collection[str]:
+        """The tensors' names."""
         return self._file_of.keys()
 
     def file_of(self, key: str) -> Path:
+        """Return the file that holds a tensor."""
         return self._file_of[key]
 
     def read(self, key: str) -> torch.Tensor:
@@ -153,15 +161,15 @@ class TensorStore:
         return self._open[path].read(key)
 
 
-def open_store(location: Path, has_heads: Callable[[Iterable[str]], bool]) -> TensorStore:
+def open_store(location: Path, select: Selector) -> TensorStore:
     """Open the weights of a directory or of a single file.
 
     In a directory, safetensors files go before torch files, as in vLLM, unless only the torch files
-    hold heads. Where an index lists the tensors of sharded files, unread shards are not opened.
+    hold what is wanted. Where an index lists the tensors of shards, unread shards are not opened.
 
     Args:
         location: an existing file or directory.
-        has_heads: tells from keys whether they contain Medusa heads.
+        select: what is wanted.
 
     Raises:
         HeadsError: no weights files, an unreadable file or index, or one key in two files.
@@ -171,14 +179,14 @@ def open_store(location: Path, has_heads: Callable[[Iterable[str]], bool]) -> Te
     store: TensorStore | None = None
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         file_of = _file_of_keys(location, suffixes)
-        if has_heads(file_of):
+        if select(file_of):
             return TensorStore(location, file_of)
         if file_of and store is None:
             store = TensorStore(location, file_of)
     if store is None:
         raise HeadsError(
             f"{location}: no weights file (*.safetensors, *{', *'.join(TORCH_SUFFIXES)}) in this "
-            "directory; give the directory or file that holds the Medusa heads"
+            "directory; give the directory or file that holds the weights"
         )
     return store
 

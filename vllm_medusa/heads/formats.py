@@ -8,7 +8,8 @@ fasterdecoding  F1    `{h}.{l}.linear.weight|bias`, `{h}.{L}.weight`
 tgi             F2    as F1 without `{h}.{L}.weight`: the target's own lm_head
 merged          F3    as F1 or F2 with a prefix, beside the tensors of the backbone
 vllm            F4    `blocks.{h}.layers.{l}.weight|bias`, `lm_heads.{h}.weight` or one
-                      `lm_head.weight`, `token_map`
+                      `lm_head.weight`, `token_map`; the speculators library: `d2t` and `t2d` in its
+                      place
 modelopt        F5    as F1 with the prefix `medusa_heads.` beside the backbone
 native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight` or
                       `lm_head.weight` or `lm_heads.down` and `lm_heads.up`, `token_map`
@@ -18,7 +19,7 @@ Any of them may carry one of `PREFIXES`. The canonical tensors are those of `Hea
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,7 @@ _BLOCK: dict[NameStyle, re.Pattern[str]] = {
 _SEQUENTIAL_LM_HEAD = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.weight")
 _VLLM_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 # Names that no backbone uses, so that heads may lie in the model's directory without a prefix.
-_UNMISTAKABLE = re.compile(r"\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.\d+\.|token_map$")
+_UNMISTAKABLE = re.compile(r"\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.\d+\.|(token_map|d2t|t2d)$")
 # An input embedding means that the checkpoint holds a whole model.
 _EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
 # What quantised linear layers store: scales and quantizer states of ModelOpt, GPTQ, AWQ and others.
@@ -75,9 +76,18 @@ def expected_names(
     num_layers: int,
     lm_head: LmHeadKind,
     has_bias: bool,
-    has_token_map: bool,
+    token_map: Collection[str] = (),
 ) -> dict[str, Slot]:
-    """Return every tensor name of complete heads in one style, and what each of them is."""
+    """Return every tensor name of complete heads in one style, and what each of them is.
+
+    Args:
+        style: how the names are built.
+        num_heads: Medusa heads; no matter in the native style, like num_layers.
+        num_layers: residual blocks per head.
+        lm_head: which lm_heads the heads have.
+        has_bias: whether the blocks have biases.
+        token_map: the tensors that restrict the draft vocabulary: `token_map`, or `d2t` and `t2d`.
+    """
     heads, layers = range(num_heads), range(num_layers)
     kinds = ("weight", "bias") if has_bias else ("weight",)
     names: dict[str, Slot] = {}
@@ -102,14 +112,14 @@ def expected_names(
             names |= {own.format(h): ("lm_head.weight", (h,)) for h in heads}
         elif lm_head == "common":
             names["lm_head.weight"] = ("lm_head.weight", ())
-    if has_token_map:
-        names["token_map"] = ("token_map", ())
-    return names
+    return names | {name: (name, ()) for name in token_map}
 
 
-def has_heads(keys: Iterable[str]) -> bool:
-    """Tell whether any of the names is that of a Medusa head's residual block."""
-    return any(_style(_strip(key)) is not None for key in keys)
+def select_heads(keys: Iterable[str]) -> Collection[str]:
+    """Select the tensors of a checkpoint that belong to Medusa heads; none if it holds no heads."""
+    stored = list(keys)
+    is_heads = any(_style(_strip(key)) is not None for key in stored)
+    return head_names(stored).values() if is_heads else ()
 
 
 def head_names(keys: Iterable[str]) -> dict[str, str]:
@@ -180,7 +190,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         num_layers=num_layers,
         lm_head=lm_head,
         has_bias=any(match["kind"] == "bias" for match in _matches(_BLOCK[style], names)),
-        has_token_map="token_map" in names and style != "sequential",
+        token_map=[] if style == "sequential" else _token_map_names(names),
     )
     if style == "vllm" and original_lm_head and "lm_heads.0.weight" in names:
         # vLLM's loader reads it as the one lm_head of all heads.
@@ -242,6 +252,12 @@ def _lm_head_kind(style: NameStyle, names: dict[str, str], original_lm_head: boo
     if "lm_head.weight" in names or (original_lm_head and "lm_heads.0.weight" in names):
         return "common"
     return "target" if original_lm_head else "own"
+
+
+def _token_map_names(names: Collection[str]) -> tuple[str, ...]:
+    if "token_map" in names:
+        return ("token_map",)
+    return ("d2t", "t2d") if "d2t" in names or "t2d" in names else ()
 
 
 def _source_format(

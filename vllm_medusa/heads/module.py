@@ -122,12 +122,11 @@ def head_logits(
     Raises:
         ValueError: neither or both kinds of lm_heads are given.
     """
-    if (weight is None) == (down is None) or (down is None) != (up is None):
-        raise ValueError("give either weight, or down and up")
-    if weight is not None:
+    if weight is not None and down is None and up is None:
         return F.linear(features, weight) if weight.ndim == 2 else _per_head(features, weight)
-    assert down is not None and up is not None
-    return _per_head(_per_head(features, down), up)
+    if weight is None and down is not None and up is not None:
+        return _per_head(_per_head(features, down), up)
+    raise ValueError("give either weight, or down and up")
 
 
 def _per_head(features: Tensor, weight: Tensor) -> Tensor:

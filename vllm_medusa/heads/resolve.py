@@ -1,21 +1,26 @@
-"""From what the user wrote (directory, file or hub name) to a local path."""
+"""From what the user wrote (directory, file or hub name) to local files."""
 
 import re
 from pathlib import Path
 
 from vllm_medusa.heads.errors import HeadsError
-from vllm_medusa.heads.files import TORCH_SUFFIXES, open_store, read_index
-from vllm_medusa.heads.formats import has_heads, head_names
+from vllm_medusa.heads.files import TORCH_SUFFIXES, Selector, open_store, read_index
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def resolve_heads(name: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local directory or file of the heads, downloading hub repositories.
+def resolve(name: str | Path, what: str, select: Selector, *, revision: str | None = None) -> Path:
+    """Return the local directory or file of a checkpoint, downloading hub repositories.
 
-    Of a hub repository only the JSON files and the files that may hold heads are downloaded: the
-    shards that an index names, else the safetensors files, and torch files only if those hold no
-    heads. Without network, or with `HF_HUB_OFFLINE=1`, the hub's local cache is used.
+    Of a hub repository only the JSON files and the files that may hold what is wanted are
+    downloaded: the shards that an index names, else the safetensors files, and torch files only if
+    those lack it. Without network, or with `HF_HUB_OFFLINE=1`, the hub's local cache is used.
+
+    Args:
+        name: existing path, or hub name (`owner/name`).
+        what: what it is, for messages ("heads").
+        select: which tensors are wanted.
+        revision: of a hub name.
 
     Raises:
         HeadsError: neither an existing path nor a repository that can be had.
@@ -25,24 +30,24 @@ def resolve_heads(name: str | Path, *, revision: str | None = None) -> Path:
         return path
     if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
         raise HeadsError(
-            f"heads {str(name)!r}: no such file or directory; give an existing path or a hub name "
+            f"{what} {str(name)!r}: no such file or directory; give an existing path or a hub name "
             "such as 'owner/name'"
         )
     try:
-        return _download(name, revision)
+        return _download(name, select, revision)
     except HeadsError:
         raise
     except Exception as exc:  # the hub client raises its own, its HTTP client's and OS errors
         at = "" if revision is None else f" at revision {revision!r}"
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise HeadsError(
-            f"heads {name!r}{at}: no such directory, and not to be had from the hub or its local "
+            f"{what} {name!r}{at}: no such directory, and not to be had from the hub or its local "
             f"cache ({type(exc).__name__}: {reason}); check the name, the network and "
             "HF_HUB_OFFLINE, or give a local directory"
         ) from None
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, select: Selector, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
@@ -51,11 +56,11 @@ def _download(repo: str, revision: str | None) -> Path:
     directory = fetch("*.json")
     for index in sorted(directory.glob("*.index.json")):
         file_of = read_index(index)
-        if has_heads(file_of):
-            return fetch(*{file_of[key].name for key in head_names(file_of).values()})
+        if wanted := select(file_of):
+            return fetch(*{file_of[key].name for key in wanted})
     directory = fetch("*.safetensors")
     if not any(directory.glob("*.safetensors")):
         return fetch(*(f"*{suffix}" for suffix in TORCH_SUFFIXES))
-    if not has_heads(open_store(directory, has_heads).keys()):
+    if not select(open_store(directory, select).keys):
         return fetch("*.pt")  # heads in a file of their own beside the model
     return directory
