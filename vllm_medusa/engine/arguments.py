@@ -1,0 +1,144 @@
+"""How a user asks for Medusa: vLLM's ``speculative_config``, with our method and keys in it.
+
+``EngineArgs.create_engine_config`` is wrapped: our values are taken out and checked, vLLM gets a
+``custom_class`` proposer, our worker class and, in ``additional_config``, the resolved options.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from vllm_medusa.config import (
+    CONFIG_KEY,
+    ConfigError,
+    MedusaConfig,
+    MedusaRequest,
+    resolve_tree,
+)
+from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.sampling_params import PROPOSER_CLASS
+from vllm_medusa.engine.support import check_before, check_supported
+from vllm_medusa.heads import load_heads
+
+METHOD = "medusa"
+WORKER_CLASS = "vllm_medusa.engine.worker.MedusaWorker"
+
+
+def patch_arguments() -> None:
+    """Teach ``EngineArgs`` (``engine/arg_utils.py``) the method ``medusa``."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    patch(EngineArgs, "add_cli_args", ["parser"], _wrap_add_cli_args)
+    patch(EngineArgs, "create_engine_config", ["self"], _wrap_create_engine_config)
+
+
+def _wrap_add_cli_args(original: Any) -> Any:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        for action in parser._actions:
+            if action.dest == "speculative_config":
+                action.type = _bare_method_or(action.type)
+            if action.dest == "spec_method" and action.choices and METHOD not in action.choices:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    return add_cli_args
+
+
+def _bare_method_or(parse: Any) -> Any:
+    """``--speculative-config medusa``, where vLLM takes JSON only."""
+
+    def parse_speculative_config(text: str) -> Any:
+        return {"method": METHOD} if text == METHOD else parse(text)
+
+    return parse_speculative_config
+
+
+def _wrap_create_engine_config(original: Any) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = take_request(self)
+        if request is None:
+            return original(self, *args, **kwargs)
+        config = _configure(self, request)
+        vllm_config = original(self, *args, **kwargs)
+        check_supported(vllm_config, config)
+        _check_fit(vllm_config, config)
+        from vllm_medusa.engine.memory import patch_engine_core
+
+        patch_engine_core()
+        return vllm_config
+
+    return create_engine_config
+
+
+def take_request(args: Any) -> MedusaRequest | None:
+    """Take our values out of ``EngineArgs``; None if they do not ask for Medusa.
+
+    Raises:
+        ConfigError: if a value is not known, not allowed, or given twice.
+
+    """
+    given = args.speculative_config
+    if given == METHOD:
+        given = {"method": METHOD}
+    if given is not None and not isinstance(given, dict):
+        return None
+    values = {key.replace("-", "_"): value for key, value in (given or {}).items()}
+    if METHOD not in (values.get("method"), args.spec_method):
+        return None
+    for flag, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        value = getattr(args, flag)
+        if value is None:
+            continue
+        if key in values:
+            raise ConfigError(f"{flag}={value!r} and speculative_config[{key!r}] are both given")
+        values[key] = value
+    return MedusaRequest.from_dict(values)
+
+
+def _configure(args: Any, request: MedusaRequest) -> MedusaConfig:
+    """Resolve the heads and the tree, and set what vLLM needs to know of them."""
+    check_before(args, WORKER_CLASS)
+    heads = request.model or args.model
+    revision = request.revision if request.model else args.revision
+    checkpoint = load_heads(heads, revision=revision)
+    tree, tree_name = resolve_tree(request, checkpoint.spec.num_heads, checkpoint.tree_paths)
+    spec = checkpoint.spec
+    draft_vocab_size = spec.draft_vocab_size or spec.vocab_size
+    if draft_vocab_size is not None:
+        tree.check_vocab(draft_vocab_size)
+    # Read for its faults only; the workers load it again, each its share.
+    del checkpoint
+    gc.collect()
+    config = MedusaConfig(
+        heads=heads,
+        revision=revision,
+        tree=tree,
+        tree_name=tree_name,
+        max_tree_requests=request.max_tree_requests,
+    )
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER_CLASS,
+        "num_speculative_tokens": tree.num_draft_tokens,
+    }
+    args.spec_method = args.spec_model = args.spec_tokens = None
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: config.to_dict()}
+    args.worker_cls = WORKER_CLASS
+    return config
+
+
+def _check_fit(vllm_config: Any, config: MedusaConfig) -> None:
+    """Refuse heads of another model, now that vLLM has read the model's configuration."""
+    model_config = vllm_config.model_config
+    load_heads(
+        config.heads,
+        revision=config.revision,
+        target_hidden_size=model_config.get_hidden_size(),
+        target_vocab_size=model_config.get_vocab_size(),
+    )

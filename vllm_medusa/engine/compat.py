@@ -1,0 +1,87 @@
+"""Versions of vLLM, and checked patching of what has no official seam."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_medusa.config import ConfigError
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+_PATCHED = "_vllm_medusa_patched"
+
+
+def vllm_version() -> str:
+    """Return the version of the vLLM in use."""
+    import vllm
+
+    return vllm.__version__
+
+
+def is_supported_version() -> bool:
+    """Whether this vLLM is one the plugin was tested with."""
+    return ".".join(vllm_version().split(".")[:2]) in SUPPORTED_VERSIONS
+
+
+def patch(owner: Any, name: str, parameters: list[str], wrap: Callable[[Any], Any]) -> None:
+    """Replace ``owner.name`` by ``wrap(original)``, once.
+
+    Args:
+        owner: class or module.
+        name: function of it.
+        parameters: the names that its first parameters must have: what the wrapper relies on.
+        wrap: makes the replacement.
+
+    Raises:
+        ConfigError: if this vLLM has no such function or its parameters differ.
+
+    """
+    original = inspect.getattr_static(owner, name, None)
+    is_static = isinstance(original, staticmethod)
+    function = original.__func__ if is_static else original
+    if getattr(function, _PATCHED, False):
+        return
+    found = list(inspect.signature(function).parameters) if callable(function) else None
+    if found is None or found[: len(parameters)] != parameters:
+        raise ConfigError(
+            f"vllm_medusa does not fit vLLM {vllm_version()}: {owner.__name__}.{name} takes "
+            f"{found}, expected {parameters}; use vLLM {' or '.join(SUPPORTED_VERSIONS)}"
+        )
+    replacement = functools.wraps(function)(wrap(function))
+    setattr(replacement, _PATCHED, True)
+    setattr(owner, name, staticmethod(replacement) if is_static else replacement)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute while the context lasts."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def refuse_medusa() -> None:
+    """On a vLLM that is not supported: leave it alone, but say so to who asks for Medusa."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def wrap(original: Any) -> Any:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            config = self.speculative_config
+            if config == "medusa" or (
+                isinstance(config, dict) and ("tree" in config or "acceptance" in config)
+            ):
+                raise ConfigError(
+                    f"vllm_medusa supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, not "
+                    f"{vllm_version()}; install one of these"
+                )
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    patch(EngineArgs, "create_engine_config", ["self"], wrap)

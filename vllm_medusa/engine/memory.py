@@ -1,0 +1,96 @@
+"""The engine core's view of the KV cache: without the fork blocks."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_medusa.config import CONFIG_KEY, MedusaConfig
+from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.fork_pool import ForkPool, plan_fork_pool
+from vllm_medusa.tree.layout import TreeLayout
+
+logger = init_logger(__name__)
+
+_vllm_config: ContextVar[Any] = ContextVar("vllm_config", default=None)
+
+
+def medusa_config_of(vllm_config: Any) -> MedusaConfig | None:
+    """Return our part of vLLM's configuration, or None if Medusa was not asked for."""
+    options = getattr(vllm_config, "additional_config", None)
+    values = options.get(CONFIG_KEY) if isinstance(options, dict) else None
+    return None if values is None else MedusaConfig.from_dict(values)
+
+
+def fork_pool_of(vllm_config: Any, kv_cache_config: Any, config: MedusaConfig) -> ForkPool:
+    """Return the fork pool of a KV cache; the same in the engine core and in every worker.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        kv_cache_config: the whole KV cache, fork blocks included.
+        config: our configuration.
+
+    """
+    return plan_fork_pool(
+        TreeLayout.build(config.tree),
+        kv_cache_config.num_blocks,
+        [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups],
+        vllm_config.model_config.max_model_len,
+        vllm_config.scheduler_config.max_num_seqs,
+        config.max_tree_requests,
+    )
+
+
+def patch_engine_core() -> None:
+    """Make the scheduler plan with the KV cache less the fork pool.
+
+    Patches ``EngineCore._initialize_kv_caches`` and ``generate_scheduler_kv_cache_config`` as that
+    method calls it (``v1/engine/core.py``).
+    """
+    from vllm.v1.engine import core
+
+    def wrap_initialize(original: Any) -> Any:
+        def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+            token = _vllm_config.set(vllm_config)
+            try:
+                return original(self, vllm_config)
+            finally:
+                _vllm_config.reset(token)
+
+        return _initialize_kv_caches
+
+    def wrap_generate(original: Any) -> Any:
+        def generate_scheduler_kv_cache_config(kv_cache_configs: Any) -> Any:
+            kv_cache_config = original(kv_cache_configs)
+            vllm_config = _vllm_config.get()
+            config = medusa_config_of(vllm_config)
+            if config is not None:
+                pool = fork_pool_of(vllm_config, kv_cache_config, config)
+                _log_start(config, pool, kv_cache_config)
+                kv_cache_config.num_blocks -= pool.num_blocks
+            return kv_cache_config
+
+        return generate_scheduler_kv_cache_config
+
+    patch(core.EngineCore, "_initialize_kv_caches", ["self", "vllm_config"], wrap_initialize)
+    patch(core, "generate_scheduler_kv_cache_config", ["kv_cache_configs"], wrap_generate)
+
+
+def _log_start(config: MedusaConfig, pool: ForkPool, kv_cache_config: Any) -> None:
+    tree = config.tree
+    cache_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    fork_mib = cache_bytes * pool.num_blocks / kv_cache_config.num_blocks / 2**20
+    logger.info(
+        "Medusa: heads %s, tree %s (%d nodes, %d leaves, depth %d), acceptance lossless, forks for "
+        "%d requests in %d KV blocks (%.1f MiB)",
+        config.heads,
+        config.tree_name,
+        tree.num_draft_tokens,
+        len(tree.leaves),
+        tree.depth,
+        pool.num_requests,
+        pool.num_blocks,
+        fork_mib,
+    )

@@ -1,0 +1,132 @@
+"""Random numbers of sampling: one draw per request and position, not per node.
+
+All nodes at one depth stand for the same position of the text, and at most one of them is on the
+accepted path; so they may share that position's draw, and the law of the emitted tokens is exact.
+A request with a seed takes its draws from its generator one position after the other, and draws
+not used up by a step wait for the next. So the draw of the i-th output token is the i-th of the
+generator whatever was drafted and whatever else was in the batch: a seeded request gives the very
+text that vLLM gives without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+from vllm.platforms import current_platform
+from vllm.v1.sample.ops.topk_topp_sampler import (
+    empty_exponential_noise_like,
+    sample_with_exponential_noise,
+)
+
+
+class SeedDraws:
+    """Draws of vLLM's CPU sampler: an integer a position, from which the kernel makes its noise.
+
+    Follows ``TopKTopPSampler.forward_cpu``.
+    """
+
+    def batch(self, num_requests: int, num_positions: int, logits: Tensor) -> Tensor:
+        """Return [B, D + 1] unseeded draws."""
+        return torch.randint(0, 2**31, (num_requests, num_positions), dtype=torch.long)
+
+    def single(self, generator: Generator, logits: Tensor) -> Tensor:
+        """Return the next draw of a request's generator."""
+        return torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)[0]
+
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        return torch.ops._C.fused_gumbel_argmax(logits, draws)
+
+
+class ExponentialDraws:
+    """Draws of vLLM's native sampler: a vector of exponential noise a position.
+
+    Follows ``random_sample``.
+    """
+
+    def __init__(self, use_fp64: bool) -> None:
+        self._use_fp64 = use_fp64
+
+    def batch(self, num_requests: int, num_positions: int, logits: Tensor) -> Tensor:
+        """Return [B, D + 1, V] unseeded draws."""
+        like = logits.new_empty((num_requests * num_positions, logits.shape[-1]))
+        noise = empty_exponential_noise_like(like, self._use_fp64).exponential_()
+        return noise.view(num_requests, num_positions, -1)
+
+    def single(self, generator: Generator, logits: Tensor) -> Tensor:
+        """Return the next draw of a request's generator."""
+        noise = empty_exponential_noise_like(logits[0], self._use_fp64)
+        return noise.exponential_(generator=generator)
+
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        probs = logits.softmax(dim=-1, dtype=torch.float32)
+        return sample_with_exponential_noise(probs, draws)
+
+
+class PositionNoise:
+    """Hands out the draws of each request's next positions.
+
+    Args:
+        num_positions: positions of one step: tree depth + 1.
+        use_fp64_gumbel: vLLM's setting of that name.
+
+    """
+
+    def __init__(self, num_positions: int, use_fp64_gumbel: bool) -> None:
+        self._num_positions = num_positions
+        self._draws: SeedDraws | ExponentialDraws
+        if current_platform.is_cpu() and not use_fp64_gumbel:
+            self._draws = SeedDraws()
+        else:
+            self._draws = ExponentialDraws(use_fp64_gumbel)
+        self._waiting: dict[str, list[Tensor]] = {}
+        self._last_step: tuple[list[str], Tensor] | None = None
+
+    def draw(
+        self, req_ids: Sequence[str], generators: dict[int, Generator], logits: Tensor
+    ) -> Tensor:
+        """Return the draws [B, D + 1, ...] of the step's positions.
+
+        Args:
+            req_ids: the batch's requests.
+            generators: generators of those with a seed, by their index in the batch; requests whose
+                sample will be thrown away must not be among them.
+            logits: [R, V] float32.
+
+        """
+        self._drop_used()
+        draws = self._draws.batch(len(req_ids), self._num_positions, logits)
+        for index, generator in generators.items():
+            waiting = self._waiting.setdefault(req_ids[index], [])
+            while len(waiting) < self._num_positions:
+                waiting.append(self._draws.single(generator, logits))
+            draws[index] = torch.stack(waiting)
+        return draws
+
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        return self._draws.sample(logits, draws)
+
+    def use(self, req_ids: Sequence[str], generators: dict[int, Generator], length: Tensor) -> None:
+        """Note that a step emitted ``length + 1`` tokens of each request ([B])."""
+        if generators:
+            indices = list(generators)
+            self._last_step = ([req_ids[index] for index in indices], length[indices])
+
+    def forget(self, req_ids: set[str]) -> None:
+        """Drop the draws that wait for requests that have ended."""
+        for req_id in req_ids & self._waiting.keys():
+            del self._waiting[req_id]
+
+    def _drop_used(self) -> None:
+        # Read only when the next step needs it: by then the step is over, nothing waits for it.
+        if self._last_step is None:
+            return
+        req_ids, length = self._last_step
+        self._last_step = None
+        for req_id, accepted in zip(req_ids, length.tolist(), strict=True):
+            if req_id in self._waiting:
+                del self._waiting[req_id][: accepted + 1]
