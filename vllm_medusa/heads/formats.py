@@ -42,7 +42,7 @@ _VLLM_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 # Names that no backbone uses, so that heads may lie in the model's directory without a prefix.
 _UNMISTAKABLE = re.compile(r"\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.\d+\.|(token_map|d2t|t2d)$")
 # An input embedding means that the checkpoint holds a whole model.
-_EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
+EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
 # What quantised linear layers store: scales and quantizer states of ModelOpt, GPTQ, AWQ and others.
 _QUANTISED = re.compile(
     r"\.(weight_scale\w*|weight_packed|input_scale|pre_quant_scale|qweight|qzeros|scales|g_idx)$"
@@ -218,7 +218,7 @@ def _style(name: str) -> NameStyle | None:
 
 
 def _holds_model(keys: Iterable[str]) -> bool:
-    return any(_EMBEDDING.search(key) for key in keys)
+    return any(EMBEDDING.search(key) for key in keys)
 
 
 def _matches(pattern: re.Pattern[str], names: Iterable[str]) -> Iterator[re.Match[str]]:

@@ -9,7 +9,9 @@ from vllm_medusa.heads.files import TORCH_SUFFIXES, Selector, open_store, read_i
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def resolve(name: str | Path, what: str, select: Selector, *, revision: str | None = None) -> Path:
+def resolve(
+    name: str | Path, what: str, select: Selector | None, *, revision: str | None = None
+) -> Path:
     """Return the local directory or file of a checkpoint, downloading hub repositories.
 
     Of a hub repository only the JSON files and the files that may hold what is wanted are
@@ -19,7 +21,7 @@ def resolve(name: str | Path, what: str, select: Selector, *, revision: str | No
     Args:
         name: existing path, or hub name (`owner/name`).
         what: what it is, for messages ("heads").
-        select: which tensors are wanted.
+        select: which tensors are wanted; None if only JSON files are.
         revision: of a hub name.
 
     Raises:
@@ -47,13 +49,15 @@ def resolve(name: str | Path, what: str, select: Selector, *, revision: str | No
         ) from None
 
 
-def _download(repo: str, select: Selector, revision: str | None) -> Path:
+def _download(repo: str, select: Selector | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
     directory = fetch("*.json")
+    if select is None:
+        return directory
     for index in sorted(directory.glob("*.index.json")):
         file_of = read_index(index)
         if wanted := select(file_of):

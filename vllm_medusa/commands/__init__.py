@@ -1,0 +1,1 @@
+"""The sub-commands of `vllm-medusa`, one module each."""
