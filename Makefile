@@ -1,7 +1,7 @@
 # Every target sets up what it needs first; that takes minutes the first time and no time after.
 # PYTHON: the Python 3.11 to build with.  VENV, VENV_NEXT: where the environments go.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
 

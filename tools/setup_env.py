@@ -155,8 +155,8 @@ def install_pins(folder: Path, pins: dict[str, str]) -> None:
     if not missing:
         return
     print(
-        f"installing {len(missing)} packages into {shown(folder)}, which takes a few minutes "
-        f"(log: {shown(folder / LOG)})",
+        f"packages to install in {shown(folder)}: {len(missing)} (all of them take a few minutes; "
+        f"log: {shown(folder / LOG)})",
         flush=True,
     )
     if "torch" in missing:

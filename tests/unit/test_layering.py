@@ -50,7 +50,7 @@ def imported_names(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def layering_offences(module: str, tree: ast.Module) -> list[str]:
-    layer = (module.split(".") + [""])[1]
+    layer = [*module.split("."), ""][1]
     offences = []
     for line, name in imported_names(module, tree):
         top, _, rest = name.partition(".")
