@@ -210,5 +210,7 @@ def _read_tree(path: Path, num_heads: int) -> list[list[int]] | None:
         paths = read_tree_file(path)
         DraftTree.from_paths(paths).check_heads(num_heads)
     except TreeError as exc:
-        raise HeadsError(f"{path}: {exc}") from None
+        raise HeadsError(
+            f"{path}: {exc}; write the tree again with `vllm-medusa calibrate` or remove the file"
+        ) from None
     return paths

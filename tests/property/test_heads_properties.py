@@ -1,0 +1,146 @@
+"""Random heads: the batched module equals the slow one, and formats hold what goes in."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.checkpoints import (
+    assert_same_heads,
+    make_heads,
+    write_fasterdecoding,
+    write_merged,
+    write_modelopt,
+    write_native,
+    write_vllm,
+)
+from tests.unit.test_heads_module import fast_logits, slow_features, slow_logits
+from vllm_medusa.heads import HeadsCheckpoint, HeadsError, MedusaHeads, load_heads
+from vllm_medusa.heads.write import save_heads
+
+OPTIONS = {
+    "num_heads": st.integers(1, 5),
+    "num_layers": st.integers(1, 3),
+    "has_bias": st.booleans(),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@st.composite
+def any_heads(draw: st.DrawFn, **fixed: Any) -> HeadsCheckpoint:
+    options: dict[str, Any] = {name: draw(strategy) for name, strategy in OPTIONS.items()}
+    options["hidden_size"] = draw(st.sampled_from([1, 4, 8]))
+    options["vocab_size"] = draw(st.sampled_from([7, 20]))
+    options["lm_head"] = draw(st.sampled_from(["own", "common", "target", "low_rank"]))
+    if options["lm_head"] != "target":
+        options["draft_vocab_size"] = draw(st.sampled_from([None, 1, 5]))
+    options["logit_scale"] = draw(st.sampled_from([1.0, 0.25]))
+    options["dtype"] = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return make_heads(**options | fixed)
+
+
+@given(heads=any_heads(dtype=torch.float32), batch=st.integers(0, 9), seed=st.integers(0, 99))
+def test_module_equals_the_oracle(heads: HeadsCheckpoint, batch: int, seed: int) -> None:
+    hidden = torch.randn(
+        batch, heads.spec.hidden_size, generator=torch.Generator().manual_seed(seed)
+    )
+    features = MedusaHeads.from_checkpoint(heads, torch.float32)(hidden)
+    torch.testing.assert_close(features, slow_features(heads, hidden), rtol=1e-4, atol=1e-4)
+    if heads.spec.lm_head != "target" and batch:
+        logits = fast_logits(heads, features)
+        torch.testing.assert_close(logits, slow_logits(heads, features), rtol=1e-4, atol=1e-4)
+
+
+@given(heads=any_heads())
+def test_native_holds_everything(heads: HeadsCheckpoint) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        save_heads(heads, Path(directory, "out"))
+        assert_same_heads(load_heads(Path(directory, "out")), heads)
+
+
+@given(
+    lm_head=st.sampled_from(["own", "target"]),
+    file=st.sampled_from(["heads.pt", "heads.safetensors"]),
+    **OPTIONS,
+)
+def test_every_format_gives_the_same_tensors(lm_head: str, file: str, **options: Any) -> None:
+    heads = make_heads(lm_head=lm_head, **options)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        # A checkpoint of heads alone cannot tell the vocabulary if the lm_head is the target's.
+        f1 = load_heads(write_fasterdecoding(directory / "f1", heads, file), target_vocab_size=20)
+        assert_same_heads(
+            f1, heads, source_format="tgi" if lm_head == "target" else "fasterdecoding"
+        )
+        f3 = load_heads(write_merged(directory / "f3", heads))
+        assert_same_heads(f3, heads, source_format="merged")
+        f4 = load_heads(write_vllm(directory / "f4", heads))
+        assert_same_heads(f4, heads, source_format="vllm")
+        f5 = load_heads(write_modelopt(directory / "f5", heads))
+        assert_same_heads(f5, heads, source_format="modelopt")
+        assert_same_heads(load_heads(write_native(directory / "own", heads)), heads)
+
+
+@given(
+    heads=any_heads(),
+    formats=st.lists(
+        st.sampled_from(["vllm", "fasterdecoding", "tgi", "speculators"]), min_size=1, max_size=4
+    ),
+)
+def test_conversion_loses_nothing_or_is_refused(heads: HeadsCheckpoint, formats: list[Any]) -> None:
+    """Through any chain of formats the heads compute the same logits as at the start."""
+    hidden = torch.randn(3, heads.spec.hidden_size, dtype=torch.float64)
+    expected = all_logits(heads, hidden)
+    current = HeadsCheckpoint(heads.spec, heads.tensors, base_model="owner/model")
+    with tempfile.TemporaryDirectory() as directory:
+        for number, write_format in enumerate(formats):
+            out = Path(directory, str(number))
+            if refused(current, write_format):
+                with pytest.raises(HeadsError, match="cannot be written as"):
+                    save_heads(current, out, write_format)
+                assert not out.exists()
+                continue
+            save_heads(current, out, write_format)
+            current = load_heads(out, target_vocab_size=heads.spec.vocab_size)
+            assert current.spec.vocab_size == heads.spec.vocab_size
+            torch.testing.assert_close(all_logits(current, hidden), expected)
+
+
+def refused(heads: HeadsCheckpoint, write_format: str) -> bool:
+    """What each format is known not to hold, said the other way round than the writer says it."""
+    spec = heads.spec
+    layers = heads.tensors["blocks.weight"].unbind(1)
+    holds = {
+        "vllm": spec.lm_head == "common" or (spec.lm_head == "own" and not spec.draft_vocab_size),
+        "speculators": spec.lm_head != "low_rank" and spec.logit_scale == 1,
+        "fasterdecoding": spec.lm_head in ("own", "common")
+        and all(torch.equal(layer, layers[0]) for layer in layers),
+        "tgi": spec.lm_head in ("own", "common")
+        or (spec.lm_head == "target" and spec.num_layers == 1),
+    }[write_format]
+    if write_format in ("fasterdecoding", "tgi"):
+        holds = holds and spec.logit_scale == 1 and not spec.draft_vocab_size
+    return not holds
+
+
+def all_logits(heads: HeadsCheckpoint, hidden: torch.Tensor) -> torch.Tensor:
+    """[K, B, vocab] in float64, -inf for tokens not drafted; the features without lm_heads."""
+    tensors = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in heads.tensors.items()
+    }
+    heads = HeadsCheckpoint(heads.spec, tensors)
+    features = slow_features(heads, hidden)
+    if heads.spec.lm_head == "target":
+        return features
+    logits = slow_logits(heads, features) * heads.spec.logit_scale
+    if heads.spec.draft_vocab_size is None:
+        return logits
+    assert heads.spec.vocab_size is not None
+    full = torch.full((*logits.shape[:2], heads.spec.vocab_size), -torch.inf, dtype=logits.dtype)
+    full[..., heads.tensors["token_map"]] = logits
+    return full
