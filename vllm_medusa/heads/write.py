@@ -138,7 +138,6 @@ def _fit(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> HeadsCheckpo
 def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]:
     """What the format has no place for, with a remedy each."""
     spec = checkpoint.spec
-    blocks = checkpoint.tensors["blocks.weight"]
     sequential = _STYLE[write_format] == "sequential"
     losses: list[str] = []
     if spec.lm_head == "low_rank":
@@ -163,9 +162,7 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
             f"TGI reads one layer per head with the target's lm_head, these have {spec.num_layers};"
             " use --to vllm"
         )
-    if write_format == "fasterdecoding" and not torch.equal(
-        blocks, blocks[:, :1].expand_as(blocks)
-    ):
+    if write_format == "fasterdecoding" and not _has_tied_layers(checkpoint):
         losses.append(
             f"its reader uses one block for all layers, the {spec.num_layers} different layers of "
             "each head would be lost; use --to vllm or --to tgi"
@@ -175,6 +172,11 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
     if write_format in ("vllm", "speculators") and spec.vocab_size is None:
         losses.append("its config.json must give the vocabulary size; give --model")
     return losses
+
+
+def _has_tied_layers(checkpoint: HeadsCheckpoint) -> bool:
+    blocks = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("blocks.")]
+    return all(torch.equal(block, block[:, :1].expand_as(block)) for block in blocks)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
