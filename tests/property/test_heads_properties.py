@@ -115,7 +115,7 @@ def refused(heads: HeadsCheckpoint, write_format: str) -> bool:
     spec = heads.spec
     layers = heads.tensors["blocks.weight"].unbind(1)
     holds = {
-        "vllm": spec.lm_head == "common" or (spec.lm_head == "own" and not spec.draft_vocab_size),
+        "vllm": spec.lm_head in ("own", "common"),
         "speculators": spec.lm_head != "low_rank" and spec.logit_scale == 1,
         "fasterdecoding": spec.lm_head in ("own", "common")
         and all(torch.equal(layer, layers[0]) for layer in layers),
@@ -123,7 +123,9 @@ def refused(heads: HeadsCheckpoint, write_format: str) -> bool:
         or (spec.lm_head == "target" and spec.num_layers == 1),
     }[write_format]
     if write_format in ("fasterdecoding", "tgi"):
-        holds = holds and spec.logit_scale == 1 and not spec.draft_vocab_size
+        holds = holds and spec.logit_scale == 1
+    if write_format != "speculators":
+        holds = holds and not spec.draft_vocab_size
     return not holds
 
 

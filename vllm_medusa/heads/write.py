@@ -6,7 +6,7 @@ What a format cannot hold is refused, never dropped or approximated. Formats dif
 format         lm_heads                  no biases token map  logit_scale  layers per head
 ============== ========================= ========= ========== ============ ======================
 native         any                       yes       yes        yes          any
-vllm           own, common               yes       common     yes          any
+vllm           own, common               yes       no         yes          any
 speculators    own, target               yes       own        no           any
 fasterdecoding own                       as zeros  no         no           1, or all the same
 tgi            own, target               as zeros  no         no           any; 1 with the target's
@@ -149,11 +149,11 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
         losses.append(
             "it needs lm_heads and these heads use the target's; name the target with --model"
         )
-    if spec.draft_vocab_size and (sequential or (write_format, spec.lm_head) == ("vllm", "own")):
+    if spec.draft_vocab_size and write_format != "speculators":
         losses.append(
             "the token map would be lost, "
-            + ("it has none" if sequential else "vLLM loads one with a single lm_head only")
-            + "; keep the heads as they are"
+            + ("it has none" if sequential else "vLLM 0.32 fails to load one")
+            + "; use --to speculators, or keep the heads as they are"
         )
     if spec.logit_scale != 1.0 and write_format != "vllm":
         losses.append(f"logit_scale {spec.logit_scale} would be lost; use --to vllm")
