@@ -9,29 +9,45 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 384
 HIDDEN_SIZE = 128
 
 
-def make_model(path: Path, *, seed: int = 3, sliding_window: int | None = None) -> Path:
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+
+
+def make_model(path: Path, seed: int = 3) -> Path:
     """Write a random model whose greedy text is chaotic, so that a wrong K/V shows at once."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=VOCAB_SIZE - 1,
+    return _save(LlamaForCausalLM(LlamaConfig(**SIZES)), path, seed)
+
+
+def make_windowed_model(path: Path, seed: int = 3) -> Path:
+    """Write such a model whose first layer attends to a window only, with capped scores."""
+    sizes = {**SIZES, "tie_word_embeddings": True, "pad_token_id": None}
+    config = Gemma2Config(
+        **sizes,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=32,
     )
-    model = LlamaForCausalLM(config)
+    return _save(Gemma2ForCausalLM(config), path, seed)
+
+
+def _save(model: Any, path: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

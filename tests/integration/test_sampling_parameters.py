@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from tests import tiny
@@ -125,7 +126,9 @@ def test_outputs_equal_those_without_speculation(
         if tree != "chain":
             assert counters(llm)["commits"] > 100
         # The same seeds give the same texts in another batch.
-        alone = [llm.generate([p], [s], use_tqdm=False)[0] for p, s in zip(prompts, params)]
+        alone = [
+            llm.generate([p], [s], use_tqdm=False)[0] for p, s in zip(prompts, params, strict=True)
+        ]
         check_same(reference, alone, names)
     assert len(oracle.chosen) > 4
 
@@ -187,7 +190,7 @@ def test_thinking_budget_is_refused(engine: Callable[..., Any], tiny_heads: Path
     params = sampling({"thinking_token_budget": 5})
     with (
         engine(speculative_config=spec) as llm,
-        pytest.raises(ValueError, match="thinking_token_budget=5 is not supported"),
+        pytest.raises(VLLMValidationError, match="thinking_token_budget=5 is not supported"),
     ):
         llm.generate(random_prompts(1), params, use_tqdm=False)
 

@@ -96,9 +96,7 @@ class Simulation:
         shape = self.shapes.get(tuple(counts), tuple(drafts))
         computed = torch.tensor([len(tokens) for tokens in self.tokens])
         self._mirror(shape.forked_reqs.tolist(), computed)
-        rows = expand_block_table(
-            shape, self.geometry, self.block_table, computed, self.fork_base
-        )
+        rows = expand_block_table(shape, self.geometry, self.block_table, computed, self.fork_base)
         slots = write_slots(shape, self.geometry, rows, computed)
         new = [f"{self.rng.random():.9f}" for _ in range(sum(counts))]
         stash = [new[i] for i in shape.write_token.tolist()]
@@ -175,9 +173,9 @@ def test_the_simulation_accepts_other_paths() -> None:
 
 def test_a_step_without_the_mirror_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Simulation, "_mirror", lambda *args: None)
+    run = test_forked_steps_see_and_keep_the_right_tokens.hypothesis.inner_test
     with pytest.raises(AssertionError):
-        for seed in range(50):
-            test_forked_steps_see_and_keep_the_right_tokens.hypothesis.inner_test(seed)
+        _ = [run(seed) for seed in range(50)]
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ class PathForks:
                 metadata = self._expand(metadata, group_idx)
             return build(metadata, *args, **kwargs)
 
-        group.build_metadata = build_expanded  # type: ignore[method-assign]
+        group.build_metadata = build_expanded
         for builder in group.metadata_builders:
             # A shortcut that reuses another group's metadata with this group's own block table,
             # which is not the expanded one (gpu_model_runner.py, _build_attn_group_metadata).

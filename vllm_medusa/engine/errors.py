@@ -22,7 +22,7 @@ def install_one_line_errors() -> None:
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, USER_ERRORS):
-            print(f"vllm_medusa: error: {error}", file=sys.stderr)
+            sys.stderr.write(f"vllm_medusa: error: {error}\n")
         else:
             previous(kind, error, traceback)
 

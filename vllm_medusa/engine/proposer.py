@@ -7,6 +7,7 @@ such a proposer no hidden states (``propose_draft_token_ids``, ``gpu_model_runne
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +92,7 @@ class MedusaProposer:
         return self._layout.draft_tokens(tokens)
 
     def _use_target_lm_head(self, target: nn.Module) -> None:
-        lm_head = getattr(target, "lm_head", None)
-        if lm_head is None and hasattr(target, "get_language_model"):
-            lm_head = getattr(target.get_language_model(), "lm_head", None)
+        lm_head: Any = _find_lm_head(target)
         if lm_head is None:
             raise HeadsError(
                 f"the heads {self.config.heads} use the target's lm_head, which "
@@ -129,6 +128,16 @@ class MedusaProposer:
             own = tensors["lm_head.weight"]
             weight = shard(own if own.ndim == 2 else own[:depth])
             self._local_logits = lambda features: head_logits(features, weight=weight)
+
+
+def _find_lm_head(target: Any) -> nn.Module | None:
+    """Return the target's output embedding, which in some models is the input embedding."""
+    if hasattr(target, "get_language_model"):
+        target = target.get_language_model()
+    lm_head: nn.Module | None = getattr(target, "lm_head", None)
+    if lm_head is not None:
+        return lm_head
+    return getattr(getattr(target, "model", None), "embed_tokens", None)
 
 
 def _shard_bounds(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:

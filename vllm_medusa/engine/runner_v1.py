@@ -86,7 +86,7 @@ class MedusaRunnerMixin(_Base):
         shape = self.forks.begin_step(
             self.input_batch.req_ids,
             tuple(num_scheduled_tokens.tolist()),
-            tuple(len(drafts.get(req_id, ())) for req_id in self.input_batch.req_ids),
+            tuple(_num_drafts(drafts.get(req_id)) for req_id in self.input_batch.req_ids),
             self.num_computed_tokens[:num_reqs],
             self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
             [table.get_device_tensor(num_reqs) for table in tables],
@@ -195,3 +195,13 @@ class MedusaRunnerMixin(_Base):
             if num_drafts and node_path[node] > 0:
                 self.counters.commits += 1
 
+
+def _num_drafts(draft_token_ids: list[int] | None) -> int:
+    """Return how many drafts a request verifies; placeholders are none.
+
+    The scheduler gives a new request that has one token left to compute as many placeholders (-1)
+    as others have drafts. They are run as so many tokens in a row, and no target token equals one.
+    """
+    if not draft_token_ids or draft_token_ids[0] < 0:
+        return 0
+    return len(draft_token_ids)

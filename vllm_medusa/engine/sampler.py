@@ -107,9 +107,7 @@ class TreeSampler(RejectionSampler):
                 return greedy, logits
         temperature = sampling.temperature[rows.req]
         logits = self.sampler.apply_temperature(logits, temperature, sampling.all_random)
-        logits = self._constraints.apply_argmax_invariant(
-            logits, rows, draft_tokens, sampling
-        )
+        logits = self._constraints.apply_argmax_invariant(logits, rows, draft_tokens, sampling)
         top_k = None if sampling.top_k is None else sampling.top_k[rows.req]
         top_p = None if sampling.top_p is None else sampling.top_p[rows.req]
         logits = apply_top_k_top_p(logits, top_k, top_p)

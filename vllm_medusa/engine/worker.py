@@ -10,10 +10,9 @@ from typing import Any
 
 from vllm_medusa.engine.compat import replaced
 
-__all__ = ["MedusaWorker"]
-
 
 def __getattr__(name: str) -> Any:
+    """Build ``MedusaWorker`` when it is first asked for."""
     if name != "MedusaWorker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     worker = _build_worker()

@@ -179,7 +179,8 @@ class StepShapes:
             num_draft_tokens: how many of them are drafts; 0, or ``num_tokens - 1``.
 
         """
-        requests = [self._parts(*counts) for counts in zip(num_tokens, num_draft_tokens)]
+        counts = zip(num_tokens, num_draft_tokens, strict=True)
+        requests = [self._parts(*count) for count in counts]
         token_start = _exclusive_sums([parts.num_tokens for parts in requests])
         seq_start = _exclusive_sums([len(parts.query_lens) for parts in requests])
         write_start = _exclusive_sums([len(parts.writes) for parts in requests])
@@ -302,8 +303,8 @@ def commit_writes(
         length: [B] how many of them behind the root were accepted.
 
     Returns:
-        ``(source, slots)``, each [R * P * (D + 1 - commit_from)] int64: the place among the step's E writes that
-        holds the K/V, and the slot it goes to or `PAD_SLOT`.
+        ``(source, slots)``, each [R * P * (D + 1 - commit_from)] int64: the place among the step's
+        E writes that holds the K/V, and the slot it goes to or `PAD_SLOT`.
 
     """
     reqs = shape.forked_reqs
