@@ -50,6 +50,12 @@ class DemoError(Exception):
     """A mistake of the caller, reported in one line."""
 
 
+def require(path: Path, script: str) -> None:
+    """Refuse a missing input by name, with the script that makes it."""
+    if not path.exists():
+        raise DemoError(f"{path} does not exist: run {script} first")
+
+
 def read_corpus() -> tuple[list[str], list[str]]:
     """Source texts of the running interpreter's standard library: (training, held out)."""
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import write_json
+from common import require, write_json
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -55,6 +55,7 @@ def save_heads(heads: nn.ModuleList, model: PreTrainedModel, model_path: str, ou
 
 def load_heads(path: Path) -> nn.ModuleList:
     """Heads as stored, in float32."""
+    require(path / "config.json", "train_heads.py")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     heads = build_heads(
         config["medusa_num_heads"], config["medusa_num_layers"], config["hidden_size"]
@@ -66,6 +67,7 @@ def load_heads(path: Path) -> nn.ModuleList:
 
 def load_model(path: Path) -> PreTrainedModel:
     """The frozen target: the stored weights, computed in float32."""
+    require(path / "config.json", "train_base.py")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 

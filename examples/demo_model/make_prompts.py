@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from common import DemoError, read_corpus
+from common import DemoError, read_corpus, require
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 BOUNDARY = re.compile(r"^[ ]*(?:async def|def|class) ", re.MULTILINE)
@@ -67,6 +67,7 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 def run(arguments: argparse.Namespace) -> None:
     """Cut, choose and write the prompts."""
     rng = random.Random(arguments.seed)
+    require(arguments.model / "tokenizer.json", "train_base.py")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     _, held_out = read_corpus()
     remaining = [prompts_of(text, tokenizer, rng) for text in held_out]

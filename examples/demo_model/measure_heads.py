@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DemoError, Progress, encode_stream, provenance, read_corpus, write_json
+from common import DemoError, Progress, encode_stream, provenance, read_corpus, require, write_json
 from heads import greedy_continue, load_heads, load_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("demo/model"))
     parser.add_argument("--heads", type=Path, default=Path("demo/heads"))
     parser.add_argument("--prompts", type=Path, default=Path("demo/prompts.jsonl"))
-    parser.add_argument("--windows", type=int, default=512, help="held-out windows for the trees")
+    parser.add_argument("--windows", type=int, default=256, help="held-out windows for the trees")
     parser.add_argument("--window-tokens", type=int, default=96, help="prompt tokens a window")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--tree-nodes", type=int, default=64, help="draft nodes to write")
@@ -137,6 +137,7 @@ def continue_prompts(
     arguments: argparse.Namespace,
 ) -> list[Continuation]:
     """Continuations of the demo's prompts, one by one as they differ in length."""
+    require(arguments.prompts, "make_prompts.py")
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
     progress = Progress(len(lines), "tokens", arguments.new_tokens, every=16)
     result = []

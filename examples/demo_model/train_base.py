@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("demo/model"), help="output directory")
-    parser.add_argument("--tokens", type=int, default=5_600_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=7_400_000, help="training tokens")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--context", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="peak rate, layer matrices")

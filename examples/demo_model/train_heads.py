@@ -9,6 +9,7 @@ cached. The heads have no lm_head of their own: the base's is used.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 GENERATION_BATCH = 128
+# What the cached hidden states depend on, besides the weights.
+CACHE_SETTINGS = ("greedy_sequences", "real_sequences", "prompt_tokens", "new_tokens", "seed")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,17 +51,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo/heads"))
     parser.add_argument("--cache", type=Path, help="file to keep the hidden states in")
     parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--num-layers", type=int, default=1)
+    parser.add_argument("--num-layers", type=int, default=3)
     parser.add_argument("--greedy-sequences", type=int, default=4480)
     parser.add_argument("--real-sequences", type=int, default=1920)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="peak rate, matrices")
     parser.add_argument("--adamw-lr", type=float, default=4e-3, help="peak rate, biases")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of the base's distribution that is learnt"
+        "--temperature", type=float, default=0.5, help="of the base's distribution that is learnt"
     )
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--seed", type=int, default=0)
@@ -96,13 +99,24 @@ def build_cache(model: PreTrainedModel, arguments: argparse.Namespace) -> torch.
 
 def cached_hidden(model: PreTrainedModel, arguments: argparse.Namespace) -> torch.Tensor:
     """The hidden states, from the cache file if there is one."""
-    if arguments.cache is not None and arguments.cache.exists():
-        stored: torch.Tensor = torch.load(arguments.cache, weights_only=True)
-        return stored
-    hidden = build_cache(model, arguments)
-    if arguments.cache is not None:
-        torch.save(hidden, arguments.cache)
-    return hidden
+    if arguments.cache is None:
+        return build_cache(model, arguments)
+    weights = (arguments.model / "model.safetensors").read_bytes()
+    wanted = {name: getattr(arguments, name) for name in CACHE_SETTINGS}
+    wanted["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    if not arguments.cache.exists():
+        hidden = build_cache(model, arguments)
+        torch.save({"settings": wanted, "hidden": hidden}, arguments.cache)
+        return hidden
+    stored = torch.load(arguments.cache, weights_only=True)
+    for name, value in wanted.items():
+        if stored["settings"][name] != value:
+            raise DemoError(
+                f"--cache {arguments.cache}: made with {name} {stored['settings'][name]}, "
+                f"not {value}; remove the file"
+            )
+    cached: torch.Tensor = stored["hidden"]
+    return cached
 
 
 def train(
