@@ -1,0 +1,1 @@
+"""Measuring engines against each other, each in a process of its own."""
