@@ -8,6 +8,7 @@ than once. What it patches, and where each patch lies upstream:
 `sampling_params.patch_validation`         ``SamplingParams``: parameters that trees can honour
 `memory.patch_engine_core`                 ``EngineCore``: fork blocks are taken off the KV cache
 `logits_processors.patch_...`              the V1 runner, in our workers: ``min_p`` and its like
+`merged_checkpoint.patch_model_loading`    model loaders, in our workers: heads beside the target
 =========================================  =======================================================
 
 Everything else hangs on the worker class that `arguments` names in ``parallel_config.worker_cls``

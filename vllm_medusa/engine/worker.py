@@ -24,8 +24,10 @@ def _build_worker() -> type:
     from vllm.platforms import current_platform
 
     from vllm_medusa.engine.logits_processors import patch_logits_processors
+    from vllm_medusa.engine.merged_checkpoint import patch_model_loading
 
     patch_logits_processors()
+    patch_model_loading()
     return _build_cpu_worker() if current_platform.is_cpu() else _build_gpu_worker()
 
 

@@ -122,6 +122,11 @@ def select_heads(keys: Iterable[str]) -> Collection[str]:
     return head_names(stored).values() if is_heads else ()
 
 
+def is_heads_tensor(key: str) -> bool:
+    """Whether a tensor of a checkpoint that holds a whole model belongs to Medusa heads."""
+    return key.startswith(PREFIXES) or _UNMISTAKABLE.match(key) is not None
+
+
 def head_names(keys: Iterable[str]) -> dict[str, str]:
     """Select the tensors that belong to the heads: from names without prefix to stored names.
 
@@ -134,9 +139,9 @@ def head_names(keys: Iterable[str]) -> dict[str, str]:
     is_model = _holds_model(stored)
     names: dict[str, str] = {}
     for key in stored:
-        name = _strip(key)
-        if is_model and name == key and not _UNMISTAKABLE.match(key):
+        if is_model and not is_heads_tensor(key):
             continue
+        name = _strip(key)
         if name in names:
             raise HeadsError(
                 f"tensors {names[name]!r} and {key!r} are the same part of the heads; remove one"
