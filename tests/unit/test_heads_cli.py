@@ -181,6 +181,43 @@ def test_convert_takes_the_embedding_of_a_model_that_stores_no_lm_head(
     assert torch.equal(weight, torch.full((20, 8), 2.0))
 
 
+def test_convert_takes_the_embedding_of_a_tied_model_that_stores_an_lm_head_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers and vLLM ignore such an lm_head."""
+    write_tgi(tmp_path / "in", make_heads(lm_head="target"))
+    target = make_target(tmp_path / "model", tie_word_embeddings=True)
+    stored = {"lm_head.weight": torch.zeros(20, 8)}
+    save_file(backbone_tensors() | stored, target / "model.safetensors")
+    run(capsys, "convert", tmp_path / "in", tmp_path / "out", "--to", "vllm", "--model", target)
+    weight = load_heads(tmp_path / "out").tensors["lm_head.weight"]
+    assert torch.equal(weight, torch.ones(20, 8))
+
+
+def test_convert_does_not_take_another_heads_lm_head_for_the_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tgi(tmp_path / "in", make_heads(lm_head="target"))
+    target = make_target(tmp_path / "model")
+    of_heads = {"medusa_heads.lm_head.weight": torch.zeros(20, 8)}
+    save_file(backbone_tensors() | of_heads, target / "model.safetensors")
+    run(capsys, "convert", tmp_path / "in", tmp_path / "out", "--to", "vllm", "--model", target)
+    weight = load_heads(tmp_path / "out").tensors["lm_head.weight"]
+    assert torch.equal(weight, torch.ones(20, 8))
+
+
+def test_convert_does_not_guess_the_lm_head_of_an_untied_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tgi(tmp_path / "in", make_heads(lm_head="target"))
+    target = make_target(tmp_path / "model", tie_word_embeddings=False)
+    tensors = backbone_tensors()
+    del tensors["lm_head.weight"]
+    save_file(tensors, target / "model.safetensors")
+    arguments = ["convert", tmp_path / "in", tmp_path / "out", "--to", "vllm", "--model", target]
+    assert "found 0 tensors that may be the lm_head (none)" in fail(capsys, *arguments)
+
+
 def test_convert_leaves_the_targets_lm_head_where_the_format_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
