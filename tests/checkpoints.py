@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_medusa.heads import HeadsCheckpoint, HeadsSpec
+from vllm_medusa.heads import HeadsCheckpoint, HeadsError, HeadsSpec, load_heads
 
 BACKBONE = {
     "model.embed_tokens.weight": (20, 8),
@@ -243,3 +245,25 @@ def write_native(directory: Path, heads: HeadsCheckpoint, prefix: str = "") -> P
         "logit_scale": heads.spec.logit_scale,
     }
     return write(directory, tensors, config, "medusa_heads.safetensors")
+
+
+REMEDY = re.compile(
+    r"\b(export|use|give|name|remove|repair|set|save|copy|correct|keep|update|train|check|add|write)\b"
+)
+
+
+def error(path: Path | str, **options: Any) -> str:
+    """The message with which `load_heads` refuses, checked for its form: one line, a remedy."""
+    with pytest.raises(HeadsError) as caught:
+        load_heads(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    assert REMEDY.search(message), message
+    return message
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | changes))

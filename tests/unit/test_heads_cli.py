@@ -144,12 +144,18 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_same_heads(load_heads(tmp_path / "out"), make_heads(), source_format="vllm")
 
 
-@pytest.mark.parametrize("write_format", ["vllm", "fasterdecoding"])
+@pytest.mark.parametrize(
+    ("write_format", "num_layers"), [("vllm", 1), ("fasterdecoding", 1), ("tgi", 2)]
+)
 @pytest.mark.parametrize("tied", [True, False, None])
 def test_convert_reads_the_targets_lm_head(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_format: str, tied: bool | None
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    write_format: str,
+    num_layers: int,
+    tied: bool | None,
 ) -> None:
-    write_tgi(tmp_path / "in", make_heads(lm_head="target"))
+    write_tgi(tmp_path / "in", make_heads(lm_head="target", num_layers=num_layers))
     target = make_target(tmp_path / "model", tie_word_embeddings=tied)
     run(
         capsys,

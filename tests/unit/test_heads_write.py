@@ -186,7 +186,7 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
         ("speculators", {"logit_scale": 0.5}, "logit_scale 0.5 would be lost; use --to vllm"),
         ("fasterdecoding", {"logit_scale": 0.5}, "logit_scale 0.5"),
         ("tgi", {"logit_scale": 0.5}, "logit_scale 0.5"),
-        ("tgi", {"lm_head": "target", "num_layers": 2}, "one layer per head"),
+        ("tgi", {"lm_head": "target", "num_layers": 2}, "name the target with --model"),
         ("fasterdecoding", {"num_layers": 2}, "the 2 different layers of each head would be lost"),
         ("fasterdecoding", {"base_model": None}, "must name the target; give --model"),
         ("tgi", {"base_model": None}, "must name the target; give --model"),

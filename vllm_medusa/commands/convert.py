@@ -32,12 +32,12 @@ def run(arguments: argparse.Namespace) -> str:
     import dataclasses
 
     from vllm_medusa.heads.target import read_lm_head
-    from vllm_medusa.heads.write import save_heads, with_target_lm_head
+    from vllm_medusa.heads.write import needs_lm_head, save_heads, with_target_lm_head
 
     heads, target = load_heads_and_model(arguments)
     if target is not None:
         heads = dataclasses.replace(heads, base_model=target.name)
-        if heads.spec.lm_head == "target" and arguments.write_format in ("vllm", "fasterdecoding"):
+        if needs_lm_head(heads, arguments.write_format):
             heads = with_target_lm_head(heads, read_lm_head(target))
     save_heads(
         heads,

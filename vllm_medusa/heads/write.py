@@ -94,6 +94,16 @@ def save_heads(
         raise HeadsError(f"{out}: cannot be written ({exc}); nothing was changed") from None
 
 
+def needs_lm_head(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> bool:
+    """Tell whether the format has no way to say that these heads use the target's lm_head."""
+    spec = checkpoint.spec
+    if spec.lm_head != "target":
+        return False
+    if write_format == "tgi":  # it reads one layer per head where they share the target's
+        return spec.num_layers > 1
+    return write_format in ("vllm", "fasterdecoding")
+
+
 def with_target_lm_head(checkpoint: HeadsCheckpoint, weight: torch.Tensor) -> HeadsCheckpoint:
     """Give heads that use the target's lm_head that lm_head as a tensor of their own.
 
@@ -145,7 +155,7 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
             "the low-rank factors of the lm_heads would be lost, it holds full matrices only; keep "
             "the heads as they are"
         )
-    if spec.lm_head == "target" and write_format in ("vllm", "fasterdecoding"):
+    if needs_lm_head(checkpoint, write_format):
         losses.append(
             "it needs lm_heads and these heads use the target's; name the target with --model"
         )
@@ -157,11 +167,6 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
         )
     if spec.logit_scale != 1.0 and write_format != "vllm":
         losses.append(f"logit_scale {spec.logit_scale} would be lost; use --to vllm")
-    if write_format == "tgi" and spec.lm_head == "target" and spec.num_layers > 1:
-        losses.append(
-            f"TGI reads one layer per head with the target's lm_head, these have {spec.num_layers};"
-            " use --to vllm"
-        )
     if write_format == "fasterdecoding" and not _has_tied_layers(checkpoint):
         losses.append(
             f"its reader uses one block for all layers, the {spec.num_layers} different layers of "
