@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from typing import Any
 
 from vllm_medusa.config import (
@@ -16,8 +17,10 @@ from vllm_medusa.config import (
     MedusaRequest,
     resolve_tree,
 )
-from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.compat import check_version, patch, replaced
+from vllm_medusa.engine.memory import patch_engine_core
 from vllm_medusa.engine.sampling_params import PROPOSER_CLASS
+from vllm_medusa.engine.structured_output import patch_structured_output
 from vllm_medusa.engine.support import check_before, check_supported
 from vllm_medusa.heads import load_heads
 
@@ -60,13 +63,18 @@ def _wrap_create_engine_config(original: Any) -> Any:
         request = take_request(self)
         if request is None:
             return original(self, *args, **kwargs)
-        config = _configure(self, request)
-        vllm_config = original(self, *args, **kwargs)
+        check_version()
+        config = _resolve(self, request)
+        with ExitStack() as stack:
+            # Put back afterwards: vLLM may make several configurations from the same arguments.
+            for name, value in _vllm_arguments(self, config).items():
+                stack.enter_context(replaced(self, name, value))
+            vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config, config)
         _check_fit(vllm_config, config)
-        from vllm_medusa.engine.memory import patch_engine_core
-
+        # For an engine core in this process, whose plugins are loaded already.
         patch_engine_core()
+        patch_structured_output()
         return vllm_config
 
     return create_engine_config
@@ -85,14 +93,14 @@ def take_request(args: Any) -> MedusaRequest | None:
     if given is not None and not isinstance(given, dict):
         return None
     values = {key.replace("-", "_"): value for key, value in (given or {}).items()}
-    if METHOD not in (values.get("method"), args.spec_method):
+    if METHOD not in (values.get("method"), getattr(args, "spec_method", None)):
         return None
     for flag, key in (
         ("spec_method", "method"),
         ("spec_model", "model"),
         ("spec_tokens", "num_speculative_tokens"),
     ):
-        value = getattr(args, flag)
+        value = getattr(args, flag, None)
         if value is None:
             continue
         if key in values:
@@ -101,8 +109,8 @@ def take_request(args: Any) -> MedusaRequest | None:
     return MedusaRequest.from_dict(values)
 
 
-def _configure(args: Any, request: MedusaRequest) -> MedusaConfig:
-    """Resolve the heads and the tree, and set what vLLM needs to know of them."""
+def _resolve(args: Any, request: MedusaRequest) -> MedusaConfig:
+    """Find the heads and the tree that a request means."""
     check_before(args, WORKER_CLASS)
     heads = request.model or args.model
     revision = request.revision if request.model else args.revision
@@ -115,22 +123,29 @@ def _configure(args: Any, request: MedusaRequest) -> MedusaConfig:
     # Read for its faults only; the workers load it again, each its share.
     del checkpoint
     gc.collect()
-    config = MedusaConfig(
+    return MedusaConfig(
         heads=heads,
         revision=revision,
         tree=tree,
         tree_name=tree_name,
         max_tree_requests=request.max_tree_requests,
     )
-    args.speculative_config = {
-        "method": "custom_class",
-        "model": PROPOSER_CLASS,
-        "num_speculative_tokens": tree.num_draft_tokens,
+
+
+def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
+    """Return the values of ``EngineArgs`` that tell vLLM what to do."""
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER_CLASS,
+            "num_speculative_tokens": config.tree.num_draft_tokens,
+        },
+        "spec_method": None,
+        "spec_model": None,
+        "spec_tokens": None,
+        "additional_config": {**(args.additional_config or {}), CONFIG_KEY: config.to_dict()},
+        "worker_cls": WORKER_CLASS,
     }
-    args.spec_method = args.spec_model = args.spec_tokens = None
-    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: config.to_dict()}
-    args.worker_cls = WORKER_CLASS
-    return config
 
 
 def _check_fit(vllm_config: Any, config: MedusaConfig) -> None:

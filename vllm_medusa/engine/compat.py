@@ -26,6 +26,20 @@ def is_supported_version() -> bool:
     return ".".join(vllm_version().split(".")[:2]) in SUPPORTED_VERSIONS
 
 
+def check_version() -> None:
+    """Refuse to run on a vLLM that the plugin was not tested with.
+
+    Raises:
+        ConfigError: naming the supported versions.
+
+    """
+    if not is_supported_version():
+        raise ConfigError(
+            f"vllm_medusa supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, not {vllm_version()}; "
+            "install one of these, or leave the plugin out with VLLM_PLUGINS=''"
+        )
+
+
 def patch(owner: Any, name: str, parameters: list[str], wrap: Callable[[Any], Any]) -> None:
     """Replace ``owner.name`` by ``wrap(original)``, once.
 
@@ -64,24 +78,3 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def refuse_medusa() -> None:
-    """On a vLLM that is not supported: leave it alone, but say so to who asks for Medusa."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    def wrap(original: Any) -> Any:
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            config = self.speculative_config
-            if config == "medusa" or (
-                isinstance(config, dict) and ("tree" in config or "acceptance" in config)
-            ):
-                raise ConfigError(
-                    f"vllm_medusa supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, not "
-                    f"{vllm_version()}; install one of these"
-                )
-            return original(self, *args, **kwargs)
-
-        return create_engine_config
-
-    patch(EngineArgs, "create_engine_config", ["self"], wrap)

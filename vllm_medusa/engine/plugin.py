@@ -7,6 +7,7 @@ than once. What it patches, and where each patch lies upstream:
 `arguments.patch_arguments`                ``EngineArgs``: the ``medusa`` string and our keys
 `sampling_params.patch_validation`         ``SamplingParams``: parameters that trees can honour
 `memory.patch_engine_core`                 ``EngineCore``: fork blocks are taken off the KV cache
+`structured_output.patch_...`              ``StructuredOutputManager``: grammars walk trees
 `logits_processors.patch_...`              the V1 runner, in our workers: ``min_p`` and its like
 `merged_checkpoint.patch_model_loading`    model loaders, in our workers: heads beside the target
 =========================================  =======================================================
@@ -17,28 +18,33 @@ Everything else hangs on the worker class that `arguments` names in ``parallel_c
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import torch
 
+from vllm_medusa.config import ConfigError
 from vllm_medusa.engine import compat
 
 
 def register() -> None:
     """Make vLLM know ``medusa``; does nothing when called again in the same process."""
-    _initialise_amx()
-    if not compat.is_supported_version():
-        compat.refuse_medusa()
-        return
-    from vllm_medusa.engine import arguments, errors, memory, sampling_params
+    from vllm_medusa.engine import arguments, errors, memory, sampling_params, structured_output
 
     errors.install_one_line_errors()
+    if not compat.is_supported_version():
+        # Leave it alone, but say so to who asks for Medusa, where its arguments still fit.
+        with contextlib.suppress(ConfigError):
+            arguments.patch_arguments()
+        return
+    _initialise_amx()
     arguments.patch_arguments()
     sampling_params.patch_validation()
     # The engine core's module is slow to import, and only its own process needs the patch; where
     # the engine runs in this process, `arguments` applies it.
     if "vllm.v1.engine.core" in sys.modules:
         memory.patch_engine_core()
+        structured_output.patch_structured_output()
 
 
 def _initialise_amx() -> None:

@@ -21,6 +21,7 @@ from vllm_medusa.engine.attention import PathForks
 from vllm_medusa.engine.memory import fork_pool_of
 from vllm_medusa.engine.proposer import MedusaProposer
 from vllm_medusa.engine.sampler import TreeSampler
+from vllm_medusa.engine.structured_output import masks_trees
 from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class MedusaRunnerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.tree_layout = TreeLayout.build(self.drafter.config.tree, self.device)
         self.rejection_sampler = TreeSampler(self.sampler, self.tree_layout, self.device)
+        self.masks_trees = masks_trees(self.vllm_config)
         self.counters = counters.Counters()
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -176,8 +178,7 @@ class MedusaRunnerMixin(_Base):
         if self.forks.was_forked(index):
             held.set_mirrored(req_id, computed)
         params = self.requests[req_id].sampling_params
-        if params is not None and params.structured_outputs is not None:
-            # vLLM's grammars walk a request's drafts as a chain (v1/structured_output).
+        if params is not None and params.structured_outputs and not self.masks_trees:
             return draft[: self.tree_layout.first_path_length]
         if not held.acquire(req_id):
             self.counters.chain_fallbacks += 1

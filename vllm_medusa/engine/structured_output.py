@@ -1,0 +1,129 @@
+"""Grammars over trees: each node's mask follows the node's own path.
+
+vLLM walks a request's drafts as a chain, in the engine core (``v1/structured_output``). In a tree
+the siblings would then be masked by one another's state. Here the walk goes down and up the tree
+instead. A node that its grammar forbids needs no pruning: its parent's mask forbids its token, so
+the target never takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.memory import medusa_config_of
+
+
+def masks_trees(vllm_config: Any) -> bool:
+    """Whether the drafts of grammar requests are masked as trees.
+
+    With a reasoning parser they are not: a grammar may then begin in the middle of the drafts,
+    which vLLM finds by going through them as a chain.
+    """
+    reasoning = vllm_config.structured_outputs_config
+    return medusa_config_of(vllm_config) is not None and not (
+        reasoning.reasoning_parser or reasoning.reasoning_parser_plugin
+    )
+
+
+def patch_structured_output() -> None:
+    """Patch ``StructuredOutputManager.grammar_bitmask`` and ``validate_tokens``."""
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    def wrap_bitmask(original: Any) -> Any:
+        def grammar_bitmask(
+            self: Any,
+            requests: dict[str, Any],
+            structured_output_request_ids: list[str],
+            scheduled_spec_decode_tokens: dict[str, list[int]],
+        ) -> Any:
+            if not structured_output_request_ids or not masks_trees(self.vllm_config):
+                return original(
+                    self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
+                )
+            return _tree_bitmask(
+                self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
+            )
+
+        return grammar_bitmask
+
+    def wrap_validate(original: Any) -> Any:
+        def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
+            if masks_trees(self.vllm_config):
+                return spec_tokens
+            return original(self, request, spec_tokens)
+
+        return validate_tokens
+
+    patch(
+        StructuredOutputManager,
+        "grammar_bitmask",
+        ["self", "requests", "structured_output_request_ids", "scheduled_spec_decode_tokens"],
+        wrap_bitmask,
+    )
+    patch(
+        StructuredOutputManager,
+        "validate_tokens",
+        ["self", "request", "spec_tokens"],
+        wrap_validate,
+    )
+
+
+def _tree_bitmask(
+    manager: Any,
+    requests: dict[str, Any],
+    req_ids: Sequence[str],
+    drafts: dict[str, list[int]],
+) -> Any:
+    """Return the packed masks of all rows: each request's root, then its drafts."""
+    config = medusa_config_of(manager.vllm_config)
+    assert config is not None
+    if manager._grammar_bitmask is None:
+        rows = manager.vllm_config.scheduler_config.max_num_seqs * (
+            1 + config.tree.num_draft_tokens
+        )
+        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+    row = 0
+    for req_id in req_ids:
+        grammar = requests[req_id].structured_output_request.grammar
+        tokens = drafts.get(req_id, [])
+        _fill_tree(manager, grammar, req_id, tokens, config.tree.parents, row)
+        row += 1 + len(tokens)
+    return manager._grammar_bitmask[:row].numpy()
+
+
+def _fill_tree(
+    manager: Any,
+    grammar: Any,
+    req_id: str,
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    first_row: int,
+) -> None:
+    """Fill the rows of one request; the grammar is left in the state it was in.
+
+    ``entered`` is the path of nodes whose tokens the grammar has taken. In depth-first order a
+    node's parent is on the path to the node before it.
+    """
+    manager._fill_bitmasks(((grammar, first_row, True),))
+    entered = [0]
+    for node, token in enumerate(tokens, start=1):
+        allowed = False
+        if parents[node] in entered:
+            above = entered.index(parents[node]) + 1
+            if above < len(entered):
+                grammar.rollback(len(entered) - above)
+                del entered[above:]
+            allowed = (
+                token >= 0
+                and not grammar.is_terminated()
+                and bool(grammar.validate_tokens([token]))
+                and grammar.accept_tokens(req_id, [token])
+            )
+        if allowed:
+            entered.append(node)
+        # A forbidden node is never reached: any mask will do.
+        manager._fill_bitmasks(((grammar, first_row + node, allowed),))
+    if len(entered) > 1:
+        grammar.rollback(len(entered) - 1)
