@@ -75,6 +75,9 @@ def _wrap_create_engine_config(original: Any) -> Any:
         # For an engine core in this process, whose plugins are loaded already.
         patch_engine_core()
         patch_structured_output()
+        from vllm_medusa.engine.metrics import patch_metrics
+
+        patch_metrics()
         return vllm_config
 
     return create_engine_config
@@ -104,7 +107,10 @@ def take_request(args: Any) -> MedusaRequest | None:
         if value is None:
             continue
         if key in values:
-            raise ConfigError(f"{flag}={value!r} and speculative_config[{key!r}] are both given")
+            raise ConfigError(
+                f"{flag}={value!r} and speculative_config[{key!r}]={values[key]!r} are both given; "
+                "remove one of them"
+            )
         values[key] = value
     return MedusaRequest.from_dict(values)
 

@@ -26,6 +26,16 @@ def is_supported_version() -> bool:
     return ".".join(vllm_version().split(".")[:2]) in SUPPORTED_VERSIONS
 
 
+def plugin_logger(name: str) -> Any:
+    """Return a logger of vLLM's for a module of ours.
+
+    vLLM sets up the logger ``vllm`` alone: under any other name nothing below a warning is shown.
+    """
+    from vllm.logger import init_logger
+
+    return init_logger(f"vllm.{name}")
+
+
 def check_version() -> None:
     """Refuse to run on a vLLM that the plugin was not tested with.
 

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+DESCRIPTIONS = {
+    "forked_requests": "Request steps that verified more than one leaf path.",
+    "fork_paths": "Leaf paths verified in fork blocks.",
+    "commits": "Request steps that accepted a path other than the first.",
+    "chain_fallbacks": "Drafts cut to the first path because no fork blocks were free.",
+}
+
+#: Attribute of a step's ``ModelRunnerOutput`` that takes its counts to the engine core.
+OUTPUT_ATTRIBUTE = "medusa_counters"
 
 
 @dataclass
 class Counters:
-    """Totals of one worker since it started.
-
-    Attributes:
-        forked_requests: request steps that verified more than one leaf path.
-        fork_paths: leaf paths verified in fork blocks.
-        commits: request steps that accepted a path other than the first.
-        chain_fallbacks: drafts cut to the first path because no fork blocks were free.
-
-    """
+    """Totals of one worker since it started; `DESCRIPTIONS` says what is counted."""
 
     forked_requests: int = 0
     fork_paths: int = 0
     commits: int = 0
     chain_fallbacks: int = 0
+    _taken: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def to_dict(self) -> dict[str, int]:
         """Return the totals by name."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in DESCRIPTIONS}
+
+    def take_increase(self) -> dict[str, int]:
+        """Return what was counted since the last call, by name, without zeros."""
+        totals, taken = self.to_dict(), self._taken
+        self._taken = totals
+        return {
+            name: total - taken.get(name, 0)
+            for name, total in totals.items()
+            if total != taken.get(name, 0)
+        }

@@ -5,14 +5,12 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
-from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.compat import patch, plugin_logger
 from vllm_medusa.engine.fork_pool import ForkPool, plan_fork_pool
 from vllm_medusa.tree.layout import TreeLayout
 
-logger = init_logger(__name__)
+logger = plugin_logger(__name__)
 
 _vllm_config: ContextVar[Any] = ContextVar("vllm_config", default=None)
 

@@ -8,6 +8,7 @@ than once. What it patches, and where each patch lies upstream:
 `sampling_params.patch_validation`         ``SamplingParams``: parameters that trees can honour
 `memory.patch_engine_core`                 ``EngineCore``: fork blocks are taken off the KV cache
 `structured_output.patch_...`              ``StructuredOutputManager``: grammars walk trees
+`metrics.patch_metrics`                    ``Scheduler``, ``StatLoggerManager``: our counters
 `logits_processors.patch_...`              the V1 runner, in our workers: ``min_p`` and its like
 `merged_checkpoint.patch_model_loading`    model loaders, in our workers: heads beside the target
 =========================================  =======================================================
@@ -45,6 +46,10 @@ def register() -> None:
     if "vllm.v1.engine.core" in sys.modules:
         memory.patch_engine_core()
         structured_output.patch_structured_output()
+        # It imports what it patches, which the engine core has imported by now.
+        from vllm_medusa.engine import metrics
+
+        metrics.patch_metrics()
 
 
 def _initialise_amx() -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_medusa.engine import counters
 from vllm_medusa.engine.attention import PathForks
+from vllm_medusa.engine.compat import plugin_logger
 from vllm_medusa.engine.memory import fork_pool_of
 from vllm_medusa.engine.proposer import MedusaProposer
 from vllm_medusa.engine.sampler import TreeSampler
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = init_logger(__name__)
+logger = plugin_logger(__name__)
 
 
 class MedusaRunnerMixin(_Base):
@@ -106,6 +106,13 @@ class MedusaRunnerMixin(_Base):
         if self.forks is not None:
             self.forks.end_step()
         return super()._dummy_run(*args, **kwargs)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Send what this step counted along with its output."""
+        output = super().sample_tokens(grammar_output)
+        if increase := self.counters.take_increase():
+            setattr(output, counters.OUTPUT_ATTRIBUTE, increase)
+        return output
 
     def _sample(
         self, logits: Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_medusa.config import ConfigError, MedusaConfig
+from vllm_medusa.engine.compat import plugin_logger
 
-logger = init_logger(__name__)
+logger = plugin_logger(__name__)
 
 
 def check_before(args: Any, worker_class: str) -> None:
@@ -17,6 +16,12 @@ def check_before(args: Any, worker_class: str) -> None:
         raise ConfigError(
             f"worker_cls={args.worker_cls!r} cannot be combined with method 'medusa', which brings "
             "its own worker class; leave worker_cls out"
+        )
+    # Here, because vLLM would first ask for a token budget that LoRA with drafts needs.
+    if args.enable_lora:
+        raise ConfigError(
+            "enable_lora=True is not supported with Medusa: the heads were trained for the base "
+            "model; serve the merged model instead"
         )
 
 
@@ -78,12 +83,6 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             bool(vllm_config.use_v2_model_runner),
             "the plugin extends the V1 model runner; unset the variable",
         ),
-        (
-            "enable_lora",
-            True,
-            vllm_config.lora_config is not None,
-            "the heads were trained for the base model; serve the merged model instead",
-        ),
     ]
 
 
@@ -125,13 +124,14 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
 
 
 def _check_token_budget(vllm_config: Any, config: MedusaConfig) -> None:
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
     nodes = config.tree.num_draft_tokens + 1
-    if nodes > budget:
-        raise ConfigError(
-            f"the tree {config.tree_name} verifies {nodes} tokens of a request in one step, over "
-            f"max_num_batched_tokens={budget}; raise it or use a smaller tree"
-        )
+    for setting in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        budget = getattr(vllm_config.scheduler_config, setting)
+        if budget is not None and nodes > budget:
+            raise ConfigError(
+                f"the tree {config.tree_name} verifies {nodes} tokens of a request in one step, "
+                f"over {setting}={budget}; raise it or use a smaller tree"
+            )
 
 
 def _avoid_full_cuda_graphs(vllm_config: Any) -> None:
