@@ -86,19 +86,24 @@ class PositionNoise:
         self._last_step: tuple[list[str], Tensor] | None = None
 
     def draw(
-        self, req_ids: Sequence[str], generators: dict[int, Generator], logits: Tensor
+        self,
+        req_ids: Sequence[str],
+        num_requests: int,
+        generators: dict[int, Generator],
+        logits: Tensor,
     ) -> Tensor:
         """Return the draws [B, D + 1, ...] of the step's positions.
 
         Args:
-            req_ids: the batch's requests.
+            req_ids: the batch's requests; not read where none has a generator.
+            num_requests: B.
             generators: generators of those with a seed, by their index in the batch; requests whose
                 sample will be thrown away must not be among them.
             logits: [R, V] float32.
 
         """
         self._drop_used()
-        draws = self._draws.batch(len(req_ids), self._num_positions, logits)
+        draws = self._draws.batch(num_requests, self._num_positions, logits)
         for index, generator in generators.items():
             waiting = self._waiting.setdefault(req_ids[index], [])
             while len(waiting) < self._num_positions:

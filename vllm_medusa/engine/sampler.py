@@ -111,7 +111,9 @@ class TreeSampler(RejectionSampler):
         top_k = None if sampling.top_k is None else sampling.top_k[rows.req]
         top_p = None if sampling.top_p is None else sampling.top_p[rows.req]
         logits = apply_top_k_top_p(logits, top_k, top_p)
-        draws = self.noise.draw(self._req_ids, self._generators(sampling), logits)
+        draws = self.noise.draw(
+            self._req_ids, rows.num_requests, self._generators(sampling), logits
+        )
         sampled = self.noise.sample(logits, draws[rows.req, rows.depth])
         if sampling.all_random:
             return sampled, logits
