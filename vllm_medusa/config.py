@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class MedusaRequest:
             if key not in known:
                 raise ConfigError(
                     f"speculative_config has {key!r}, which method 'medusa' does not know; "
-                    f"its keys are {', '.join(known)}"
+                    f"use {', '.join(known)}"
                 )
         request = cls(**{key: value for key, value in given.items() if value is not None})
         request._check()
@@ -72,6 +73,12 @@ class MedusaRequest:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{key}={value!r} must be a string")
+        if self.revision is not None and self.model is None:
+            raise ConfigError(
+                f"revision={self.revision!r} in speculative_config is that of the heads, but no "
+                "model is given there; name the heads' model, or leave revision out: heads in the "
+                "target's own repository come with the target's revision"
+            )
         for key in ("num_speculative_tokens", "max_tree_requests"):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
@@ -170,9 +177,10 @@ def _auto_tree(
 def _given_tree(tree: str | Sequence[Sequence[int]], num_heads: int) -> tuple[DraftTree, str]:
     if not isinstance(tree, str):
         return DraftTree.from_paths(tree), "given as paths"
-    path = Path(tree)
-    if path.suffix == ".json" or path.is_file():
-        return DraftTree.from_paths(read_tree_file(path)), str(path)
+    path = os.path.expanduser(tree)
+    is_file = tree.endswith(".json") or os.path.isfile(path)
+    if is_file and tree not in named.tree_names():
+        return DraftTree.from_paths(read_tree_file(Path(path))), tree
     return named.named_tree(tree, num_heads), tree
 
 

@@ -75,6 +75,7 @@ def _wrap_create_engine_config(original: Any) -> Any:
         # For an engine core in this process, whose plugins are loaded already.
         patch_engine_core()
         patch_structured_output()
+        # Here, because it imports what it patches.
         from vllm_medusa.engine.metrics import patch_metrics
 
         patch_metrics()

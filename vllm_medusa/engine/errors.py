@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from vllm_medusa.config import ConfigError
@@ -22,9 +24,33 @@ def install_one_line_errors() -> None:
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, USER_ERRORS):
-            sys.stderr.write(f"vllm_medusa: error: {error}\n")
+            _print_line(error)
         else:
             previous(kind, error, traceback)
 
     excepthook._vllm_medusa = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook
+
+
+@contextmanager
+def exit_in_one_line(is_own_process: bool) -> Iterator[None]:
+    """End vLLM's engine process with one line for a user's mistake.
+
+    vLLM would log the traceback there, and ``multiprocessing`` print it once more.
+
+    Args:
+        is_own_process: whether the process has no other purpose; else the error is left alone.
+
+    """
+    try:
+        yield
+    except USER_ERRORS as error:
+        if not is_own_process:
+            raise
+        _print_line(error)
+        raise SystemExit(1) from None
+
+
+def _print_line(error: BaseException) -> None:
+    sys.stderr.write(f"vllm_medusa: error: {error}\n")
+    sys.stderr.flush()

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.engine.compat import patch, plugin_logger
+from vllm_medusa.engine.errors import exit_in_one_line
 from vllm_medusa.engine.fork_pool import ForkPool, plan_fork_pool
 from vllm_medusa.tree.layout import TreeLayout
 
@@ -53,7 +54,8 @@ def patch_engine_core() -> None:
         def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
             token = _vllm_config.set(vllm_config)
             try:
-                return original(self, vllm_config)
+                with exit_in_one_line(isinstance(self, core.EngineCoreProc)):
+                    return original(self, vllm_config)
             finally:
                 _vllm_config.reset(token)
 

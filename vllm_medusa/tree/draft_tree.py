@@ -131,10 +131,10 @@ class DraftTree:
 def _checked_path(raw: Sequence[int]) -> TreePath:
     """Return ``raw`` as a path, or raise `TreeError`."""
     if isinstance(raw, (str, bytes)) or not isinstance(raw, Sequence):
-        raise TreeError(f"tree path {raw!r} is not a list of ranks such as [0, 2]")
+        raise TreeError(f"tree path {raw!r} must be a list of ranks such as [0, 2]")
     for rank in raw:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise TreeError(f"tree path {list(raw)} has rank {rank!r}; ranks are 0, 1, 2, ...")
+            raise TreeError(f"tree path {list(raw)} has rank {rank!r}; use 0, 1, 2, ...")
     if not raw:
         raise TreeError("the tree has an empty path; the root is implied, remove it")
     return tuple(raw)
@@ -153,18 +153,24 @@ def read_tree_file(path: Path) -> list[list[int]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TreeError(f"cannot read the tree file {path}: {error.strerror}") from None
+        raise TreeError(
+            f"cannot read the tree file {path}: {error.strerror}; check the path"
+        ) from None
     except ValueError as error:
-        raise TreeError(f"the tree file {path} is not JSON: {error}") from None
+        raise TreeError(
+            f"the tree file {path} is not JSON ({error}); write it again or give its paths"
+        ) from None
     if isinstance(data, dict):
         if data.get("format") != TREE_FILE_FORMAT:
             raise TreeError(
                 f"the tree file {path} has format {data.get('format')!r}; "
-                f"expected {TREE_FILE_FORMAT!r}"
+                f"use {TREE_FILE_FORMAT!r}, or a bare list of paths"
             )
         data = data.get("paths")
     if not isinstance(data, list):
-        raise TreeError(f"the tree file {path} holds no list of paths such as [[0], [1], [0, 0]]")
+        raise TreeError(
+            f"the tree file {path} holds no list of paths; give one such as [[0], [1], [0, 0]]"
+        )
     return data
 
 

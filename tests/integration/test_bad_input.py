@@ -1,0 +1,363 @@
+"""A user's mistake is one line that says what is wrong and what to do, and no traceback of ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.integration.command_line import (
+    DEMO_HEADS,
+    DEMO_MODEL,
+    engine_config,
+    run_python,
+    run_vllm,
+    serve_arguments,
+)
+from vllm_medusa.config import ConfigError
+from vllm_medusa.engine import compat
+from vllm_medusa.engine.errors import USER_ERRORS, exit_in_one_line
+from vllm_medusa.engine.memory import medusa_config_of
+from vllm_medusa.engine.support import check_supported
+
+pytestmark = pytest.mark.engine
+
+REMEDY = re.compile(
+    r"\b(add|check|copy|export|give|install|leave|lower|must be|name|raise|remove|save|serve|unset"
+    r"|use|write)\b"
+)
+
+
+def refusal(model: Path, speculative_config: Any, **arguments: Any) -> str:
+    """The message of the refusal, checked for its form."""
+    with pytest.raises(USER_ERRORS) as caught:
+        engine_config(model, speculative_config, skip_tokenizer_init=True, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    assert REMEDY.search(message), message
+    return message
+
+
+def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
+    return {"method": "medusa", "model": str(heads), **keys}
+
+
+# The configuration.
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"acceptance": "typical"}, "acceptance='typical' is not supported; use 'lossless'"),
+        ({"acceptance": "greedy"}, "acceptance='greedy' is not supported"),
+        ({"posterior_threshold": 0.1}, "'posterior_threshold', which method 'medusa' does not"),
+        ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
+        ({"tree": "mc_sim_8b_63"}, "no tree named 'mc_sim_8b_63'; use 'auto', one of chain"),
+        ({"tree": "x" * 300}, "no tree named 'xxx"),
+        ({"tree": ""}, "no tree named ''"),
+        ({"tree": 5}, "tree=5 must be 'auto', a tree's name, a tree file or a list of paths"),
+        ({"tree": []}, "the tree has no paths; give at least [[0]]"),
+        ({"tree": [0, 1]}, "tree path 0 must be a list of ranks"),
+        ({"tree": [[0], ["a"]]}, "tree path ['a'] has rank 'a'"),
+        ({"tree": [[0], [-1]]}, "tree path [-1] has rank -1"),
+        ({"tree": [[0], []]}, "empty path"),
+        ({"tree": [[0], [0, 1], [0]]}, "tree path [0] is given twice; remove one"),
+        ({"tree": [[0], [1, 0]]}, "tree path [1, 0] has no parent; add the path [1]"),
+        ({"tree": [[0] * d for d in range(1, 6)]}, "the tree is 5 deep (path [0, 0, 0, 0, 0])"),
+        ({"tree": [[rank] for rank in range(128)]}, "at most 127 draft tokens"),
+        ({"tree": [[0], [384]]}, "asks for rank 384 but a head knows 384 tokens"),
+        ({"tree": "missing.json"}, "cannot read the tree file missing.json: No such file"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens=0 must be a positive integer"),
+        ({"num_speculative_tokens": "4"}, "num_speculative_tokens='4' must be a positive"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens=True must be a positive"),
+        ({"num_speculative_tokens": 128}, "at most 127 draft tokens"),
+        ({"num_speculative_tokens": 9, "tree": "cpu-8"}, "does not agree with the tree cpu-8"),
+        ({"num_speculative_tokens": 5, "tree": "chain"}, "does not agree with the tree chain"),
+        ({"num_speculative_tokens": 2, "tree": [[0]]}, "given as paths, which has 1 nodes; remove"),
+        ({"max_tree_requests": 0}, "max_tree_requests=0 must be a positive integer"),
+        ({"model": 3}, "model=3 must be a string"),
+        ({"model": None, "revision": "main"}, "revision='main' in speculative_config is that of"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_values(tiny_model: Path, tiny_heads: Path, keys: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(tiny_model, {**medusa(tiny_heads), **keys})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "has format None; use 'vllm_medusa.tree/1'"),
+        ('{"format": "vllm_medusa.tree/1", "paths": 3}', "holds no list of paths"),
+        ("[[0], [1, 1]]", "tree path [1, 1] has no parent"),
+    ],
+)
+def test_tree_files(
+    tiny_model: Path, tiny_heads: Path, tmp_path: Path, content: str, expected: str
+) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text(content)
+    assert expected in refusal(tiny_model, medusa(tiny_heads, tree=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("speculative_config", "arguments"),
+    [
+        ({"num_speculative_tokens": 4}, {"spec_tokens": 4}),
+        ({}, {"spec_method": "medusa"}),
+        ({}, {"spec_model": "elsewhere"}),
+        ({"method": "ngram"}, {"spec_method": "medusa"}),
+    ],
+    ids=str,
+)
+def test_given_twice(
+    tiny_model: Path, tiny_heads: Path, speculative_config: Any, arguments: Any
+) -> None:
+    message = refusal(tiny_model, {**medusa(tiny_heads), **speculative_config}, **arguments)
+    assert "are both given" in message
+
+
+# The heads.
+
+Heads = dict[str, torch.Tensor]
+
+
+def change(tensors: Heads, name: str, value: float) -> None:
+    tensors[name].view(-1)[7] = value
+
+
+def narrow(tensors: Heads) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name][..., :64].contiguous()
+        if "linear.weight" in name:
+            tensors[name] = tensors[name][:64].contiguous()
+
+
+def few_words(tensors: Heads) -> None:
+    for name in tensors:
+        if "linear" not in name:
+            tensors[name] = tensors[name][:300].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (few_words, "for vocabulary size 300, the target model has 384; use heads that were"),
+        (narrow, "for hidden size 64, the target model has 128; use heads that were trained"),
+        (lambda t: t.pop("1.0.linear.weight"), "tensor '1.0.linear.weight' is missing"),
+        (lambda t: t.pop("3.1.weight"), "tensor '3.1.weight' is missing"),
+        (lambda t: t.update({"4.bias": torch.ones(1)}), "tensor '4.bias' is no part of 4 heads"),
+        (lambda t: change(t, "2.1.weight", float("nan")), "tensor '2.1.weight' holds NaN"),
+        (lambda t: change(t, "0.0.linear.bias", float("inf")), "'0.0.linear.bias' holds NaN or"),
+    ],
+)
+def test_heads_that_do_not_fit(
+    tiny_model: Path,
+    tiny_heads: Path,
+    tmp_path: Path,
+    fault: Callable[[Heads], object],
+    expected: str,
+) -> None:
+    tensors = load_file(tiny_heads / "medusa_lm_head.safetensors")
+    fault(tensors)
+    save_file(tensors, tmp_path / "medusa_lm_head.safetensors")
+    assert expected in refusal(tiny_model, medusa(tmp_path))
+
+
+def test_heads_of_another_model(tiny_heads: Path) -> None:
+    """Heads with their own lm_heads and the demo's, which take the size from config.json."""
+    assert "for hidden size 128, the target model has 256" in refusal(
+        DEMO_MODEL, medusa(tiny_heads)
+    )
+
+
+def test_damaged_files(tiny_model: Path, tiny_heads: Path, tmp_path: Path) -> None:
+    content = (tiny_heads / "medusa_lm_head.safetensors").read_bytes()
+    path = tmp_path / "medusa_lm_head.safetensors"
+    path.write_bytes(content[:-100])
+    assert "truncated or damaged" in refusal(tiny_model, medusa(tmp_path))
+    path.unlink()
+    mark = tmp_path / "ran"
+    code = tmp_path / "medusa_lm_head.pt"
+    torch.save({"0.0.linear.weight": torch.ones(1), "code": Payload(mark)}, code)
+    assert "pickled code or objects, which are never executed" in refusal(
+        tiny_model, medusa(tmp_path)
+    )
+    assert not mark.exists()
+
+
+class Payload:
+    """Would make a directory if it were unpickled as code."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.mark,)
+
+
+def test_no_heads(tiny_model: Path, tmp_path: Path) -> None:
+    assert "no such file or directory; give an existing path" in refusal(
+        tiny_model, medusa(tmp_path / "nothing")
+    )
+    assert "not to be had from the hub" in refusal(tiny_model, medusa("nobody/nothing"))
+    assert "no weights file" in refusal(tiny_model, medusa(tmp_path))
+    for bare in ("medusa", {"method": "medusa"}):
+        assert 'holds no Medusa heads; name heads with "model": HEADS' in refusal(tiny_model, bare)
+
+
+# What cannot be combined with Medusa.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"worker_cls": "mine.Worker"}, "worker_cls='mine.Worker' cannot be combined"),
+        (
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+            "pipeline_parallel_size=2 is not supported with Medusa",
+        ),
+        ({"enable_lora": True}, "enable_lora=True is not supported with Medusa"),
+        ({"runner": "pooling"}, "runner='pooling' is not supported with Medusa"),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 4}, "over max_num_batched_tokens=16;"),
+        ({"max_num_scheduled_tokens": 16}, "over max_num_scheduled_tokens=16;"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported(
+    tiny_model: Path, tiny_heads: Path, arguments: dict[str, Any], expected: str
+) -> None:
+    assert expected in refusal(
+        tiny_model, medusa(tiny_heads, tree="cpu-16"), max_model_len=16, **arguments
+    )
+
+
+def test_v2_runner(tiny_model: Path, tiny_heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    vllm_config = engine_config(tiny_model, medusa(tiny_heads), skip_tokenizer_init=True)
+    # vLLM itself takes V1 where there is no Triton.
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    config = medusa_config_of(vllm_config)
+    assert config is not None
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1 is not supported"):
+        check_supported(vllm_config, config)
+
+
+def test_kv_connectors(tiny_model: Path, tiny_heads: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    message = refusal(tiny_model, medusa(tiny_heads), kv_transfer_config=connector)
+    assert "kv_transfer_config=" in message
+    assert "use tree='chain'" in message
+    # A chain has no forks.
+    spec = medusa(tiny_heads, tree="chain")
+    engine_config(tiny_model, spec, skip_tokenizer_init=True, kv_transfer_config=connector)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": tiny.VOCAB_SIZE,
+    "hidden_size": tiny.HIDDEN_SIZE,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MLA: dict[str, Any] = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "reason"),
+    [
+        ("Mamba", {"state_size": 16}, "recurrent (Mamba-like) states cannot be forked; serve"),
+        ("DeepseekV2", MLA, "MLA caches are not forked yet; use tree='chain'"),
+    ],
+)
+def test_models(
+    tiny_heads: Path, tmp_path: Path, name: str, sizes: dict[str, Any], reason: str
+) -> None:
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **sizes})
+    config.architectures = [f"{name}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert reason in refusal(tmp_path, medusa(tiny_heads), max_model_len=512)
+
+
+def test_other_versions(
+    tiny_model: Path, tiny_heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.34.1")
+    for spec in ("medusa", medusa(tiny_heads), medusa(tiny_heads, tree="cpu-8")):
+        message = refusal(tiny_model, spec)
+        assert "supports vLLM 0.32 and 0.33, not 0.34.1; install one of these" in message
+    # Whoever does not ask for Medusa is left alone.
+    engine_config(tiny_model, skip_tokenizer_init=True)
+
+
+# What the user sees.
+
+
+def check_one_line(result: Any, expected: str) -> None:
+    """One line of ours, on the standard error, and nothing else that names our code."""
+    assert result.returncode == 1
+    ours = [line for line in result.stderr.splitlines() if "vllm_medusa" in line]
+    assert len(ours) == 1, result.stderr
+    assert "vllm_medusa: error: " in ours[0]
+    assert expected in ours[0]
+    assert "vllm_medusa/" not in result.stdout
+
+
+def test_serve_prints_one_line(tiny_heads: Path) -> None:
+    spec = json.dumps(medusa(tiny_heads))
+    result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec)
+    check_one_line(result, "for hidden size 128, the target model has 256")
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_script_prints_one_line() -> None:
+    spec = medusa(DEMO_HEADS, tree=[[0], [1, 0]])
+    result = run_python(f"import vllm; vllm.LLM({str(DEMO_MODEL)!r}, speculative_config={spec!r})")
+    check_one_line(result, "tree path [1, 0] has no parent; add the path [1]")
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_mistakes_in_an_engine_process(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_in_one_line(is_own_process=True):
+        raise ConfigError("too small; give more")
+    assert caught.value.code == 1
+    assert capfd.readouterr().err == "vllm_medusa: error: too small; give more\n"
+    with pytest.raises(ConfigError), exit_in_one_line(is_own_process=False):
+        raise ConfigError("too small; give more")
+    with pytest.raises(ValueError, match="vLLM's"), exit_in_one_line(is_own_process=True):
+        raise ValueError("vLLM's own")
+
+
+@pytest.mark.slow
+def test_engine_process_prints_one_line() -> None:
+    """A mistake that shows only when the memory is known, in the engine core's process."""
+    argv = ["--dtype", "float32", "--max-model-len", "512", "--num-gpu-blocks-override", "17"]
+    argv += ["--block-size", "32", "--enforce-eager"]
+    spec = json.dumps(medusa(DEMO_HEADS))
+    result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec, *argv)
+    check_one_line(result, "the KV cache of 17 blocks has no room for the")
+
+
+def test_parser_refuses_other_words() -> None:
+    with pytest.raises(SystemExit):
+        serve_arguments(DEMO_MODEL, "--spec-method", "medusa2")
