@@ -210,6 +210,8 @@ class PathForks:
                 # Nothing to wait for on the host: leave out what would be skipped.
                 written = (slots >= 0).nonzero().flatten()
                 source, slots = source[written], slots[written]
+                if not len(written):
+                    continue
             for layer in layers:
                 layer.commit(source, slots)
 
