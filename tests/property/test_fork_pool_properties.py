@@ -1,0 +1,98 @@
+"""The fork pool's plan and slots, over random trees, caches and orders of events."""
+
+import random
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_medusa.config import ConfigError
+from vllm_medusa.engine.fork_pool import ForkSlots, plan_fork_pool
+from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.reference import random_subtree
+
+
+@example(
+    seed=0, num_blocks=9, block_sizes=[2], max_model_len=1, max_num_seqs=1, max_tree_requests=1
+)
+@given(
+    seed=st.integers(0, 10_000),
+    num_blocks=st.integers(1, 3000),
+    block_sizes=st.lists(st.sampled_from([1, 2, 16, 32, 128]), min_size=1, max_size=3),
+    max_model_len=st.integers(1, 2000),
+    max_num_seqs=st.integers(1, 300),
+    max_tree_requests=st.none() | st.integers(1, 400),
+)
+def test_the_pool_is_bounded_and_shared_by_nobody(
+    seed: int,
+    num_blocks: int,
+    block_sizes: list[int],
+    max_model_len: int,
+    max_num_seqs: int,
+    max_tree_requests: int | None,
+) -> None:
+    rng = random.Random(seed)
+    layout = TreeLayout.build(random_subtree(rng.randrange, rng.randint(1, 40), 5, 4))
+    # What the scheduler must keep: the null block, and a full sequence with a block behind it.
+    needed = 1 + sum(-(-max_model_len // size) + 1 for size in block_sizes)
+    # A fork holds the tokens of a path from anywhere in a block on, the root's among them.
+    forks = [
+        (layout.num_paths - 1)
+        * max(-(-(start + layout.depth + 1) // size) for start in range(size))
+        for size in block_sizes
+    ]
+    try:
+        pool = plan_fork_pool(
+            layout, num_blocks, block_sizes, max_model_len, max_num_seqs, max_tree_requests
+        )
+    except ConfigError:
+        assert num_blocks < needed + sum(forks)
+        return
+    owners: dict[int, tuple[int, int]] = {}
+    for group, geometry in enumerate(pool.geometries):
+        assert geometry.blocks_per_request == forks[group]
+        for slot in range(pool.num_requests):
+            first = pool.group_base(group) + slot * geometry.blocks_per_request
+            for block in range(first, first + geometry.blocks_per_request):
+                assert block not in owners
+                owners[block] = (group, slot)
+    assert sorted(owners) == list(range(pool.first_block, num_blocks))
+    assert pool.num_blocks == len(owners)
+    if not layout.tree.is_chain:
+        assert pool.first_block >= needed
+        assert 1 <= pool.num_requests <= max_num_seqs
+        assert max_tree_requests is None or pool.num_requests <= max_tree_requests
+    else:
+        assert pool.num_blocks == 0
+
+
+@given(
+    num_slots=st.integers(0, 4),
+    events=st.lists(
+        st.tuples(st.sampled_from(["acquire", "release", "mirror"]), st.integers(0, 5)), max_size=60
+    ),
+)
+def test_slots_follow_the_obvious_model(num_slots: int, events: list[tuple[str, int]]) -> None:
+    slots = ForkSlots(num_slots)
+    holders: dict[str, int | None] = {}
+    for count, (event, number) in enumerate(events):
+        req_id = f"request-{number}"
+        if event == "acquire":
+            fits = req_id in holders or len(holders) < num_slots
+            assert slots.acquire(req_id) == fits
+            if fits:
+                holders.setdefault(req_id, None)
+        elif event == "release":
+            slots.release([req_id])
+            holders.pop(req_id, None)
+        elif req_id in holders:
+            slots.set_mirrored(req_id, count)
+            holders[req_id] = count
+        assert slots.num_held == len(holders)
+        held = [slots.get(holder) for holder in holders]
+        assert len(set(held)) == len(held)
+        assert set(held) <= set(range(num_slots))
+        for number in range(6):
+            mirrored = holders.get(f"request-{number}")
+            for tokens in range(count + 1):
+                expected = mirrored is not None and mirrored == tokens
+                assert slots.is_mirrored(f"request-{number}", tokens) == expected

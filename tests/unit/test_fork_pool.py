@@ -1,0 +1,95 @@
+"""The fork pool's size, and who holds which slot of it."""
+
+from typing import Any
+
+import pytest
+
+from vllm_medusa.config import ConfigError
+from vllm_medusa.engine.fork_pool import ForkSlots, plan_fork_pool
+from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.layout import TreeLayout
+
+#: Three leaf paths, hence two forks; of two blocks each, since three nodes can straddle two.
+TREE = DraftTree.from_paths([[0], [1], [0, 0], [0, 1]])
+
+
+def plan(tree: DraftTree = TREE, **changed: Any) -> Any:
+    values: dict[str, Any] = {
+        "num_blocks": 1000,
+        "block_sizes": [16],
+        "max_model_len": 160,
+        "max_num_seqs": 256,
+        "max_tree_requests": None,
+    }
+    return plan_fork_pool(TreeLayout.build(tree), **{**values, **changed})
+
+
+def test_an_eighth_of_the_cache_by_default() -> None:
+    pool = plan()
+    assert pool.num_requests == 1000 // 8 // 4
+    assert pool.num_blocks == pool.num_requests * 4
+    assert pool.first_block == 1000 - pool.num_blocks
+
+
+def test_never_more_than_64_requests_by_default() -> None:
+    assert plan(num_blocks=100_000).num_requests == 64
+    assert plan(num_blocks=100_000, max_tree_requests=200).num_requests == 200
+
+
+def test_no_more_than_are_in_a_batch() -> None:
+    assert plan(max_num_seqs=3).num_requests == 3
+    assert plan(max_num_seqs=3, max_tree_requests=7).num_requests == 3
+
+
+def test_one_request_at_least() -> None:
+    assert plan(num_blocks=20).num_requests == 1
+
+
+def test_what_the_user_asks_for_leaves_room_for_one_sequence() -> None:
+    # The null block, ten blocks of a sequence, and one for the tree behind it.
+    assert plan(num_blocks=12 + 4 * 5, max_tree_requests=9).num_requests == 5
+
+
+def test_blocks_of_several_groups_are_disjoint() -> None:
+    pool = plan(block_sizes=[16, 32], max_tree_requests=2)
+    assert [geometry.blocks_per_request for geometry in pool.geometries] == [4, 4]
+    assert [pool.group_base(group) for group in (0, 1)] == [1000 - 16, 1000 - 8]
+
+
+def test_a_chain_needs_no_pool() -> None:
+    pool = plan(DraftTree.chain(4), num_blocks=2)
+    assert (pool.num_requests, pool.num_blocks, pool.first_block) == (0, 0, 2)
+
+
+def test_a_cache_too_small_is_refused_with_the_remedy() -> None:
+    message = (
+        r"^the KV cache of 15 blocks has no room for the 4 fork blocks of one request beside a "
+        r"sequence of max_model_len=160; .*lower max_model_len.*tree='chain'.*$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan(num_blocks=15)
+    assert plan(num_blocks=16).num_requests == 1
+
+
+def test_a_slot_is_held_until_it_is_released() -> None:
+    slots = ForkSlots(2)
+    assert slots.acquire("a")
+    assert slots.acquire("b")
+    assert slots.get("a") != slots.get("b")
+    assert not slots.acquire("c")
+    assert slots.acquire("a")
+    assert slots.num_held == 2
+    slots.release(["a", "unknown"])
+    assert slots.acquire("c")
+    assert slots.get("c") != slots.get("b")
+
+
+def test_a_new_holder_finds_nothing_mirrored() -> None:
+    slots = ForkSlots(1)
+    slots.acquire("a")
+    slots.set_mirrored("a", 7)
+    assert slots.is_mirrored("a", 7)
+    assert not slots.is_mirrored("a", 8)
+    slots.release(["a"])
+    slots.acquire("a")
+    assert not slots.is_mirrored("a", 7)
