@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 from vllm_medusa.config import ConfigError
@@ -14,11 +15,10 @@ from vllm_medusa.tree import TreeError
 USER_ERRORS = (ConfigError, HeadsError, TreeError)
 
 
+@cache
 def install_one_line_errors() -> None:
-    """Print uncaught errors of ours as one line; all others as before."""
+    """Print uncaught errors of ours as one line; all others as before. Once in a process."""
     previous = sys.excepthook
-    if getattr(previous, "_vllm_medusa", False):
-        return
 
     def excepthook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
@@ -28,7 +28,6 @@ def install_one_line_errors() -> None:
         else:
             previous(kind, error, traceback)
 
-    excepthook._vllm_medusa = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook
 
 

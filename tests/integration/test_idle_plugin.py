@@ -1,0 +1,137 @@
+"""With the plugin installed and Medusa not asked for, vLLM is as it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, run_python
+from tests.integration.conftest import greedy, random_prompts, spec_metrics
+from vllm_medusa.engine import plugin
+
+pytestmark = pytest.mark.engine
+
+# What vLLM makes of the same arguments, and what it generates.
+ENGINE = """
+import json, re, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+options = dict(
+    dtype="float32", max_model_len=256, enforce_eager=True, block_size=32,
+    num_gpu_blocks_override=64, distributed_executor_backend="uni", disable_log_stats=False,
+)
+found = {"loads_engine_core": "vllm.v1.engine.core" in sys.modules}
+config = EngineArgs(model=MODEL, **options).create_engine_config()
+found["loads_engine_core"] |= "vllm.v1.engine.core" in sys.modules
+found["config"] = re.sub("instance_id='[^']*'", "", repr(config))
+found["hash"] = config.compute_hash()
+found["worker_cls"] = config.parallel_config.worker_cls
+found["additional_config"] = config.additional_config
+
+from vllm import LLM, SamplingParams
+
+llm = LLM(MODEL, **options)
+core = llm.llm_engine.engine_core.engine_core
+found["num_blocks"] = core.scheduler.kv_cache_config.num_blocks
+params = [SamplingParams(temperature=0, max_tokens=30, logprobs=2),
+          SamplingParams(temperature=0.8, seed=3, max_tokens=30, min_p=0.05)]
+outputs = llm.generate(["def main(", "class Queue:"], params, use_tqdm=False)
+found["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+found["logprobs"] = str(outputs[0].outputs[0].logprobs)
+found["metrics"] = sorted(metric.name for metric in llm.get_metrics())
+found["runner"] = type(core.model_executor.driver_worker.worker.model_runner).__name__
+found["plugin"] = "vllm_medusa" in sys.modules
+print("FOUND", json.dumps(found))
+"""
+
+# vLLM's own answer to `medusa`.
+OWN_MEDUSA = """
+import json
+from vllm.engine.arg_utils import EngineArgs
+
+spec = {"method": "medusa", "model": HEADS, "num_speculative_tokens": 4}
+try:
+    config = EngineArgs(model=MODEL, speculative_config=spec).create_engine_config()
+    found = [config.speculative_config.method, config.parallel_config.worker_cls]
+    print("FOUND", json.dumps(found))
+except ValueError as error:
+    print("FOUND", json.dumps(str(error)))
+"""
+
+
+def run(source: str, **env: str) -> Any:
+    constants = f"MODEL, HEADS = {str(DEMO_MODEL)!r}, {str(DEMO_HEADS)!r}\n"
+    result = run_python(constants + source, VLLM_ENABLE_V1_MULTIPROCESSING="0", **env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+def test_vllm_is_as_without_the_plugin() -> None:
+    without, idle = run(ENGINE, VLLM_PLUGINS=""), run(ENGINE)
+    assert (without.pop("plugin"), idle.pop("plugin")) == (False, True)
+    assert not idle["loads_engine_core"]
+    assert idle["runner"] == "CPUModelRunner"
+    assert "medusa" not in idle["config"]
+    assert idle == without
+
+
+def test_without_the_plugin_medusa_is_what_vllm_makes_of_it() -> None:
+    import vllm
+
+    found = run(OWN_MEDUSA, VLLM_PLUGINS="")
+    if vllm.__version__.startswith("0.32"):
+        assert found == ["medusa", "vllm.v1.worker.cpu_worker.CPUWorker"]
+    else:
+        assert "medusa" in found
+
+
+def test_ngram_speculation(engine: Callable[..., Any]) -> None:
+    prompts = random_prompts(3, seed=5)
+    for prompt in prompts:
+        prompt["prompt_token_ids"] *= 2
+    with engine() as llm:
+        reference = greedy(llm, prompts, 40)
+    spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    spec["prompt_lookup_min"] = 1
+    with engine(speculative_config=spec) as llm:
+        assert greedy(llm, prompts, 40) == reference
+        assert spec_metrics(llm)["num_drafts"] > 0
+        with pytest.raises(VLLMValidationError, match="min_p"):
+            llm.generate(prompts, SamplingParams(min_p=0.1), use_tqdm=False)
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        assert type(worker.model_runner).__module__.startswith("vllm.")
+
+
+def test_registering_again_changes_nothing(tiny_model: Path) -> None:
+    EngineArgs(model=str(tiny_model), skip_tokenizer_init=True)  # loads the plugins
+    before = (
+        EngineArgs.create_engine_config,
+        EngineArgs.add_cli_args,
+        SamplingParams._validate_spec_decode,
+        sys.excepthook,
+    )
+    plugin.register()
+    plugin.register()
+    assert before == (
+        EngineArgs.create_engine_config,
+        EngineArgs.add_cli_args,
+        SamplingParams._validate_spec_decode,
+        sys.excepthook,
+    )
+
+
+def test_signature_of_what_is_patched() -> None:
+    """The wrappers keep vLLM's names and documentation, for whoever reads a traceback."""
+    assert EngineArgs.create_engine_config.__qualname__ == "EngineArgs.create_engine_config"
+    assert EngineArgs.add_cli_args.__module__ == "vllm.engine.arg_utils"
