@@ -38,7 +38,7 @@ def patch_structured_output() -> None:
             structured_output_request_ids: list[str],
             scheduled_spec_decode_tokens: dict[str, list[int]],
         ) -> Any:
-            if not structured_output_request_ids or not masks_trees(self.vllm_config):
+            if not structured_output_request_ids or not _masks_trees(self):
                 return original(
                     self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
                 )
@@ -50,7 +50,7 @@ def patch_structured_output() -> None:
 
     def wrap_validate(original: Any) -> Any:
         def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
-            if masks_trees(self.vllm_config):
+            if request.use_structured_output and _masks_trees(self):
                 return spec_tokens
             return original(self, request, spec_tokens)
 
@@ -68,6 +68,14 @@ def patch_structured_output() -> None:
         ["self", "request", "spec_tokens"],
         wrap_validate,
     )
+
+
+def _masks_trees(manager: Any) -> bool:
+    """`masks_trees` of a manager's configuration, looked up once: this runs at every step."""
+    known: bool | None = getattr(manager, "_medusa_masks_trees", None)
+    if known is None:
+        known = manager._medusa_masks_trees = masks_trees(manager.vllm_config)
+    return known
 
 
 def _tree_bitmask(
