@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import (
     AdapterLogitsProcessor,
     BatchUpdate,
@@ -141,6 +142,17 @@ def test_min_tokens_counts_the_path(min_tokens: int, expected: list[list[int]]) 
     params = SamplingParams(min_tokens=min_tokens, stop_token_ids=[1])
     logits = apply(torch.zeros(4, VOCAB), [min_tokens_processor()], params)
     assert forbidden(logits) == expected
+
+
+def test_min_tokens_leaves_a_grammar_its_only_token() -> None:
+    params = SamplingParams(min_tokens=4, stop_token_ids=[1, 2])
+    only_stop = torch.tensor([[True, False, True, True, True]])
+    forbid = {"allowed_token_ids_mask": only_stop}
+    logits = apply(torch.zeros(4, VOCAB), [min_tokens_processor()], params, **forbid)
+    assert forbidden(logits) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 2, 3, 4]]
+    params.structured_outputs = StructuredOutputsParams(regex="a")
+    logits = apply(torch.zeros(4, VOCAB), [min_tokens_processor()], params, **forbid)
+    assert forbidden(logits) == [[0, 2, 3, 4]] * 4
 
 
 class Recorder(AdapterLogitsProcessor):
