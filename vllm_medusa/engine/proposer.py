@@ -83,10 +83,12 @@ class MedusaProposer:
         values, tokens = logits.topk(min(tree.top_k, logits.shape[-1]), dim=-1)
         tokens = tokens + self._first_token
         if get_tensor_model_parallel_world_size() > 1:
-            values = tensor_model_parallel_all_gather(values.contiguous(), dim=-1)
-            tokens = tensor_model_parallel_all_gather(tokens.contiguous(), dim=-1)
+            # In one piece and as float32, which vLLM's collectives take on every platform and which
+            # holds every token id exactly.
+            guesses = torch.stack((values.float(), tokens.float()))
+            values, tokens = tensor_model_parallel_all_gather(guesses, dim=-1)
             best = values.topk(tree.top_k, dim=-1).indices
-            tokens = tokens.gather(-1, best)
+            tokens = tokens.gather(-1, best).long()
         if self._token_map is not None:
             tokens = self._token_map[tokens]
         return self._layout.draft_tokens(tokens)
