@@ -43,9 +43,12 @@ def inflate(small: LlamaForCausalLM, parameters: float) -> LlamaForCausalLM:
     """Return a model of about ``parameters`` parameters with the outputs of ``small``."""
     config = small.config
     num_layers = config.num_hidden_layers + EXTRA_LAYERS
-    others = small.num_parameters() * num_layers / config.num_hidden_layers
-    added = (parameters - others) / (3 * config.hidden_size * num_layers)
-    width = max(config.intermediate_size, round(added / WIDTH_STEP) * WIDTH_STEP)
+    layer = sum(weight.numel() for weight in small.model.layers[0].parameters())
+    column = 3 * config.hidden_size
+    unwidened = small.num_parameters() + EXTRA_LAYERS * layer
+    added = (parameters - unwidened) / (column * num_layers)
+    width = round((config.intermediate_size + added) / WIDTH_STEP) * WIDTH_STEP
+    width = max(width, config.intermediate_size)
     changed = {"num_hidden_layers": num_layers, "intermediate_size": width}
     torch.manual_seed(0)
     large = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), **changed})).float()
