@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 REPO = Path(__file__).parents[2]
 DEMO_MODEL = REPO / "demo" / "model"
 DEMO_HEADS = REPO / "demo" / "heads"
+VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
 @cache
@@ -76,7 +77,7 @@ def run_python(source: str, timeout_s: float = 240, **env: str) -> subprocess.Co
 
 def run_vllm(*argv: str, timeout_s: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``vllm ARGV...`` to its end."""
-    return _run([str(Path(sys.executable).with_name("vllm")), *argv], timeout_s, env)
+    return _run([VLLM, *argv], timeout_s, env)
 
 
 def environment(**env: str) -> dict[str, str]:
