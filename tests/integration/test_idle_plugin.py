@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, run_python
-from tests.integration.conftest import greedy, random_prompts, spec_metrics
 from vllm_medusa.engine import plugin
 
 pytestmark = pytest.mark.engine
@@ -68,6 +65,38 @@ except ValueError as error:
     print("FOUND", json.dumps(str(error)))
 """
 
+# In a process of its own: numba's modules break vLLM's next engine in the same process
+# (`register_triton_kernel_overrides` goes through the attributes of all modules).
+NGRAM = """
+import json
+from vllm import LLM, SamplingParams
+
+options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True,
+           "num_gpu_blocks_override": 200, "distributed_executor_backend": "uni",
+           "disable_log_stats": False}
+spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1}
+params = SamplingParams(temperature=0, max_tokens=40)
+prompts = ["def main(self):\\n    self.main = self.main\\n    self."] * 2
+found = {}
+for name, given in (("reference", None), ("tokens", spec)):
+    llm = LLM(MODEL, speculative_config=given, **options)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    found[name] = [list(output.outputs[0].token_ids) for output in outputs]
+    if given is None:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+metrics = {metric.name: metric for metric in llm.get_metrics()}
+found["num_drafts"] = metrics["vllm:spec_decode_num_drafts"].value
+try:
+    llm.generate(prompts, SamplingParams(min_p=0.1), use_tqdm=False)
+except Exception as error:
+    found["refusal"] = str(error)
+worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+found["runner_module"] = type(worker.model_runner).__module__
+print("FOUND", json.dumps(found))
+"""
+
 
 def run(source: str, **env: str) -> Any:
     constants = f"MODEL, HEADS = {str(DEMO_MODEL)!r}, {str(DEMO_HEADS)!r}\n"
@@ -96,21 +125,12 @@ def test_without_the_plugin_medusa_is_what_vllm_makes_of_it() -> None:
         assert "medusa" in found
 
 
-def test_ngram_speculation(engine: Callable[..., Any]) -> None:
-    prompts = random_prompts(3, seed=5)
-    for prompt in prompts:
-        prompt["prompt_token_ids"] *= 2
-    with engine() as llm:
-        reference = greedy(llm, prompts, 40)
-    spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    spec["prompt_lookup_min"] = 1
-    with engine(speculative_config=spec) as llm:
-        assert greedy(llm, prompts, 40) == reference
-        assert spec_metrics(llm)["num_drafts"] > 0
-        with pytest.raises(VLLMValidationError, match="min_p"):
-            llm.generate(prompts, SamplingParams(min_p=0.1), use_tqdm=False)
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        assert type(worker.model_runner).__module__.startswith("vllm.")
+def test_ngram_speculation() -> None:
+    found = run(NGRAM)
+    assert found["tokens"] == found["reference"]
+    assert found["num_drafts"] > 0
+    assert "min_p" in found["refusal"]
+    assert found["runner_module"].startswith("vllm.")
 
 
 def test_registering_again_changes_nothing(tiny_model: Path) -> None:

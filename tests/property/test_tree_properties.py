@@ -188,7 +188,7 @@ def test_a_step_without_the_mirror_is_caught(monkeypatch: pytest.MonkeyPatch) ->
         ([[]], "empty path"),
         ([], "no paths"),
         ([[i] for i in range(128)], "128 nodes"),
-        (["00"], "not a list of ranks"),
+        (["00"], "must be a list of ranks"),
     ],
 )
 def test_invalid_trees_are_named(paths: list[list[int]], message: str) -> None:

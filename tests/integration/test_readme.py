@@ -1,0 +1,105 @@
+"""Every command and program of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.command_line import environment
+from tests.integration.test_serve import Server, free_port, wait_until_ready
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def commands() -> list[list[str]]:
+    """The shell commands, without their comments."""
+    joined = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    lines = (shlex.split(line, comments=True) for line in joined.splitlines())
+    return [line for line in lines if line]
+
+
+def by_program(program: str) -> list[list[str]]:
+    return [command for command in commands() if command[0] == program]
+
+
+def test_all_commands_are_covered() -> None:
+    assert {command[0] for command in commands()} == {"make", "pip", "vllm", "curl", "vllm-medusa"}
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
+
+
+@pytest.mark.parametrize("command", by_program("make"), ids=" ".join)
+def test_make_targets_exist(command: list[str]) -> None:
+    """The targets themselves are what continuous integration runs; the demo is run below."""
+    subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_demo() -> None:
+    """What ``make demo`` runs once everything is set up, with fewer tokens."""
+    command = [sys.executable, "examples/demo.py", "--max-tokens", "32", "--rounds", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "identical, token for token" in run.stdout
+    steps = {
+        name: int(re.search(rf"^{name} +(\d+) ", run.stdout, re.M)[1])
+        for name in ("without speculation", "with a draft tree")
+    }
+    assert steps["with a draft tree"] < steps["without speculation"]
+
+
+def test_installing_names_this_package() -> None:
+    assert by_program("pip") == [["pip", "install", "vllm-medusa"]]
+
+
+@pytest.mark.parametrize("program", [text for kind, text in BLOCKS if kind == "python"])
+def test_programs(program: str, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(program, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip()
+
+
+def test_heads_commands(tmp_path: Path) -> None:
+    for command in by_program("vllm-medusa"):
+        # What is written goes elsewhere than into the repository.
+        command = [str(tmp_path / part) if part == "converted-heads" else part for part in command]
+        subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+
+def test_serving(tmp_path: Path) -> None:
+    """As in the README, but for the port and without compiling."""
+    (command,) = by_program("vllm")
+    (request,) = by_program("curl")
+    url = f"http://127.0.0.1:{free_port()}"
+    log = tmp_path / "server.log"
+    here = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--enforce-eager"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, *here],
+            cwd=ROOT,
+            env=environment(PATH=ENVIRONMENT["PATH"]),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until_ready(Server(url, log, process))
+        request = [part.replace("http://localhost:8000", url) for part in request]
+        answer = subprocess.run(
+            [*request, "--silent", "--fail"], capture_output=True, text=True, check=True
+        )
+        assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 32
+    finally:
+        process.terminate()
+        process.wait(60)
