@@ -120,13 +120,27 @@ class EngineCase:
         return {**options, "speculative_config": spec}
 
     def prompts(self, count: int) -> list[list[int]]:
-        """Prompts of random tokens; some begin like another one, some are another one."""
+        """Prompts of random tokens; some begin like another one, or are another one."""
         drawn: list[list[int]] = []
         for _ in range(count):
-            stem = self.rng.choice(drawn) if drawn and self.rng.random() < 0.4 else []
-            stem = stem[: self.rng.randint(0, len(stem))] if self.rng.random() < 0.8 else stem
-            drawn.append(stem + random_tokens(self.rng, self.rng.randint(0 if stem else 1, 90)))
-        return [prompt[: MAX_MODEL_LEN - 20] for prompt in drawn]
+            begin = self.rng.choice(drawn) if drawn and self.rng.random() < 0.4 else []
+            more = random_tokens(self.rng, self.rng.randint(0 if begin else 1, 90))
+            drawn.append(self._cut((begin + more)[: MAX_MODEL_LEN - 20]))
+        return drawn
+
+    def next_turn(self, request: Request, said: Completion) -> list[int]:
+        """A prompt that goes on from a request's text, as in a chat."""
+        more = random_tokens(self.rng, self.rng.randint(1, 40))
+        turn = [*request.prompt, *said.tokens, *more]
+        return self._cut(turn) if len(turn) < MAX_MODEL_LEN - 20 else more
+
+    def _cut(self, prompt: list[int]) -> list[int]:
+        """Sometimes cut a prompt so that one token is left to compute behind cached blocks.
+
+        If others are decoding, the scheduler pads it with placeholders for drafts.
+        """
+        size = self.options["block_size"]
+        return prompt[: (len(prompt) - 1) // size * size + 1] if self.rng.random() < 0.2 else prompt
 
     def requests(self, prompts: list[list[int]]) -> list[Request]:
         custom = self.options["logits_processors"] is not None
@@ -141,8 +155,8 @@ class EngineCase:
 
 
 def random_tree(rng: random.Random) -> DraftTree:
-    if rng.random() < 0.25:
-        return named_tree(rng.choice(tree_names()), NUM_HEADS)
+    if rng.random() < 0.3:
+        return named_tree(rng.choice(["chain", *tree_names()]), NUM_HEADS)
     num_nodes = rng.choice([3, 8, 16, 32, 63])
     return random_subtree(rng.randrange, num_nodes, rng.randint(1, NUM_HEADS), rng.randint(1, 6))
 
@@ -223,7 +237,7 @@ def completion(output: Any, prompt_logprobs: Any) -> Completion:
 def run_reference(model: Path, case: EngineCase) -> tuple[list[Request], list[list[Completion]]]:
     """Draw the requests and generate for them without speculation.
 
-    The second half of the prompts go on from texts of the first half, as the turns of a chat do.
+    The second half of the prompts go on from the texts of the first half.
     """
     options = {**REFERENCE_OPTIONS, "logits_processors": case.options["logits_processors"]}
     with open_engine(model, **options) as llm:
@@ -238,12 +252,12 @@ def run_reference(model: Path, case: EngineCase) -> tuple[list[Request], list[li
 
         first = case.requests(case.prompts(NUM_REQUESTS // 2))
         results = generate(first)
-        turns = []
-        for request, (said, *_) in zip(first, results, strict=True):
-            more = random_tokens(case.rng, case.rng.randint(1, 40))
-            turn = [*request.prompt, *said.tokens, *more]
-            turns.append(turn if len(turn) < MAX_MODEL_LEN - 20 else more)
-        second = case.requests(turns)
+        second = case.requests(
+            [
+                case.next_turn(request, said)
+                for request, (said, *_) in zip(first, results, strict=True)
+            ]
+        )
         return first + second, results + generate(second)
 
 
@@ -363,7 +377,9 @@ def run_engine_case(
 
 
 def test_forty_random_cases(run_engine_case: Callable[[int], dict[str, Any]]) -> None:
-    run_engine_case(3)
+    counted = run_engine_case(10)
+    assert counted["preempted"] > 0
+    assert counted["chain_fallbacks"] > 0
 
 
 @pytest.mark.slow
