@@ -20,19 +20,21 @@ VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
 @cache
-def serve_parser() -> Any:
-    """The parser of ``vllm serve``, made as the ``vllm`` command makes it."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+def vllm_parser() -> Any:
+    """The parser of the ``vllm`` command, with ``vllm serve`` in it."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser())
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser
 
 
 def serve_arguments(model: Path, *argv: str) -> Any:
     """``AsyncEngineArgs`` of ``vllm serve MODEL ARGV...``."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    args = serve_parser().parse_args([str(model), *argv])
+    args = vllm_parser().parse_args(["serve", str(model), *argv])
     args.model = args.model_tag
     return AsyncEngineArgs.from_cli_args(args)
 

@@ -19,7 +19,6 @@ from tests.integration.command_line import (
     engine_config,
     merge_heads,
     serve_arguments,
-    serve_parser,
 )
 from tests.integration.conftest import counters, greedy, open_engine, random_prompts, spec_metrics
 from vllm_medusa.config import MedusaConfig
@@ -111,9 +110,7 @@ def test_heads_in_the_model_on_the_command_line(merged: Path, argv: list[str]) -
 def test_configuration_file(merged: Path, tmp_path: Path, value: Any) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(f"speculative-config: {json.dumps(value)}\n")
-    # As in `vllm serve MODEL --config FILE`: the file's values come after the model.
-    argv = serve_parser()._pull_args_from_config(["serve", str(merged), "--config", str(path)])
-    config = resolved(serve_arguments(merged, *argv[2:]).create_engine_config())
+    config = resolved(serve_arguments(merged, "--config", str(path)).create_engine_config())
     assert config.heads == str(merged)
     assert config.tree.num_draft_tokens == (16 if value == "medusa" else 8)
 
