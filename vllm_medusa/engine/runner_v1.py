@@ -22,6 +22,7 @@ from vllm_medusa.engine.memory import fork_pool_of
 from vllm_medusa.engine.proposer import MedusaProposer
 from vllm_medusa.engine.sampler import TreeSampler
 from vllm_medusa.engine.structured_output import masks_trees
+from vllm_medusa.engine.support import check_attention
 from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class MedusaRunnerMixin(_Base):
         is_profiling = kwargs.get("is_profiling", args[0] if args else False)
         if self.tree_layout.tree.is_chain or is_profiling:
             return
+        tables = self.input_batch.block_table.block_tables
+        check_attention(self.attn_groups, [table.block_size for table in tables])
         pool = fork_pool_of(self.vllm_config, self.kv_cache_config, self.drafter.config)
         self.forks = PathForks(
             self.tree_layout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_medusa.config import ConfigError, MedusaConfig
@@ -103,6 +104,12 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "M-RoPE positions of trees are not supported yet; use tree='chain'",
         ),
         (
+            "model",
+            architectures,
+            model.is_mm_prefix_lm or model.rswa_window is not None,
+            "its attention depends on a request's prompt, not on its path; use tree='chain'",
+        ),
+        (
             "kv_transfer_config",
             vllm_config.kv_transfer_config,
             vllm_config.kv_transfer_config is not None,
@@ -121,6 +128,34 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "it selects tokens by request, not by path; leave it out or use tree='chain'",
         ),
     ]
+
+
+def check_attention(attn_groups: Sequence[Sequence[Any]], block_sizes: Sequence[int]) -> None:
+    """Refuse attention backends whose cache forks cannot be written to.
+
+    Args:
+        attn_groups: vLLM's attention groups, by KV-cache group.
+        block_sizes: tokens of a block as the kernels see it, for each KV-cache group.
+
+    Raises:
+        ConfigError: naming the backend or the block size, and the remedy.
+
+    """
+    for groups, block_size in zip(attn_groups, block_sizes, strict=True):
+        for group in groups:
+            name = group.backend.get_name()
+            if group.backend.forward_includes_kv_cache_update:
+                raise ConfigError(
+                    f"attention_backend={name!r} is not supported with Medusa trees: it writes the "
+                    "KV cache within its kernel; choose another backend or use tree='chain'"
+                )
+            if group.kernel_block_size is not None or group.kv_cache_spec.block_size != block_size:
+                raise ConfigError(
+                    f"block_size={group.kv_cache_spec.block_size} is not supported with Medusa "
+                    f"trees: {name} splits it into kernel blocks of "
+                    f"{group.kernel_block_size or block_size}; use that as block_size, or "
+                    "tree='chain'"
+                )
 
 
 def _check_token_budget(vllm_config: Any, config: MedusaConfig) -> None:
