@@ -16,11 +16,10 @@ from vllm_medusa.engine import plugin
 
 pytestmark = pytest.mark.engine
 
-# What vLLM makes of the same arguments, and what it generates.
-ENGINE = """
+# What vLLM makes of the same arguments in a front-end process.
+CONFIGURATION = """
 import json, re, sys
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.plugins import load_general_plugins
 
 load_general_plugins()
@@ -28,15 +27,24 @@ options = dict(
     dtype="float32", max_model_len=256, enforce_eager=True, block_size=32,
     num_gpu_blocks_override=64, distributed_executor_backend="uni", disable_log_stats=False,
 )
-found = {"loads_engine_core": "vllm.v1.engine.core" in sys.modules}
+found = {}
 config = EngineArgs(model=MODEL, **options).create_engine_config()
-found["loads_engine_core"] |= "vllm.v1.engine.core" in sys.modules
 found["config"] = re.sub("instance_id='[^']*'", "", repr(config))
 found["hash"] = config.compute_hash()
 found["worker_cls"] = config.parallel_config.worker_cls
 found["additional_config"] = config.additional_config
-
+found["loads_engine_core"] = "vllm.v1.engine.core" in sys.modules
+found["plugin"] = "vllm_medusa" in sys.modules
+"""
+SAY = """
+print("FOUND", json.dumps(found))
+"""
+# And what it generates, also with a speculation of its own. That comes last because it imports
+# numba, after which vLLM's CPU platform can start no other engine in the process
+# (`_rebind_kernels`, ``triton_utils/dispatcher.py``, trips over a module of llvmlite).
+ENGINE = """
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 llm = LLM(MODEL, **options)
 core = llm.llm_engine.engine_core.engine_core
@@ -51,8 +59,6 @@ worker = core.model_executor.driver_worker.worker
 found["runner"] = type(worker.model_runner).__name__
 llm.llm_engine.engine_core.shutdown()
 
-# Another kind of speculation. Last, because it imports numba, after which vLLM's CPU platform
-# cannot start one more engine in the process (`_rebind_kernels` trips over a module of llvmlite).
 ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 llm = LLM(MODEL, speculative_config=ngram, **options)
 outputs = llm.generate(["def main(", "class Queue:"], params[0], use_tqdm=False)
@@ -64,8 +70,6 @@ try:
     llm.generate("x", params[1], use_tqdm=False)
 except VLLMValidationError as error:
     found["ngram_min_p"] = str(error)
-found["plugin"] = "vllm_medusa" in sys.modules
-print("FOUND", json.dumps(found))
 """
 
 # vLLM's own answer to `medusa`.
@@ -123,12 +127,23 @@ def run(source: str, **env: str) -> Any:
     return json.loads(line.removeprefix("FOUND "))
 
 
-def test_vllm_is_as_without_the_plugin() -> None:
-    without, idle = run(ENGINE, VLLM_PLUGINS=""), run(ENGINE)
-    assert (without.pop("plugin"), idle.pop("plugin")) == (False, True)
+def with_and_without_plugin(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    idle, without = run(source + SAY), run(source + SAY, VLLM_PLUGINS="")
+    assert (idle.pop("plugin"), without.pop("plugin")) == (True, False)
+    return idle, without
+
+
+def test_configuration_is_as_without_the_plugin() -> None:
+    idle, without = with_and_without_plugin(CONFIGURATION)
     assert not idle["loads_engine_core"]
-    assert idle["runner"] == "CPUModelRunner"
     assert "medusa" not in idle["config"]
+    assert idle == without
+
+
+@pytest.mark.slow
+def test_engine_is_as_without_the_plugin() -> None:
+    idle, without = with_and_without_plugin(CONFIGURATION + ENGINE)
+    assert idle["runner"] == "CPUModelRunner"
     assert idle["ngram_tokens"][0] == idle["tokens"][0]
     assert idle["ngram_accepted"][0] > 0
     assert "min_p" in idle["ngram_min_p"]
