@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_medusa.engine.compat import patch
+from vllm_medusa.engine.compat import patch, vllm_version
 from vllm_medusa.engine.memory import medusa_config_of
 
 
@@ -87,17 +87,18 @@ def _tree_bitmask(
     """Return the packed masks of all rows: each request's root, then its drafts."""
     config = medusa_config_of(manager.vllm_config)
     assert config is not None
+    num_nodes = 1 + config.tree.num_draft_tokens
     if manager._grammar_bitmask is None:
-        rows = manager.vllm_config.scheduler_config.max_num_seqs * (
-            1 + config.tree.num_draft_tokens
-        )
+        rows = manager.vllm_config.scheduler_config.max_num_seqs * num_nodes
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+    # Each request has as many rows as it has drafts in vLLM 0.32, and equally many in 0.33.
+    has_fixed_rows = not vllm_version().startswith("0.32")
     row = 0
     for req_id in req_ids:
         grammar = requests[req_id].structured_output_request.grammar
         tokens = drafts.get(req_id, [])
         _fill_tree(manager, grammar, req_id, tokens, config.tree.parents, row)
-        row += 1 + len(tokens)
+        row += num_nodes if has_fixed_rows else 1 + len(tokens)
     return manager._grammar_bitmask[:row].numpy()
 
 
@@ -114,7 +115,7 @@ def _fill_tree(
     ``entered`` is the path of nodes whose tokens the grammar has taken. In depth-first order a
     node's parent is on the path to the node before it.
     """
-    manager._fill_bitmasks(((grammar, first_row, True),))
+    _fill_row(manager, grammar, first_row, True)
     entered = [0]
     for node, token in enumerate(tokens, start=1):
         allowed = False
@@ -132,6 +133,14 @@ def _fill_tree(
         if allowed:
             entered.append(node)
         # A forbidden node is never reached: any mask will do.
-        manager._fill_bitmasks(((grammar, first_row + node, allowed),))
+        _fill_row(manager, grammar, first_row + node, allowed)
     if len(entered) > 1:
         grammar.rollback(len(entered) - 1)
+
+
+def _fill_row(manager: Any, grammar: Any, row: int, is_constrained: bool) -> None:
+    """Fill one row as ``StructuredOutputManager._fill_bitmasks`` does."""
+    if is_constrained and not grammar.is_terminated():
+        grammar.fill_bitmask(manager._grammar_bitmask, row)
+    else:
+        manager._grammar_bitmask[row].fill_(manager._full_mask)
