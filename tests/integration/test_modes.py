@@ -97,6 +97,16 @@ def test_bfloat16(prompts: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e5m2", "fp8_e4m3"])
+def test_quantised_kv_cache(prompts: list[str], kv_cache_dtype: str) -> None:
+    """Forks copy blocks as they are, whatever they hold."""
+    with demo_engine(kv_cache_dtype=kv_cache_dtype) as llm:
+        reference = greedy(llm, prompts, MAX_TOKENS)
+    with demo_engine(kv_cache_dtype=kv_cache_dtype, speculative_config=SPEC) as llm:
+        check(llm, prompts, reference)
+
+
+@pytest.mark.slow
 def test_bfloat16_in_processes_of_their_own(
     prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

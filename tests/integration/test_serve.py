@@ -207,6 +207,25 @@ def test_one_line_at_start(server: Server, merged: Path) -> None:
         assert part in lines[0]
 
 
+@pytest.mark.slow
+def test_several_servers_and_engines(tmp_path: Path, prompts: Prompts, offline: Texts) -> None:
+    """Two API servers before two engines: each process makes the configuration anew."""
+    spec = json.dumps({"method": "medusa", "model": str(DEMO_HEADS)})
+    argv = ["--api-server-count", "2", "--data-parallel-size", "2", "--speculative-config", spec]
+    with serve(tmp_path, DEMO_MODEL, *argv) as server:
+        for _ in range(4):
+            request = body(prompts[:8], MAX_TOKENS)
+            response = httpx.post(f"{server.url}/v1/completions", json=request, timeout=120)
+            choices = response.raise_for_status().json()["choices"]
+            assert [c["token_ids"] for c in sorted(choices, key=lambda c: c["index"])] == offline[
+                :8
+            ]
+        metrics = server.metrics()
+        assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 4 * 8 * MAX_TOKENS / 4
+        assert metrics["vllm:medusa_commits_total"] > 4 * 8
+        server.assert_healthy()
+
+
 @dataclass
 class Tally:
     """What the clients of the stress test saw."""
