@@ -1,0 +1,1 @@
+"""Choosing draft trees from measurements: joint path statistics, tree search, cost model."""

@@ -1,0 +1,214 @@
+"""Statistics of rank paths, and the trees and acceptance lengths that follow from them.
+
+The input everywhere is a list of continuations. Each is an int array [positions, heads]: at every
+position of the text at which a step could begin, the rank that each head gave the token that then
+came. Position p's root is text token p, and head k guesses token p + 1 + k. A rank of `RANK_CAP`
+or more is a miss; so is a token beyond the end of the text (write `RANK_CAP` there).
+
+The probability that a path is right is counted for the path as a whole. The paper (arXiv
+2401.10774, section 2.3.3) multiplies the heads' separate accuracies instead, `product_paths`: as
+if a head's rank said nothing about the next head's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_medusa.tree.draft_tree import TreePath
+
+Ranks: TypeAlias = NDArray[np.integer[Any]]
+
+#: Ranks from here on are misses: no tree of 127 nodes has use for them.
+RANK_CAP = 32
+#: A text loops from the first run of so many tokens that it has already written before.
+LOOP_TOKENS = 16
+
+
+def path_probabilities(continuations: Sequence[Ranks]) -> dict[TreePath, float]:
+    """Return the share of positions at which each path was right as a whole.
+
+    Paths that never were are left out. Where a path is, its parent is too, at least as probable.
+    """
+    ranks = _joined(continuations)
+    counts: dict[TreePath, float] = {}
+    # Group the positions by the path they have in common so far, one depth after the other.
+    alive = np.arange(len(ranks))
+    group = np.zeros(len(ranks), dtype=np.int64)
+    paths: list[TreePath] = [()]
+    for depth in range(ranks.shape[1]):
+        hit = ranks[alive, depth] < RANK_CAP
+        alive, group = alive[hit], group[hit]
+        keys, group, sizes = np.unique(
+            group * RANK_CAP + ranks[alive, depth], return_inverse=True, return_counts=True
+        )
+        paths = [(*paths[key // RANK_CAP], int(key % RANK_CAP)) for key in keys.tolist()]
+        counts.update(zip(paths, (sizes / len(ranks)).tolist(), strict=True))
+    return counts
+
+
+def rank_probabilities(continuations: Sequence[Ranks]) -> NDArray[np.float64]:
+    """Return [heads, RANK_CAP]: at what share of positions each rank of a head was right."""
+    ranks = _joined(continuations)
+    hits = [np.bincount(head[head < RANK_CAP], minlength=RANK_CAP) for head in ranks.T]
+    return np.array(hits, dtype=np.float64).reshape(-1, RANK_CAP) / max(1, len(ranks))
+
+
+def best_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+    """Return the paths most often right as a whole, the most probable first.
+
+    Every prefix of the list is a tree, and among trees of its size it has the largest expected
+    acceptance length, if steps began at all positions alike. Of paths equally often right the one
+    more probable by the product of its ranks' probabilities comes first.
+
+    Args:
+        continuations: as the module says.
+        num_paths: how many paths to return; fewer if fewer were ever right.
+
+    """
+    by_rank = rank_probabilities(continuations).tolist()
+    probabilities = path_probabilities(continuations)
+    products: dict[TreePath, float] = {(): 1.0}
+    for path in probabilities:  # parents come before their children
+        products[path] = products[path[:-1]] * by_rank[len(path) - 1][path[-1]]
+
+    def order(path: TreePath) -> tuple[float, float, int, TreePath]:
+        return -probabilities[path], -products[path], len(path), path
+
+    return heapq.nsmallest(num_paths, probabilities, key=order)
+
+
+def product_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+    """Return the most probable paths by the paper's method, the most probable first.
+
+    A path's probability is the product of its ranks' probabilities (paper, section 2.3.3). As
+    `best_paths` otherwise.
+    """
+    by_rank = rank_probabilities(continuations)
+    places_to_ranks = np.argsort(-by_rank, axis=1, kind="stable")
+    sorted_by_rank = np.take_along_axis(by_rank, places_to_ranks, axis=1).tolist()
+    order = places_to_ranks.tolist()
+    chosen: list[TreePath] = []
+    # Of the frontier: minus the probability, the depth, the places of the ranks in their order,
+    # and the parent's probability. A path's next sibling and first child are no more probable.
+    frontier: list[tuple[float, int, TreePath, float]] = []
+
+    def offer(places: TreePath, parent: float) -> None:
+        depth = len(places)
+        if depth <= len(order) and places[-1] < RANK_CAP:
+            probability = parent * sorted_by_rank[depth - 1][places[-1]]
+            if probability > 0:
+                heapq.heappush(frontier, (-probability, depth, places, parent))
+
+    offer((0,), 1.0)
+    while frontier and len(chosen) < num_paths:
+        negative, _, places, parent = heapq.heappop(frontier)
+        chosen.append(tuple(order[depth][place] for depth, place in enumerate(places)))
+        offer((*places[:-1], places[-1] + 1), parent)
+        offer((*places, 0), -negative)
+    return chosen
+
+
+def accepted_drafts(ranks: Ranks, paths: Sequence[TreePath]) -> NDArray[np.int64]:
+    """Return [positions]: the draft tokens that a step beginning there would accept.
+
+    Args:
+        ranks: [positions, heads].
+        paths: a draft tree's; may be empty.
+
+    """
+    children = _children(paths)
+    node = np.zeros(len(ranks), dtype=np.int64)
+    accepted = np.zeros(len(ranks), dtype=np.int64)
+    for depth in range(ranks.shape[1]):
+        node = children[node, np.minimum(ranks[:, depth], RANK_CAP)]
+        accepted += node >= 0
+    return accepted
+
+
+def step_counts(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> NDArray[np.int64]:
+    """Return [continuations, 2]: tokens emitted and steps taken along each continuation.
+
+    This is what the engine does: a step emits its accepted drafts and one token more, and the next
+    begins after them. The last step's tokens count even where they lie beyond the last position.
+    """
+    lengths = np.array([len(ranks) for ranks in continuations], dtype=np.int64)
+    counts = np.zeros((len(continuations), 2), dtype=np.int64)
+    if not lengths.sum():
+        return counts
+    emitted = 1 + accepted_drafts(_joined(continuations), paths)
+    starts = np.cumsum(lengths) - lengths
+    position = np.zeros(len(continuations), dtype=np.int64)
+    # All continuations step at once; each stops at its end.
+    while len(live := np.flatnonzero(position < lengths)):
+        tokens = emitted[starts[live] + position[live]]
+        counts[live, 0] += tokens
+        counts[live, 1] += 1
+        position[live] += tokens
+    return counts
+
+
+def simulate(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
+    """Return the acceptance length, tokens per step, by exact simulation (see `step_counts`).
+
+    It differs from `position_average`: after a step that accepted much the next one begins further
+    on, so steps begin more often where little is accepted. Without any position it is 1.
+    """
+    tokens, steps = step_counts(continuations, paths).sum(axis=0).tolist()
+    return float(tokens / steps) if steps else 1.0
+
+
+def position_average(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
+    """Return the acceptance length if steps began at all positions alike.
+
+    It is one plus the sum of the nodes' probabilities, which `best_paths` maximises.
+    """
+    ranks = _joined(continuations)
+    return 1 + float(accepted_drafts(ranks, paths).mean()) if len(ranks) else 1.0
+
+
+def head_accuracy(
+    continuations: Sequence[Ranks], tops: Sequence[int] = (1, 2, 5, 10)
+) -> dict[int, list[float]]:
+    """Return by top n the share of positions at which each head had the token among its first n."""
+    ranks = _joined(continuations)
+    shares = {top: (ranks < top).sum(axis=0) / max(1, len(ranks)) for top in tops}
+    return {top: share.tolist() for top, share in shares.items()}
+
+
+def loop_start(tokens: Sequence[int]) -> int:
+    """Return the index at which a text begins to loop; its length if it does not.
+
+    That is the first token of the first `LOOP_TOKENS` tokens in a row that already stood there
+    earlier in the text; the two runs may overlap.
+    """
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - LOOP_TOKENS + 1):
+        run = tuple(tokens[start : start + LOOP_TOKENS])
+        if run in seen:
+            return start
+        seen.add(run)
+    return len(tokens)
+
+
+def _joined(continuations: Sequence[Ranks]) -> Ranks:
+    """All positions: [sum of positions, heads]."""
+    if not continuations:
+        return np.zeros((0, 0), dtype=np.int64)
+    return np.concatenate([np.asarray(ranks) for ranks in continuations])
+
+
+def _children(paths: Sequence[TreePath]) -> NDArray[np.int64]:
+    """Node reached from each node by each rank: [nodes + 1, RANK_CAP + 1]; -1, which is also the
+    last row, is the end of the walk, and so is the last column, a miss.
+    """
+    index = {path: node for node, path in enumerate(paths, start=1)} | {(): 0}
+    children = np.full((len(index) + 1, RANK_CAP + 1), -1, dtype=np.int64)
+    for path, node in index.items():
+        if path and path[-1] < RANK_CAP:
+            children[index[path[:-1]], path[-1]] = node
+    return children
