@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_medusa.data.errors import DataError
+
+_TEMPORARY_SUFFIX = ".tmp"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name, flush it to the disk, then give it its name.
+
+    Killed at any point, at most a temporary file stays, for `remove_temporary_files`.
+
+    Args:
+        path: the file; replaced if there.
+        write: given the open file, writes its content.
+
+    Raises:
+        DataError: it cannot be written, on a full disk say; nothing has changed.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as exc:
+        raise DataError(
+            f"{path}: cannot be written ({exc.strerror or exc}); what was there is as it was"
+        ) from None
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what killed calls of `write_atomically` left in a directory."""
+    for path in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

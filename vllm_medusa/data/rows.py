@@ -1,0 +1,217 @@
+"""Rows of token ids with a loss mask, in shards: what `distill` writes, `train` and others read.
+
+A data set is a directory of shards `part-00000.parquet`, `part-00001.parquet`, ... or the same with
+`.jsonl`, of columns `id` (string), `token_ids` (list of int32) and `loss_mask` (list of bool), and
+`distill.json`, which says how they were made and how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_medusa.data.errors import DataError
+from vllm_medusa.data.files import write_atomically
+
+ShardFormat = Literal["parquet", "jsonl"]
+SHARD_FORMATS: tuple[ShardFormat, ...] = ("parquet", "jsonl")
+PROVENANCE_FILE = "distill.json"
+COLUMNS = ("id", "token_ids", "loss_mask")
+
+_SHARD_NAME = re.compile(r"part-(\d{5,})\.(parquet|jsonl)")
+_MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence of tokens, prompts and answers.
+
+    Attributes:
+        id: of the prompt that it answers.
+        token_ids: [T] int32.
+        loss_mask: [T] bool, true on the answers' tokens, their end tokens included.
+    """
+
+    id: str
+    token_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+
+
+def shard_path(directory: Path, index: int, shard_format: ShardFormat) -> Path:
+    """Return where a data set has its shard of that index, from 0."""
+    return directory / f"part-{index:05d}.{shard_format}"
+
+
+def list_shards(directory: Path) -> dict[int, Path]:
+    """Return a directory's shards by index, in order."""
+    found: dict[int, Path] = {}
+    for path in directory.iterdir():
+        if match := _SHARD_NAME.fullmatch(path.name):
+            index = int(match[1])
+            if index in found:
+                raise DataError(f"{directory}: {found[index].name} and {path.name}: keep one")
+            found[index] = path
+    return dict(sorted(found.items()))
+
+
+def write_shard(path: Path, rows: Sequence[Row]) -> None:
+    """Write a shard, whole or not at all.
+
+    Args:
+        path: ends in `.parquet` or `.jsonl`, which decides the format.
+        rows: its rows, in order.
+
+    Raises:
+        DataError: it cannot be written, on a full disk say.
+    """
+    write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
+    write_atomically(path, lambda file: write(file, rows))
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Read the rows of a data set, or of one shard, in order.
+
+    Args:
+        path: the directory, or the shard's file.
+
+    Raises:
+        DataError: at once if the directory holds no shards, or not all of them; while reading if a
+            shard is malformed. The message names the file and the row.
+    """
+    path = Path(path)
+    shards = [path] if path.is_file() else _all_shards(path)
+    return (row for shard in shards for row in read_shard(shard))
+
+
+def read_shard(path: Path) -> Iterator[Row]:
+    """Read the rows of one shard, in order.
+
+    Raises:
+        DataError: no such file, or a malformed one.
+    """
+    read = {".parquet": _read_parquet, ".jsonl": _read_jsonl}.get(path.suffix)
+    if read is None:
+        raise DataError(f"{path}: its name ends neither in .parquet nor in .jsonl")
+    try:
+        for number, record in enumerate(read(path), 1):
+            yield _checked_row(path, number, record)
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read ({exc})") from None
+
+
+def _all_shards(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise DataError(f"rows {str(directory)!r}: no such directory; vllm-medusa distill makes it")
+    shards = list_shards(directory)
+    wanted = len(shards)
+    provenance = directory / PROVENANCE_FILE
+    if provenance.is_file():
+        try:
+            wanted = int(json.loads(provenance.read_text(encoding="utf-8"))["num_shards"])
+        except (ValueError, KeyError, TypeError) as exc:
+            raise DataError(f"{provenance}: says no number of shards ({exc!r})") from None
+    if not shards:
+        raise DataError(f"{directory}: holds no shards; vllm-medusa distill makes them")
+    wanted = max(wanted, max(shards) + 1)
+    missing = [index for index in range(wanted) if index not in shards]
+    if missing:
+        raise DataError(
+            f"{directory}: {len(missing)} of {wanted} shards are missing, number {missing[0]} the "
+            "first; run the same distill command again to complete them"
+        )
+    return list(shards.values())
+
+
+def _checked_row(path: Path, number: int, record: dict[str, Any]) -> Row:
+    try:
+        identity, token_ids, loss_mask = (record[column] for column in COLUMNS)
+        token_ids, loss_mask = np.asarray(token_ids), np.asarray(loss_mask)
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DataError(f"{path}: row {number} has not the columns {COLUMNS} ({exc!r})") from None
+    if token_ids.ndim != 1 or token_ids.shape != loss_mask.shape or not token_ids.size:
+        raise DataError(
+            f"{path}: row {number} has token_ids of shape {list(token_ids.shape)}, loss_mask of "
+            f"shape {list(loss_mask.shape)}; they must be lists of one length, not empty"
+        )
+    is_integer = token_ids.dtype.kind == "i" and token_ids.min() >= 0
+    if not isinstance(identity, str) or not is_integer or token_ids.max() > _MAX_INT32:
+        raise DataError(f"{path}: row {number}: id must be a string, token_ids int32 from 0 on")
+    if loss_mask.dtype != np.bool_:
+        raise DataError(f"{path}: row {number}: loss_mask must hold true and false only")
+    return Row(identity, token_ids.astype(np.int32), loss_mask)
+
+
+def _write_jsonl(file: BinaryIO, rows: Sequence[Row]) -> None:
+    for row in rows:
+        record = {
+            "id": row.id,
+            "token_ids": row.token_ids.tolist(),
+            "loss_mask": row.loss_mask.tolist(),
+        }
+        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as exc:
+                raise DataError(f"{path}: line {number} is not JSON ({exc})") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{path}: line {number} is not a JSON object")
+            yield record
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            'Parquet needs pyarrow: pip install "vllm-medusa[train]", or take --format jsonl'
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _write_parquet(file: BinaryIO, rows: Sequence[Row]) -> None:
+    pa, pq = _pyarrow()
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("loss_mask", pa.list_(pa.bool_())),
+        ]
+    )
+    columns = {
+        "id": [row.id for row in rows],
+        "token_ids": [row.token_ids for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
+    }
+    pq.write_table(pa.table(columns, schema=schema), file)
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    pa, pq = _pyarrow()
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
+        raise DataError(f"{path}: not a Parquet file that can be read ({exc})") from None
+    missing = [column for column in COLUMNS if column not in table.column_names]
+    if missing:
+        raise DataError(f"{path}: lacks the columns {', '.join(missing)}")
+    for batch in table.select(COLUMNS).to_batches():
+        identities = batch.column(0)
+        for index in range(batch.num_rows):
+            yield {
+                "id": identities[index].as_py(),
+                "token_ids": batch.column(1)[index].values.to_numpy(zero_copy_only=False),
+                "loss_mask": batch.column(2)[index].values.to_numpy(zero_copy_only=False),
+            }
