@@ -6,11 +6,15 @@ so that a machine whose speed drifts does not decide. The other end is `engine.b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +24,69 @@ from typing import Any
 _WORKER = "vllm_medusa.engine.bench_worker"
 
 
+#: What Python prints last of an exception: its type and message.
+_EXCEPTION = re.compile(
+    r"^(?:\([^)]*\) |[A-Z]+ \S+ \S+ \[[^\]]*\] )*([\w.]*(?:Error|Exception): .*)$"
+)
+
+
 class EngineProcessError(RuntimeError):
-    """The engine's process failed; the message holds the end of its log."""
+    """The engine's process failed; the message holds the end of its log.
+
+    Attributes:
+        reason: the last exception in the log, in one line.
+
+    """
+
+    def __init__(self, log: str) -> None:
+        super().__init__(f"the engine's process ended; its log ends:\n{log[-3000:]}")
+        self.reason = last_exception(log)
+
+
+def last_exception(log: str) -> str:
+    """The last exception of a log in one line, or the log's last line if it shows none."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    for index in reversed(range(len(lines))):
+        if match := _EXCEPTION.match(lines[index]):
+            message = match[1]
+            if "validation error" in message:  # pydantic says what is wrong in the lines below
+                message = " ".join([message, *(line.strip() for line in lines[index + 1 :][:1])])
+            return message
+    return lines[-1].strip() if lines else "it ended without a word"
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """When one request of a run got its tokens.
+
+    Attributes:
+        ttft_ms: time from the start of the run to the request's first token, in milliseconds.
+        tpot_ms: mean time per further token, in milliseconds; None if there was only one.
+        num_steps: steps that gave it tokens, the prompt's own among them.
+
+    """
+
+    ttft_ms: float
+    tpot_ms: float | None
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is known once an engine is up.
+
+    Attributes:
+        startup_s: seconds from the start of its process on.
+        device: the processor's kind in PyTorch's words (``cpu``, ``cuda``, ...).
+        device_name: the accelerator's name; None on a CPU.
+        peak_memory_bytes: largest resident memory so far, all its processes.
+
+    """
+
+    startup_s: float
+    device: str
+    device_name: str | None
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -33,16 +98,40 @@ class Run:
         texts: the same as text.
         step_ms: wall-clock time of each engine step, in milliseconds; the prompts' own steps are
             the first ones.
+        full_steps: first and last (exclusive) of the steps between the last request's first token
+            and the first request's last one, so with the whole batch decoding.
+        requests: each request's times.
         num_drafts: request steps that verified drafts.
         num_accepted: draft tokens accepted.
+        accepted_by_depth: of the request steps, how many accepted a draft token at depth 1, 2, ...
+        num_preemptions: requests that had to make room in the KV cache and start again.
+        peak_memory_bytes: largest resident memory of the engine's processes so far.
+        device_memory_bytes: largest memory reserved by PyTorch on the accelerator; None on a CPU.
 
     """
 
     token_ids: list[list[int]]
     texts: list[str]
     step_ms: list[float]
+    full_steps: tuple[int, int]
+    requests: list[RequestTimes]
     num_drafts: int
     num_accepted: int
+    accepted_by_depth: list[int]
+    num_preemptions: int
+    peak_memory_bytes: int
+    device_memory_bytes: int | None
+
+    @classmethod
+    def from_reply(cls, reply: Mapping[str, Any]) -> Run:
+        """Read the worker's reply."""
+        return cls(
+            **{
+                **reply,
+                "full_steps": tuple(reply["full_steps"]),
+                "requests": [RequestTimes(**times) for times in reply["requests"]],
+            }
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -56,8 +145,15 @@ class Run:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a request emits in a step with drafts; 1 without speculation."""
-        return 1 + self.num_accepted / self.num_drafts if self.num_drafts else 1.0
+        """Tokens that a request gets in a decode step, with drafts or not (acceptance length)."""
+        num_steps = sum(times.num_steps - 1 for times in self.requests)
+        return (self.num_tokens - len(self.requests)) / num_steps if num_steps else 1.0
+
+    @property
+    def decode_step_ms(self) -> list[float]:
+        """Times of the steps in which the whole batch decodes; of all steps if there are none."""
+        begin, end = self.full_steps
+        return self.step_ms[begin:end] or self.step_ms
 
 
 class EngineProcess:
@@ -86,12 +182,15 @@ class EngineProcess:
             "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        self._started = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", _WORKER, str(write)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
             pass_fds=[write],
+            # Ctrl-C is for the caller, who closes the engine.
+            start_new_session=True,
             env={**os.environ, **quiet, **(environment or {})},
             text=True,
         )
@@ -101,31 +200,45 @@ class EngineProcess:
         try:
             self._call(start, wait=False)
         except BaseException:
-            self.close()
+            self.close(patience_s=0)
             raise
 
-    def wait(self) -> None:
+    def wait(self) -> EngineInfo:
         """Wait until the engine is up.
 
         Raises:
             EngineProcessError: if it does not come up.
 
         """
-        self._reply()
+        reply = self._reply()
+        return EngineInfo(startup_s=time.monotonic() - self._started, **reply)
 
     def run(self, prompts: Sequence[str | Sequence[int]], max_tokens: int, **sampling: Any) -> Run:
         """Generate for all prompts as one batch, greedily unless ``sampling`` says otherwise."""
         command = {"prompts": list(prompts), "max_tokens": max_tokens, "sampling": sampling}
-        return Run(**self._call(command))
+        return Run.from_reply(self._call(command))
 
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probability that the model gives the last token of each sequence after the others."""
+        logprobs: list[float] = self._call({"score": [list(tokens) for tokens in sequences]})
+        return logprobs
+
+    @property
+    def pid(self) -> int:
+        """Process id, also that of its session and process group."""
+        return self._process.pid
+
+    def close(self, patience_s: float = 20) -> None:
+        """End the process, which may finish what it does for so long, and all that it started."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=patience_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._replies.close()
         self._log.close()
@@ -139,7 +252,7 @@ class EngineProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(patience_s=20 if error is None else 0)
 
     def _call(self, command: Mapping[str, Any], wait: bool = True) -> Any:
         assert self._process.stdin is not None
@@ -159,5 +272,4 @@ class EngineProcess:
     def _failure(self) -> EngineProcessError:
         self._process.wait()
         self._log.seek(0)
-        log = self._log.read().decode(errors="replace")
-        return EngineProcessError(f"the engine's process ended; its log ends:\n{log[-3000:]}")
+        return EngineProcessError(self._log.read().decode(errors="replace"))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import sys
 import time
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 
@@ -17,59 +21,166 @@ def main(reply_fd: int) -> None:
         if start["prepare"]:
             runpy.run_path(start["prepare"])
         llm = _make_engine(start["options"])
-        _reply(replies, {})
+        _reply(replies, _describe())
         for line in sys.stdin:
-            _reply(replies, _run(llm, json.loads(line)))
+            command = json.loads(line)
+            if "score" in command:
+                _reply(replies, _score(llm, command["score"]))
+            else:
+                _reply(replies, _run(llm, command))
 
 
 def _make_engine(options: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    defaults = {"distributed_executor_backend": "uni", "disable_log_stats": False}
+    defaults: dict[str, Any] = {"disable_log_stats": False}
+    if options.get("tensor_parallel_size", 1) == 1:
+        defaults["distributed_executor_backend"] = "uni"
     return LLM(**{**defaults, **options})
 
 
-def _reply(replies: Any, answer: dict[str, Any]) -> None:
+def _describe() -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    is_cpu = current_platform.is_cpu()
+    return {
+        "device": current_platform.device_type,
+        "device_name": None if is_cpu else current_platform.get_device_name(),
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _reply(replies: Any, answer: Any) -> None:
     replies.write(json.dumps(answer) + "\n")
     replies.flush()
 
 
 def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     engine = llm.llm_engine
     params = SamplingParams(
-        **{"temperature": 0, "max_tokens": command["max_tokens"], **command["sampling"]}
+        **{"temperature": 0, "max_tokens": command["max_tokens"], **command["sampling"]},
+        output_kind=RequestOutputKind.DELTA,
     )
-    before = _spec_counts(llm)
+    requests = [_Request() for _ in command["prompts"]]
+    before = _counts(llm)
+    start = time.perf_counter()
     for index, prompt in enumerate(command["prompts"]):
         given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         engine.add_request(f"{time.monotonic_ns()}-{index}", given, params)
-    outputs, step_ms = {}, []
+    step_ms: list[float] = []
     while engine.has_unfinished_requests():
         begin = time.perf_counter()
-        finished = engine.step()
-        step_ms.append(1000 * (time.perf_counter() - begin))
-        for output in finished:
-            if output.finished:
-                outputs[int(output.request_id.rsplit("-", 1)[1])] = output.outputs[0]
-    ordered = [outputs[index] for index in range(len(command["prompts"]))]
-    drafts, accepted = (now - was for now, was in zip(_spec_counts(llm), before, strict=True))
+        outputs = engine.step()
+        end = time.perf_counter()
+        for output in outputs:
+            request = requests[int(output.request_id.rsplit("-", 1)[1])]
+            request.add(output.outputs[0], len(step_ms), 1000 * (end - start))
+        step_ms.append(1000 * (end - begin))
+    counts = [
+        [now - was for now, was in zip_longest(*both, fillvalue=0)]
+        for both in zip(_counts(llm), before, strict=True)
+    ]
+    (drafts,), (accepted,), by_depth, (preemptions,) = counts
     return {
-        "token_ids": [list(output.token_ids) for output in ordered],
-        "texts": [output.text for output in ordered],
+        "token_ids": [request.token_ids for request in requests],
+        "texts": [request.text for request in requests],
         "step_ms": step_ms,
+        "full_steps": [
+            max(request.first_step for request in requests) + 1,
+            min(request.last_step for request in requests) + 1,
+        ],
+        "requests": [request.times() for request in requests],
         "num_drafts": drafts,
         "num_accepted": accepted,
+        "accepted_by_depth": by_depth,
+        "num_preemptions": preemptions,
+        "peak_memory_bytes": _peak_memory(),
+        "device_memory_bytes": _device_memory(),
     }
 
 
-def _spec_counts(llm: Any) -> tuple[int, int]:
-    counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+@dataclass
+class _Request:
+    """What one request got so far; steps are counted from 0, times from the start of the run."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    num_steps: int = 0
+    first_step: int = 0
+    last_step: int = 0
+    first_ms: float = 0.0
+    last_ms: float = 0.0
+
+    def add(self, delta: Any, step: int, now_ms: float) -> None:
+        if not self.token_ids:
+            self.first_step, self.first_ms = step, now_ms
+        self.token_ids += delta.token_ids
+        self.text += delta.text
+        self.num_steps += bool(delta.token_ids)
+        self.last_step, self.last_ms = step, now_ms
+
+    def times(self) -> dict[str, Any]:
+        further = len(self.token_ids) - 1
+        return {
+            "ttft_ms": self.first_ms,
+            "tpot_ms": (self.last_ms - self.first_ms) / further if further > 0 else None,
+            "num_steps": self.num_steps,
+        }
+
+
+def _score(llm: Any, sequences: list[list[int]]) -> list[float]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    prompts = [{"prompt_token_ids": tokens} for tokens in sequences]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        output.prompt_logprobs[-1][tokens[-1]].logprob
+        for output, tokens in zip(outputs, sequences, strict=True)
+    ]
+
+
+def _counts(llm: Any) -> tuple[list[int], ...]:
+    """vLLM's counters: drafts, accepted tokens, accepted tokens by depth, preemptions."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+
+    def values(name: str) -> list[int]:
+        metric = metrics.get(f"vllm:{name}")
+        if metric is None:
+            return []
+        return [int(value) for value in getattr(metric, "values", None) or [metric.value]]
+
     return (
-        int(counts.get("vllm:spec_decode_num_drafts", 0)),
-        int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
+        values("spec_decode_num_drafts") or [0],
+        values("spec_decode_num_accepted_tokens") or [0],
+        values("spec_decode_num_accepted_tokens_per_pos"),
+        values("num_preemptions") or [0],
     )
+
+
+def _peak_memory() -> int:
+    """Largest resident memory so far of this process and its children, in bytes."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue  # it has ended
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, re.M):
+            total += 1024 * int(match[1])
+    return total
+
+
+def _device_memory() -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
 
 if __name__ == "__main__":
