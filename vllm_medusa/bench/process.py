@@ -62,13 +62,18 @@ class RequestTimes:
     Attributes:
         ttft_ms: time from the start of the run to the request's first token, in milliseconds.
         tpot_ms: mean time per further token, in milliseconds; None if there was only one.
-        num_steps: steps that gave it tokens, the prompt's own among them.
+        emitted: how many tokens each step gave it that gave it any, the prompt's own first.
 
     """
 
     ttft_ms: float
     tpot_ms: float | None
-    num_steps: int
+    emitted: list[int]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that gave it tokens, the prompt's own among them."""
+        return len(self.emitted)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class _Request:
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    num_steps: int = 0
+    emitted: list[int] = field(default_factory=list)
     first_step: int = 0
     last_step: int = 0
     first_ms: float = 0.0
@@ -119,7 +119,8 @@ class _Request:
             self.first_step, self.first_ms = step, now_ms
         self.token_ids += delta.token_ids
         self.text += delta.text
-        self.num_steps += bool(delta.token_ids)
+        if delta.token_ids:
+            self.emitted.append(len(delta.token_ids))
         self.last_step, self.last_ms = step, now_ms
 
     def times(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class _Request:
         return {
             "ttft_ms": self.first_ms,
             "tpot_ms": (self.last_ms - self.first_ms) / further if further > 0 else None,
-            "num_steps": self.num_steps,
+            "emitted": self.emitted,
         }
 
 
