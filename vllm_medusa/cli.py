@@ -16,6 +16,8 @@ from vllm_medusa import __version__
 COMMANDS = {
     "inspect": "say what a checkpoint of Medusa heads holds and whether it fits a model",
     "convert": "write Medusa heads in another program's format",
+    "distill": "make training data: a model's own answers to a file of prompts",
+    "train": "train Medusa heads for a model on its own answers",
 }
 
 

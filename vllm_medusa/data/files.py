@@ -12,7 +12,7 @@ from vllm_medusa.data.errors import DataError
 _TEMPORARY_SUFFIX = ".tmp"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name, flush it to the disk, then give it its name.
 
     Killed at any point, at most a temporary file stays, for `remove_temporary_files`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,15 @@ class Prompt:
     text: str | None = None
     turns: tuple[Turn, ...] = ()
     category: str | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Prompt:
+        """Read back what `as_record` made."""
+        return Prompt(**{**record, "turns": tuple(Turn(**turn) for turn in record["turns"])})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -42,6 +42,49 @@ class Row:
     id: str
     token_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers: runs of tokens of the loss mask."""
+        starts = self.loss_mask[1:] & ~self.loss_mask[:-1]
+        return int(starts.sum()) + int(self.loss_mask[0])
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Number of tokens of the loss mask."""
+        return int(self.loss_mask.sum())
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "id": self.id,
+            "token_ids": self.token_ids.tolist(),
+            "loss_mask": self.loss_mask.tolist(),
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Row:
+        """Make a row of a mapping with its columns: lists or arrays.
+
+        Raises:
+            ValueError: a column is missing, of another type, or of another length than it should.
+        """
+        missing = [column for column in COLUMNS if record.get(column) is None]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        token_ids, loss_mask = np.asarray(record["token_ids"]), np.asarray(record["loss_mask"])
+        if token_ids.ndim != 1 or token_ids.shape != loss_mask.shape or not token_ids.size:
+            raise ValueError(
+                f"token_ids has shape {list(token_ids.shape)}, loss_mask {list(loss_mask.shape)}, "
+                "but both must be lists of one length, not empty"
+            )
+        if token_ids.dtype.kind != "i" or token_ids.min() < 0 or token_ids.max() > _MAX_INT32:
+            raise ValueError("token_ids holds other than int32 from 0 on")
+        if loss_mask.dtype != np.bool_:
+            raise ValueError("loss_mask holds other than true and false")
+        if not isinstance(record["id"], str):
+            raise ValueError("id is not a string")
+        return Row(record["id"], token_ids.astype(np.int32), loss_mask)
 
 
 def shard_path(directory: Path, index: int, shard_format: ShardFormat) -> Path:
@@ -101,7 +144,11 @@ def read_shard(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: its name ends neither in .parquet nor in .jsonl")
     try:
         for number, record in enumerate(read(path), 1):
-            yield _checked_row(path, number, record)
+            try:
+                row = Row.from_record(record)
+            except ValueError as exc:
+                raise DataError(f"{path}: row {number}: {exc}") from None
+            yield row
     except OSError as exc:
         raise DataError(f"{path}: cannot be read ({exc})") from None
 
@@ -129,33 +176,9 @@ def _all_shards(directory: Path) -> list[Path]:
     return list(shards.values())
 
 
-def _checked_row(path: Path, number: int, record: dict[str, Any]) -> Row:
-    try:
-        identity, token_ids, loss_mask = (record[column] for column in COLUMNS)
-        token_ids, loss_mask = np.asarray(token_ids), np.asarray(loss_mask)
-    except (KeyError, TypeError, ValueError) as exc:
-        raise DataError(f"{path}: row {number} has not the columns {COLUMNS} ({exc!r})") from None
-    if token_ids.ndim != 1 or token_ids.shape != loss_mask.shape or not token_ids.size:
-        raise DataError(
-            f"{path}: row {number} has token_ids of shape {list(token_ids.shape)}, loss_mask of "
-            f"shape {list(loss_mask.shape)}; they must be lists of one length, not empty"
-        )
-    is_integer = token_ids.dtype.kind == "i" and token_ids.min() >= 0
-    if not isinstance(identity, str) or not is_integer or token_ids.max() > _MAX_INT32:
-        raise DataError(f"{path}: row {number}: id must be a string, token_ids int32 from 0 on")
-    if loss_mask.dtype != np.bool_:
-        raise DataError(f"{path}: row {number}: loss_mask must hold true and false only")
-    return Row(identity, token_ids.astype(np.int32), loss_mask)
-
-
 def _write_jsonl(file: BinaryIO, rows: Sequence[Row]) -> None:
     for row in rows:
-        record = {
-            "id": row.id,
-            "token_ids": row.token_ids.tolist(),
-            "loss_mask": row.loss_mask.tolist(),
-        }
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(row.as_record(), ensure_ascii=False).encode() + b"\n")
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

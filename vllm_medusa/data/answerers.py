@@ -1,0 +1,159 @@
+"""Who answers the shards: an engine on this machine, or actors on a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from vllm_medusa.data.errors import DataError
+from vllm_medusa.data.prompts import Prompt
+from vllm_medusa.data.rows import Row
+from vllm_medusa.data.settings import AnswerSettings
+from vllm_medusa.process import ProcessEndedError, WorkerProcess
+
+_ENGINE = "vllm_medusa.engine.generate"
+#: The engine in the caller's own process: requests then arrive all before the first step, so that
+#: a shard's batches are the same each time.
+_ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ENGINE_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
+
+#: A shard's index and prompts.
+Shard = tuple[int, Sequence[Prompt]]
+#: Told of answers that have ended, and of tokens made, since it was last told; first, with zeros,
+#: when work begins.
+Report = Callable[[int, int], None]
+
+
+def answer_locally(
+    settings: AnswerSettings, shards: Sequence[Shard], report: Report
+) -> Iterator[tuple[int, list[Row]]]:
+    """Answer shards one after the other, with one engine in a process of its own.
+
+    Yields:
+        Index and rows of each shard, in order.
+
+    Raises:
+        DataError: the engine does not start, or fails.
+    """
+    defaults = {name: value for name, value in _ENGINE_DEFAULTS.items() if name not in os.environ}
+    try:
+        with WorkerProcess(_ENGINE, _ENGINE_ENVIRONMENT | defaults) as process:
+            process.send(settings.as_dict())
+            _checked(process.receive(), settings)
+            report(0, 0)
+            for index, prompts in shards:
+                process.send([prompt.as_record() for prompt in prompts])
+                while "rows" not in (reply := _checked(process.receive(), settings)):
+                    report(reply["num_answers"], reply["num_tokens"])
+                yield index, [Row.from_record(record) for record in reply["rows"]]
+    except ProcessEndedError as exc:
+        last_line = (exc.log.strip().splitlines() or ["nothing"])[-1]
+        raise DataError(
+            f"vLLM failed on {settings.model}: {exc}, its last words {last_line!r}; shards "
+            "written before are kept: run the same command again to go on"
+        ) from None
+
+
+def _checked(reply: dict[str, Any], settings: AnswerSettings) -> dict[str, Any]:
+    if "error" in reply:
+        raise DataError(_refusal(settings, reply["error"]))
+    return reply
+
+
+def _refusal(settings: AnswerSettings, error: str) -> str:
+    return f"vLLM refuses {settings.model} with these options: {error}"
+
+
+class _ShardActor:
+    """A Ray actor that answers shards; takes the engine's module by name."""
+
+    def __init__(self, module: str, settings: Mapping[str, Any]) -> None:
+        os.environ.update(_ENGINE_ENVIRONMENT)
+        for name, value in _ENGINE_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        self._answerer = import_module(module).Answerer(settings)
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        rows = self._answerer.answer(json.loads(shard["prompts"]), lambda answers, tokens: None)
+        return {"index": shard["index"], "rows": json.dumps(rows)}
+
+
+def answer_on_ray(
+    settings: AnswerSettings,
+    shards: Sequence[Shard],
+    report: Report,
+    *,
+    address: str,
+    num_workers: int,
+) -> Iterator[tuple[int, list[Row]]]:
+    """Answer shards on a Ray cluster, one engine a worker, with Ray Data.
+
+    Args:
+        settings: the model must be found under its name on every machine.
+        shards: to answer.
+        report: told of a shard at its end.
+        address: of the cluster; `local` starts one on this machine.
+        num_workers: engines at once. Each gets as many GPUs as its model is split over, or one CPU
+            of a cluster without GPUs.
+
+    Yields:
+        Index and rows of each shard, as they end.
+
+    Raises:
+        DataError: Ray or an engine does not start, or fails.
+    """
+    ray = _start_ray(address, num_workers)
+    try:
+        from ray.data import ActorPoolStrategy, DataContext, from_items
+        from ray.exceptions import RayError
+
+        report(0, 0)
+        DataContext.get_current().enable_progress_bars = False
+        items = [
+            {"index": index, "prompts": json.dumps([prompt.as_record() for prompt in prompts])}
+            for index, prompts in shards
+        ]
+        answered = from_items(items, override_num_blocks=len(items)).map(
+            _ShardActor,
+            fn_constructor_args=(_ENGINE, settings.as_dict()),
+            compute=ActorPoolStrategy(size=min(num_workers, len(items))),
+            **_resources(ray, settings),
+        )
+        try:
+            for shard in answered.iter_rows():
+                rows = [Row.from_record(record) for record in json.loads(shard["rows"])]
+                report(sum(r.num_answers for r in rows), sum(r.num_answer_tokens for r in rows))
+                yield int(shard["index"]), rows
+        except RayError as exc:
+            cause = str(getattr(exc, "cause", None) or exc).strip().splitlines()[-1]
+            raise DataError(_refusal(settings, cause)) from None
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(address: str, num_workers: int) -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as exc:
+        raise DataError(f'--ray needs Ray Data ({exc}): pip install "vllm-medusa[ray]"') from None
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        num_cpus = max(num_workers, os.cpu_count() or 1)
+        options |= {"num_cpus": num_cpus, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        raise DataError(f"--ray {address}: no Ray cluster to be had there ({reason})") from None
+    return ray
+
+
+def _resources(ray: Any, settings: AnswerSettings) -> dict[str, int]:
+    """What each worker takes of the cluster."""
+    if not ray.cluster_resources().get("GPU"):
+        return {"num_cpus": 1}
+    return {"num_gpus": settings.world_size}
