@@ -1,0 +1,127 @@
+"""Which tree pays at which batch size: expected tokens per second from acceptance and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_medusa.calibration.costs import StepCosts
+from vllm_medusa.tree.draft_tree import TreePath
+from vllm_medusa.tree.schedule import TreeSchedule
+
+#: By how much speed a draft node must pay, as a share: what is within the noise goes to the smaller
+#: tree, which also takes less of the KV cache.
+_NODE_MUST_GAIN = 2e-4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tree that may be chosen.
+
+    Attributes:
+        name: in tables.
+        paths: of the tree; none for no speculation.
+        tokens_per_step: its predicted acceptance length.
+
+    """
+
+    name: str
+    paths: tuple[TreePath, ...]
+    tokens_per_step: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a candidate does at a batch size.
+
+    Attributes:
+        speedup: tokens per second over those without speculation.
+        low, high: the same at the quartiles of the step's cost.
+        tokens_per_second: of the whole batch.
+
+    """
+
+    speedup: float
+    low: float
+    high: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The predictions of all candidates, and the ones chosen.
+
+    Attributes:
+        candidates: no speculation first.
+        predictions: by batch size, then by candidate.
+        chosen: index of the chosen candidate by batch size.
+
+    """
+
+    candidates: tuple[Candidate, ...]
+    predictions: dict[int, list[Prediction]]
+    chosen: dict[int, int]
+
+    def schedule(self) -> TreeSchedule | None:
+        """Return the tree schedule, or None if no batch size gains by drafting.
+
+        A batch size between two measured ones gets the tree of the larger one, and one beyond the
+        last measured one the tree of that.
+        """
+        entries: list[tuple[int | None, tuple[TreePath, ...]]] = []
+        for batch_size, index in sorted(self.chosen.items()):
+            paths = self.candidates[index].paths
+            if entries and entries[-1][1] == paths:
+                entries.pop()
+            entries.append((batch_size, paths))
+        entries[-1] = (None, entries[-1][1])
+        return TreeSchedule.from_entries(entries) if entries[0][1] else None
+
+
+def choose(candidates: Sequence[Candidate], costs: StepCosts) -> Choice:
+    """Choose the tree of each batch size that promises the most tokens per second.
+
+    The trees of larger batches lie within those of smaller ones, as a schedule demands; among the
+    choices that do, the sum of the logarithms of the speed-ups is the largest.
+
+    Args:
+        candidates: to choose from, no speculation first.
+        costs: measured.
+
+    """
+    predictions = {
+        batch_size: [_predict(candidate, costs, batch_size) for candidate in candidates]
+        for batch_size in costs.batch_sizes
+    }
+    node_sets = [frozenset(candidate.paths) for candidate in candidates]
+    # Of every candidate at the batch size before: the best sum, and the choices up to it.
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    allowed = [[0] for _ in candidates]
+    for batch_size in costs.batch_sizes:
+        scores = [
+            math.log(prediction.speedup) - _NODE_MUST_GAIN * len(nodes)
+            for prediction, nodes in zip(predictions[batch_size], node_sets, strict=True)
+        ]
+        best = [
+            (total + score, [*chosen, index])
+            for index, score in enumerate(scores)
+            for total, chosen in [max((best[i] for i in allowed[index]), key=lambda b: b[0])]
+        ]
+        allowed = [
+            [i for i, larger in enumerate(node_sets) if larger >= nodes] for nodes in node_sets
+        ]
+    _, chosen = max(best, key=lambda entry: entry[0])
+    return Choice(tuple(candidates), predictions, dict(zip(costs.batch_sizes, chosen, strict=True)))
+
+
+def _predict(candidate: Candidate, costs: StepCosts, batch_size: int) -> Prediction:
+    relative = costs.relative(batch_size, candidate.paths)
+    length = candidate.tokens_per_step
+    step_s = costs.baseline_ms(batch_size) * relative.value / 1000
+    return Prediction(
+        speedup=length / relative.value,
+        low=length / relative.high,
+        high=length / relative.low,
+        tokens_per_second=batch_size * length / step_s,
+    )

@@ -1,0 +1,210 @@
+"""Expected acceptance length of trees on prompts that they were not made from.
+
+A tree scored on the texts that it was counted from looks better than it is. So prompts are dealt
+into folds; each fold is scored with the trees of the others, and the steps of all folds are added
+up. That is what the report calls the prediction. Intervals are those of a bootstrap over prompts:
+the positions of one text depend on each other, prompts do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_medusa.calibration.paths import (
+    Ranks,
+    best_paths,
+    position_average,
+    product_paths,
+    simulate,
+    step_counts,
+)
+from vllm_medusa.calibration.ranks import Continuation
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
+
+NUM_FOLDS = 5
+_NUM_RESAMPLES = 2000
+_INTERVAL = (2.5, 97.5)
+
+FindPaths = Callable[[Sequence[Ranks], int], list[TreePath]]
+METHODS: dict[str, FindPaths] = {"joint": best_paths, "product": product_paths}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with the 95 % interval of a bootstrap over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SizeEstimate:
+    """Acceptance length, in tokens per step, of one method's tree of one size.
+
+    Attributes:
+        size: draft nodes.
+        in_sample: by simulation, on the texts that the tree was counted from.
+        position_average: the same if steps began at all positions alike (`paths`), in sample.
+        predicted: by simulation, cross-fitted.
+
+    """
+
+    size: int
+    in_sample: float
+    position_average: float
+    predicted: Estimate
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Acceptance length by size.
+
+    Attributes:
+        methods: by name of `METHODS`, in the order of the sizes.
+        gain: predicted joint less product at each size.
+        chains: of the top-1 chains of 1, 2, ... drafts; nothing is fitted for them.
+        num_positions, num_continuations: positions, and the continuations that they are from.
+
+    """
+
+    methods: dict[str, list[SizeEstimate]]
+    gain: list[Estimate]
+    chains: list[Estimate]
+    num_positions: int
+    num_continuations: int
+
+
+class CrossFit:
+    """Trees of every fold's other prompts, and of all prompts.
+
+    Args:
+        continuations: the measured ones.
+        max_size: nodes of the largest tree.
+        seed: of the folds and the resamples.
+
+    Attributes:
+        paths: each method's most probable paths by all continuations.
+
+    """
+
+    def __init__(self, continuations: Sequence[Continuation], max_size: int, seed: int) -> None:
+        self._continuations = continuations
+        prompts = sorted({item.prompt_id for item in continuations})
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        self._prompt = np.array([place[item.prompt_id] for item in continuations])
+        rng = np.random.default_rng(seed)
+        fold_of_prompt = rng.permutation(np.arange(len(prompts)) % NUM_FOLDS)
+        self._fold = fold_of_prompt[self._prompt]
+        self._resamples = resample(len(prompts), seed)
+        everything = [item.ranks for item in continuations]
+        self.paths = {name: find(everything, max_size) for name, find in METHODS.items()}
+        self._fold_paths = {
+            name: [find(self._ranks_outside(fold), max_size) for fold in range(NUM_FOLDS)]
+            for name, find in METHODS.items()
+        }
+
+    def curve(self, sizes: Sequence[int], chosen: Sequence[bool], with_loops: bool) -> Curve:
+        """Estimate every size.
+
+        Args:
+            sizes: draft nodes.
+            chosen: which continuations to score; the trees come from all of them.
+            with_loops: whether to score looping text as well.
+
+        """
+        scored = [
+            (item.ranks if with_loops else item.ranks[: item.num_before_loop])
+            if is_chosen
+            else item.ranks[:0]
+            for item, is_chosen in zip(self._continuations, chosen, strict=True)
+        ]
+        counts = {
+            name: [self._fold_counts(scored, name, size) for size in sizes] for name in METHODS
+        }
+        num_heads = scored[0].shape[1]
+        return Curve(
+            methods={
+                name: [
+                    SizeEstimate(
+                        size,
+                        simulate(scored, self.paths[name][:size]),
+                        position_average(scored, self.paths[name][:size]),
+                        self._ratio(count),
+                    )
+                    for size, count in zip(sizes, counts[name], strict=True)
+                ]
+                for name in METHODS
+            },
+            gain=[
+                self._difference(joint, product)
+                for joint, product in zip(counts["joint"], counts["product"], strict=True)
+            ],
+            chains=[
+                self._ratio(step_counts(scored, DraftTree.chain(length).paths))
+                for length in range(1, num_heads + 1)
+            ],
+            num_positions=sum(map(len, scored)),
+            num_continuations=sum(map(bool, chosen)),
+        )
+
+    def _ranks_outside(self, fold: int) -> list[Ranks]:
+        items = zip(self._continuations, self._fold.tolist(), strict=True)
+        return [item.ranks for item, own in items if own != fold]
+
+    def _fold_counts(self, scored: list[Ranks], method: str, size: int) -> NDArray[np.int64]:
+        """`step_counts`, each continuation with the tree of the other folds."""
+        counts = np.zeros((len(scored), 2), dtype=np.int64)
+        for fold, paths in enumerate(self._fold_paths[method]):
+            inside = np.flatnonzero(self._fold == fold)
+            counts[inside] = step_counts([scored[i] for i in inside], paths[:size])
+        return counts
+
+    def _by_prompt(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        by_prompt = np.zeros((self._resamples.shape[1], 2))
+        np.add.at(by_prompt, self._prompt, counts)
+        return by_prompt
+
+    def _ratio(self, counts: NDArray[np.int64]) -> Estimate:
+        return ratio(self._by_prompt(counts), self._resamples)
+
+    def _difference(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> Estimate:
+        a, resampled_a = _ratios(self._by_prompt(first), self._resamples)
+        b, resampled_b = _ratios(self._by_prompt(second), self._resamples)
+        return Estimate(a - b, *np.percentile(resampled_a - resampled_b, _INTERVAL).tolist())
+
+
+def resample(num_prompts: int, seed: int) -> NDArray[np.float64]:
+    """Return [resamples, prompts]: how often each prompt is drawn."""
+    shares = np.full(num_prompts, 1 / num_prompts)
+    draws = np.random.default_rng(seed).multinomial(num_prompts, shares, _NUM_RESAMPLES)
+    return draws.astype(np.float64)
+
+
+def ratio(by_prompt: NDArray[Any], resamples: NDArray[np.float64]) -> Estimate:
+    """Return tokens per step with its interval.
+
+    Args:
+        by_prompt: [prompts, 2] tokens and steps.
+        resamples: as `resample` returns.
+
+    """
+    value, resampled = _ratios(by_prompt, resamples)
+    return Estimate(value, *np.percentile(resampled, _INTERVAL).tolist())
+
+
+def _ratios(
+    by_prompt: NDArray[Any], resamples: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """Tokens per step, and that of every resample; 1 without a step."""
+    tokens, steps = (resamples @ by_prompt).T
+    total_tokens, total_steps = by_prompt.sum(axis=0)
+    if not total_steps:
+        return 1.0, np.ones(1)
+    drawn = steps > 0
+    return float(total_tokens / total_steps), tokens[drawn] / steps[drawn]
