@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "write Medusa heads in another program's format",
     "distill": "make training data: a model's own answers to a file of prompts",
     "train": "train Medusa heads for a model on its own answers",
+    "bench": "measure draft trees against everything else that vLLM offers",
 }
 
 

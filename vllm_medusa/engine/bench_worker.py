@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import sys
 import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
+
+from vllm_medusa.bench.memory import peak_memory
 
 
 def main(reply_fd: int) -> None:
@@ -46,7 +46,7 @@ def _describe() -> dict[str, Any]:
     return {
         "device": current_platform.device_type,
         "device_name": None if is_cpu else current_platform.get_device_name(),
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(os.getpid()),
     }
 
 
@@ -97,7 +97,7 @@ def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
         "num_accepted": accepted,
         "accepted_by_depth": by_depth,
         "num_preemptions": preemptions,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(os.getpid()),
         "device_memory_bytes": _device_memory(),
     }
 
@@ -160,22 +160,6 @@ def _counts(llm: Any) -> tuple[list[int], ...]:
         values("spec_decode_num_accepted_tokens_per_pos"),
         values("num_preemptions") or [0],
     )
-
-
-def _peak_memory() -> int:
-    """Largest resident memory so far of this process and its children, in bytes."""
-    import psutil
-
-    me = psutil.Process()
-    total = 0
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            continue  # it has ended
-        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, re.M):
-            total += 1024 * int(match[1])
-    return total
 
 
 def _device_memory() -> int | None:

@@ -1,0 +1,153 @@
+"""The engines of a comparison: all alive at once, or one at a time where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
+
+from vllm_medusa.bench.memory import available_memory
+from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.settings import Alive
+from vllm_medusa.bench.variants import Variant
+
+#: Memory that has to be left over, as a share of what the first engine takes.
+_MARGIN = 0.25
+
+
+@dataclass
+class VariantState:
+    """What is known of a variant so far.
+
+    Attributes:
+        unavailable: why it could not run at all, in one line.
+        failed: why it broke off, in one line; what it measured before stands.
+        starts: one entry for each time it was started.
+    """
+
+    unavailable: str | None = None
+    failed: str | None = None
+    starts: list[EngineInfo] = field(default_factory=list)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still takes part."""
+        return self.unavailable is None and self.failed is None
+
+
+class Engine(Protocol):
+    """An engine in other processes, starting from its creation on."""
+
+    def wait(self) -> EngineInfo:
+        """Wait until it is up, or raise `EngineProcessError`."""
+
+    def close(self, patience_s: float = 20) -> None:
+        """End it, which may take so long if nothing is to be forced."""
+
+
+E = TypeVar("E", bound=Engine)
+
+
+class EnginePool(Generic[E]):
+    """Starts engines when they are first asked for; use as a context manager.
+
+    Args:
+        variants: by name.
+        start: makes a variant's engine.
+        alive: keep all alive, or end one before the next is started; ``auto`` decides when the
+            first engine is up.
+        warm_up: called with every engine that is up.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Variant],
+        start: Callable[[Variant], E],
+        alive: Alive,
+        warm_up: Callable[[E], None],
+    ) -> None:
+        self._variants = variants
+        self._make = start
+        self._alive = alive
+        self._warm_up = warm_up
+        self._engines: dict[str, E] = {}
+        self.states = {name: VariantState() for name in variants}
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all engines are alive at once; known once the baseline has been started."""
+        return self._alive == "all"
+
+    def get(self, name: str) -> E | None:
+        """The variant's engine, started if need be; None if it does not take part (any more).
+
+        Engines start one after the other: several that compile at once take too much memory.
+        """
+        state = self.states[name]
+        if not state.is_running:
+            return None
+        if name not in self._engines:
+            try:
+                self._engines[name] = self._start(name)
+            except EngineProcessError as exc:
+                self._end(name)
+                # One that ran before and does not start again has failed, not been unavailable.
+                if state.starts:
+                    state.failed = exc.reason
+                else:
+                    state.unavailable = exc.reason
+                return None
+        return self._engines[name]
+
+    def give_up(self, name: str, error: EngineProcessError) -> None:
+        """Take a variant out whose engine broke off."""
+        self.states[name].failed = error.reason
+        self._end(name)
+
+    def _start(self, name: str) -> E:
+        if not self.keeps_all:
+            for other in list(self._engines):
+                self._end(other)
+        engine = self._make(self._variants[name])
+        self._engines[name] = engine
+        info = engine.wait()
+        self._warm_up(engine)
+        self.states[name].starts.append(info)
+        if self._alive == "auto":
+            others = sum(state.is_running for state in self.states.values()) - 1
+            self._alive = "all" if has_room(info, others) else "one"
+        return engine
+
+    def _end(self, name: str) -> None:
+        if name in self._engines:
+            self._engines.pop(name).close()
+
+    def __enter__(self) -> EnginePool[E]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for engine in self._engines.values():
+            engine.close(patience_s=20 if error is None else 0)
+
+
+def has_room(info: EngineInfo, others: int, available: float | None = None) -> bool:
+    """Whether so many further engines like this one fit into the memory that is left.
+
+    On an accelerator: never, as each engine takes the share of its memory that it is given.
+
+    Args:
+        info: of the engine that is up.
+        others: number of further engines.
+        available: free memory in bytes; None: this machine's.
+    """
+    if info.device != "cpu":
+        return False
+    if available is None:
+        available = available_memory()
+    return info.peak_memory_bytes * (others + _MARGIN) <= available

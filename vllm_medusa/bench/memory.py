@@ -1,0 +1,40 @@
+"""How much memory processes took, and how much there is left."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+
+def peak_memory(pid: int) -> int:
+    """Largest resident memory so far of a process and what it started, in bytes.
+
+    The sum of each process's own peak, without those that have ended.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        processes = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in processes:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue  # it has ended
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, re.M):
+            total += 1024 * int(match[1])
+    return total
+
+
+def available_memory() -> float:
+    """Memory that new processes can take without swapping, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf  # not Linux: vLLM will say if it does not fit
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return 1024 * float(sizes["MemAvailable"].split()[0])

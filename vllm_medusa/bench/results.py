@@ -1,0 +1,151 @@
+"""Results as JSON: one document at the end, and one line for each measurement as it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.bench.engines import VariantState
+from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.offline import Measurement
+from vllm_medusa.bench.sameness import Mismatch, Sameness
+from vllm_medusa.bench.variants import Variant
+
+FORMAT = "vllm_medusa.bench/1"
+RESULTS, LINES = "results.json", "results.jsonl"
+
+
+def measurement_to_json(measurement: Measurement) -> dict[str, Any]:
+    """One measurement, its steps summed up."""
+    run = measurement.run
+    steps = run.decode_step_ms
+    return {
+        "variant": measurement.variant,
+        "batch_size": measurement.batch_size,
+        "round": measurement.round,
+        "tokens_per_s": measurement.tokens_per_s,
+        "num_tokens": run.num_tokens,
+        "seconds": run.seconds,
+        "num_steps": len(run.step_ms),
+        "tokens_per_step": run.tokens_per_step,
+        "median_step_ms": statistics.median(steps),
+        "num_drafts": run.num_drafts,
+        "num_accepted": run.num_accepted,
+        "accepted_by_depth": run.accepted_by_depth,
+        "num_preemptions": run.num_preemptions,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "device_memory_bytes": run.device_memory_bytes,
+        "requests": [
+            {
+                "prompt": prompt.id,
+                "category": prompt.category,
+                "num_prompt_tokens": len(prompt.token_ids),
+                "num_tokens": len(token_ids),
+                "num_steps": times.num_steps,
+                "ttft_ms": times.ttft_ms,
+                "tpot_ms": times.tpot_ms,
+            }
+            for prompt, token_ids, times in zip(
+                measurement.prompts, run.token_ids, run.requests, strict=True
+            )
+        ],
+    }
+
+
+def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
+    """A variant, and what became of it."""
+    return {
+        "name": variant.name,
+        "speculative_config": variant.speculative,
+        "llm_options": dict(variant.llm_options),
+        "environment": dict(variant.environment),
+        "is_lossless": variant.is_lossless,
+        "unavailable": state.unavailable,
+        "failed": state.failed,
+        "startup_s": [info.startup_s for info in state.starts],
+    }
+
+
+def sameness_to_json(sameness: Sameness, dtype: str) -> dict[str, Any]:
+    """A comparison of outputs, each mismatch with its gap and whether that is a near-tie."""
+
+    def mismatch_to_json(mismatch: Mismatch) -> dict[str, Any]:
+        values = dataclasses.asdict(mismatch)
+        return values | {"gap": mismatch.gap, "is_near_tie": mismatch.is_near_tie(dtype)}
+
+    mismatches = [mismatch_to_json(mismatch) for mismatch in sameness.mismatches]
+    return {
+        "variant": sameness.variant,
+        "num_compared": sameness.num_compared,
+        "num_mismatches": len(mismatches),
+        "num_near_ties": sum(mismatch["is_near_tie"] for mismatch in mismatches),
+        "mismatches": mismatches,
+    }
+
+
+def to_json(items: Sequence[Any]) -> list[dict[str, Any]]:
+    """Data classes as JSON has them."""
+    return [dataclasses.asdict(item) for item in items]
+
+
+class LineWriter:
+    """Writes JSON lines as they come: a header with the provenance, then the measurements.
+
+    What a run that is broken off has measured is therefore there, line by line.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self._path = path
+        path.write_text(json.dumps({"format": FORMAT, **header}) + "\n", encoding="utf-8")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> Path:
+    """Write the document, all of it or nothing; return its path."""
+    path = out / RESULTS
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"format": FORMAT, **results}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read such a document.
+
+    Raises:
+        BenchError: it is none.
+    """
+    if path.is_dir():
+        path = path / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise BenchError(f"{path}: {exc.strerror}; give the results.json of a run") from None
+    except ValueError as exc:
+        raise BenchError(f"{path}: not JSON ({exc}); give the results.json of a run") from None
+    found = results.get("format") if isinstance(results, dict) else None
+    if found != FORMAT:
+        raise BenchError(f"{path}: its format is {found!r}, not {FORMAT!r}; give a results.json")
+    document: dict[str, Any] = results
+    return document
+
+
+def prepare_out(out: Path) -> None:
+    """Make the directory of the results.
+
+    Raises:
+        BenchError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise BenchError(f"--out {out}: {exc.strerror}; name another directory") from None

@@ -1,0 +1,111 @@
+"""Are the outputs of a lossless variant those of the baseline, and if not, how far is it off?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+#: Two tokens whose log-probabilities differ by no more are a near-tie, which rounding decides.
+#: A bfloat16 logit of magnitude 16 to 32 has steps of 1/8, a float16 one of 1/64, and summing in
+#: another order moves each of the two by a step or so.
+TIE_LOGPROB = {"bfloat16": 0.25, "float16": 0.0625, "float32": 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """Where a variant's output first leaves the baseline's.
+
+    Attributes:
+        variant: its name.
+        batch_size: requests at once.
+        round: number of the round, from 1.
+        prompt_id: of the prompt.
+        position: index of the first token that differs, counted from the prompt's end.
+        baseline_token: the baseline's token there; None if its output has ended.
+        variant_token: the variant's.
+        baseline_logprob: what the baseline's model gives its own token there, in a second pass;
+            None if that was not asked for.
+        variant_logprob: what it gives the variant's token.
+    """
+
+    variant: str
+    batch_size: int
+    round: int
+    prompt_id: str
+    position: int
+    baseline_token: int | None
+    variant_token: int | None
+    baseline_logprob: float | None = None
+    variant_logprob: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """How much likelier the baseline's model finds the one token than the other."""
+        if self.baseline_logprob is None or self.variant_logprob is None:
+            return None
+        return abs(self.baseline_logprob - self.variant_logprob)
+
+    def is_near_tie(self, dtype: str) -> bool:
+        """Tell whether rounding in this dtype may have decided."""
+        return self.gap is not None and self.gap <= TIE_LOGPROB.get(dtype, TIE_LOGPROB["float32"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sameness:
+    """The comparison of one variant with the baseline.
+
+    Attributes:
+        variant: its name.
+        num_compared: outputs compared.
+        mismatches: those that differ.
+    """
+
+    variant: str
+    num_compared: int
+    mismatches: tuple[Mismatch, ...]
+
+
+def first_difference(
+    baseline: Sequence[int], other: Sequence[int]
+) -> tuple[int, int | None, int | None] | None:
+    """Position of the first difference and the two tokens there (None past an end), or None."""
+    for position, (ours, theirs) in enumerate(itertools.zip_longest(baseline, other)):
+        if ours != theirs:
+            return position, ours, theirs
+    return None
+
+
+#: Outputs by batch size, round (from 1) and place in the batch.
+Outputs = Mapping[tuple[int, int, int], Sequence[int]]
+
+
+def compare_outputs(
+    variant: str, baseline: Outputs, outputs: Outputs, prompt_id: Callable[[int, int, int], str]
+) -> Sameness:
+    """Compare all outputs that both have.
+
+    Args:
+        variant: the name of what gave ``outputs``.
+        baseline: the baseline's outputs.
+        outputs: the variant's.
+        prompt_id: which prompt stood at a batch size, round and place.
+    """
+    common = [key for key in outputs if key in baseline]
+    mismatches = []
+    for key in common:
+        if (found := first_difference(baseline[key], outputs[key])) is not None:
+            batch_size, number, _ = key
+            position, ours, theirs = found
+            mismatches.append(
+                Mismatch(
+                    variant=variant,
+                    batch_size=batch_size,
+                    round=number,
+                    prompt_id=prompt_id(*key),
+                    position=position,
+                    baseline_token=ours,
+                    variant_token=theirs,
+                )
+            )
+    return Sameness(variant=variant, num_compared=len(common), mismatches=tuple(mismatches))

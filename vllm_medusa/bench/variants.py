@@ -1,0 +1,250 @@
+"""What is compared: engines that differ in their speculation, named in a word or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.bench.errors import BenchError
+
+BASELINE = "baseline"
+VLLM_CHAIN = "vllm-chain"
+
+#: Drafts a step of the methods of vLLM that need a number; give another one as JSON.
+NUM_DRAFTS = 4
+#: Looking up the last 2 to 4 tokens in the text so far, 5 drafts: as vLLM's own examples do.
+_NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 5,
+    "prompt_lookup_min": 2,
+    "prompt_lookup_max": 4,
+}
+_WITH_PATH = ("draft_model", "eagle", "eagle3")
+_KINDS = (
+    "baseline, tree, tree=TREE, chain, vllm-chain, ngram, suffix, draft_model=PATH, eagle=PATH, "
+    "eagle3=PATH or 'name={JSON of a speculative config}'"
+)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_NAME = re.compile(r"[\w.,+:@ -]{1,60}")
+_CONFIG_KEYS = {"speculative_config", "llm_options", "environment", "lossless"}
+
+
+class UnavailableError(Exception):
+    """A variant cannot run here; the message says what is missing, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One engine of a comparison.
+
+    Attributes:
+        name: what tables and plots call it.
+        speculative: vLLM's ``speculative_config``; None for no speculation.
+        llm_options: arguments of ``vllm.LLM`` beside those common to all variants.
+        environment: environment variables beside those common to all variants.
+        is_lossless: whether its greedy outputs have to be the baseline's.
+    """
+
+    name: str
+    speculative: Mapping[str, Any] | None = None
+    llm_options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_lossless: bool = True
+
+
+def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
+    """Read variants as the command line gives them; the baseline is there in any case, and first.
+
+    Args:
+        texts: such as ``tree=cpu-16``.
+        heads: the Medusa heads of ``tree``, ``chain`` and ``vllm-chain``; None: the model's own.
+
+    Raises:
+        BenchError: a variant that is none, or two of one name.
+    """
+    return _checked([_parse(text, heads) for text in texts])
+
+
+def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
+    """Read variants of a YAML file.
+
+    Args:
+        entries: a list as on the command line, or a mapping from names to: nothing (the name says
+            it), a text as on the command line, or a mapping with any of ``speculative_config``,
+            ``llm_options``, ``environment`` and ``lossless``.
+        heads: as in `parse_variants`.
+
+    Raises:
+        BenchError: anything else.
+    """
+    if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+        return parse_variants(entries, heads)
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise BenchError(
+            f"variants: {entries!r} is neither a list of texts nor a mapping by name; see "
+            "docs/benchmarking.md"
+        )
+    variants = []
+    for name, entry in entries.items():
+        if entry is None:
+            variants.append(_parse(name, heads))
+        elif isinstance(entry, str):
+            variants.append(dataclasses.replace(_parse(entry, heads), name=_name(name)))
+        else:
+            variants.append(_of_mapping(name, entry))
+    return _checked(variants)
+
+
+def missing_requirement(variant: Variant, vllm_version: str) -> str | None:
+    """What is missing on this machine for a variant, in one line; None if nothing is seen to be.
+
+    Args:
+        variant: any.
+        vllm_version: such as ``0.32.0+cpu``.
+    """
+    speculative = variant.speculative or {}
+    if variant.name == VLLM_CHAIN and not vllm_version.startswith("0.32."):
+        return f"vLLM {vllm_version} has no Medusa of its own; 0.32 has"
+    if speculative.get("method") == "suffix" and not importlib.util.find_spec("arctic_inference"):
+        return "package arctic-inference is not installed; run pip install arctic-inference"
+    model = speculative.get("model")
+    if isinstance(model, str) and not Path(model).exists() and not _HUB_NAME.fullmatch(model):
+        return f"no such file or directory: {model}"
+    return None
+
+
+def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) -> Variant:
+    """Complete ``vllm-chain``: write the heads as vLLM's own Medusa reads them.
+
+    Args:
+        variant: the variant named `VLLM_CHAIN`.
+        heads: directory, file or hub name of the heads.
+        model: the target model.
+        folder: an existing directory to write into.
+
+    Raises:
+        UnavailableError: heads that vLLM's format cannot hold.
+    """
+    from vllm_medusa.heads.checkpoint import load_heads
+    from vllm_medusa.heads.errors import HeadsError
+    from vllm_medusa.heads.target import read_lm_head, read_target
+    from vllm_medusa.heads.write import needs_lm_head, save_heads, with_target_lm_head
+
+    try:
+        target = read_target(model)
+        checkpoint = load_heads(
+            heads, target_hidden_size=target.hidden_size, target_vocab_size=target.vocab_size
+        )
+        if needs_lm_head(checkpoint, "vllm"):
+            checkpoint = with_target_lm_head(checkpoint, read_lm_head(target))
+        save_heads(checkpoint, folder / "heads", "vllm")
+    except HeadsError as exc:
+        raise UnavailableError(f"the heads cannot be converted: {exc}") from None
+    num_heads = checkpoint.spec.num_heads
+    config_file = folder / "heads" / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["num_lookahead_tokens"] = num_heads  # without it vLLM 0.32 does not find the count
+    config_file.write_text(json.dumps(config), encoding="utf-8")
+    speculative = {
+        "method": "medusa",
+        "model": str(folder / "heads"),
+        "num_speculative_tokens": num_heads,
+    }
+    return dataclasses.replace(variant, speculative=speculative)
+
+
+def _parse(text: str, heads: str | None) -> Variant:
+    kind, has_value, value = text.partition("=")
+    medusa = {"method": "medusa"} | ({} if heads is None else {"model": heads})
+    if has_value and value.lstrip().startswith("{"):
+        return _of_json(kind, value)
+    if has_value and not value:
+        raise BenchError(f"variant {text!r} has nothing after '='; give one of {_KINDS}")
+    if kind == "tree":
+        tree: dict[str, Any] = {"tree": value} if has_value else {}
+        if value.isdigit():
+            tree = {"num_speculative_tokens": int(value)}
+        return Variant(name=text, speculative=medusa | tree)
+    if kind in _WITH_PATH and has_value:
+        speculative = {"method": kind, "model": value, "num_speculative_tokens": NUM_DRAFTS}
+        return Variant(name=kind, speculative=speculative)
+    plain = {
+        BASELINE: Variant(name=kind),
+        "chain": Variant(name=kind, speculative=medusa | {"tree": "chain"}),
+        VLLM_CHAIN: Variant(name=kind, speculative=medusa, environment={"VLLM_PLUGINS": ""}),
+        "ngram": Variant(name=kind, speculative=_NGRAM),
+        "suffix": Variant(name=kind, speculative={"method": "suffix"}),
+    }
+    if has_value or kind not in plain:
+        raise BenchError(f"variant {text!r} is none; give one of {_KINDS}")
+    return plain[kind]
+
+
+def _of_json(name: str, value: str) -> Variant:
+    try:
+        speculative = json.loads(value)
+    except ValueError as exc:
+        raise BenchError(f"variant {name!r}: its JSON does not parse ({exc})") from None
+    return _of_mapping(name, {"speculative_config": speculative})
+
+
+def _of_mapping(name: str, entry: Any) -> Variant:
+    if not isinstance(entry, dict):
+        raise BenchError(f"variant {name!r} is {entry!r}; give a text or a mapping")
+    if unknown := sorted(map(str, set(entry) - _CONFIG_KEYS)):
+        raise BenchError(
+            f"variant {name!r}: unknown key {unknown[0]!r}; known are "
+            f"{', '.join(sorted(_CONFIG_KEYS))}"
+        )
+    speculative = entry.get("speculative_config")
+    options, environment = entry.get("llm_options") or {}, entry.get("environment") or {}
+    for key, given in (
+        ("speculative_config", speculative or {}),
+        ("llm_options", options),
+        ("environment", environment),
+    ):
+        if not isinstance(given, dict):
+            raise BenchError(f"variant {name!r}: {key} is {given!r}; give a mapping")
+    lossless = entry.get("lossless", (speculative or {}).get("acceptance") != "typical")
+    if not isinstance(lossless, bool):
+        raise BenchError(f"variant {name!r}: lossless is {lossless!r}; give true or false")
+    return Variant(
+        name=_name(name),
+        speculative=speculative or None,
+        llm_options=options,
+        environment={key: str(value) for key, value in environment.items()},
+        is_lossless=lossless,
+    )
+
+
+def _name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise BenchError(
+            f"variant name {name!r}: give 1 to 60 letters, digits or any of '.,+:@_- '"
+        )
+    return name
+
+
+def _checked(variants: list[Variant]) -> list[Variant]:
+    """Put the baseline first; refuse names given twice."""
+    by_name: dict[str, Variant] = {}
+    for variant in variants:
+        if variant.name in by_name:
+            raise BenchError(
+                f"two variants are named {variant.name!r}; name one of them, as in "
+                "'other={\"method\": ...}'"
+            )
+        by_name[variant.name] = variant
+    baseline = by_name.pop(BASELINE, Variant(name=BASELINE))
+    if baseline.speculative is not None:
+        raise BenchError(
+            "the variant 'baseline' is what others are measured against; it cannot "
+            "speculate: give that variant another name"
+        )
+    return [baseline, *by_name.values()]

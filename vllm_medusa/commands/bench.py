@@ -1,0 +1,72 @@
+"""`vllm-medusa bench`: draft trees against everything else that vLLM offers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; those not given are None, as a YAML file may give them."""
+    add = parser.add_argument
+    add("--model", metavar="M", help="the target model: directory or hub name")
+    add("--heads", metavar="H", help="its Medusa heads (default: in the model's own directory)")
+    add(
+        "--variants",
+        nargs="+",
+        metavar="V",
+        help="baseline, tree, tree=TREE, chain, vllm-chain, ngram, suffix, draft_model=PATH, "
+        "eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}' "
+        "(baseline tree chain vllm-chain ngram)",
+    )
+    add("--config", type=Path, metavar="YAML", help="variants and settings from a file")
+    add("--prompts", metavar="P", help="a JSONL file, builtin (default) or random")
+    add("--random-len", type=int, metavar="N", help="tokens of a random prompt (128)")
+    add("--max-tokens", type=int, metavar="N", help="new tokens of a request (128)")
+    add("--rounds", type=int, metavar="R", help="how often each variant has its turn (5)")
+    add("--ignore-eos", action="store_true", default=None, help="always write --max-tokens tokens")
+    add("--dtype", help="of the model: auto (default), bfloat16, float16, float32")
+    add("--llm-options", type=_json_object, metavar="JSON", help="further arguments of vllm.LLM")
+    add("--threads", type=int, metavar="T", help="of an engine on a CPU ($OMP_NUM_THREADS, all)")
+    add("--alive", choices=("auto", "all", "one"), help="engines alive at once (auto)")
+    add("--seed", type=int, metavar="S", help="of random prompts and engines (0)")
+    add("--strict", action="store_true", default=None, help="fail if lossless outputs differ")
+    add("--out", type=Path, metavar="DIR", help="directory of the results (bench-results)")
+    offline = parser.add_argument_group("offline (default)").add_argument
+    offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Compare, and say what came out.
+
+    Raises:
+        BenchError, DataError: something that the user has to mend.
+    """
+    from vllm_medusa.bench.run import run as run_bench
+    from vllm_medusa.bench.settings import settings_from
+
+    given: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if name not in ("command", "config")
+    }
+    if given["variants"] is not None:
+        given["variants"] = tuple(given["variants"])
+    return run_bench(settings_from(given, arguments.config))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({exc})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not integers with commas") from None
