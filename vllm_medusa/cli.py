@@ -15,6 +15,7 @@ from vllm_medusa import __version__
 #: Sub-command (and module under `vllm_medusa.commands`) to its line in the help.
 COMMANDS = {
     "inspect": "say what a checkpoint of Medusa heads holds and whether it fits a model",
+    "calibrate": "choose the draft trees that pay on this machine",
     "convert": "write Medusa heads in another program's format",
     "distill": "make training data: a model's own answers to a file of prompts",
     "train": "train Medusa heads for a model on its own answers",

@@ -16,57 +16,62 @@ from vllm_medusa.tree.draft_tree import TreePath
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Tokens per step that the engine emitted, over the same steps as the predictions.
+class Checked:
+    """Tokens per step that the engine emitted with a tree, over such steps as are predicted.
 
     Attributes:
+        method: that made the tree.
+        size: its draft nodes.
         with_loops: over all steps.
         without_loops: over those whose drafts all lie before the text begins to loop.
 
     """
 
+    method: str
+    size: int
     with_loops: Estimate
     without_loops: Estimate
 
 
-def measure_acceptance(
+def check_trees(
     options: Mapping[str, Any],
     heads: Mapping[str, Any],
-    paths: Sequence[TreePath],
+    trees: Sequence[tuple[str, int, Sequence[TreePath]]],
     requests: Sequence[Request],
     *,
     max_tokens: int,
     num_heads: int,
-    temperature: float,
     seed: int,
     progress: Progress,
-) -> Measured:
-    """Run an engine with a tree and count what its steps emit.
+) -> list[Checked]:
+    """Continue prompts greedily with every tree and count what the steps emit.
 
     Args:
         options: arguments of ``vllm.LLM``.
         heads: ``speculative_config`` without a tree.
-        paths: the tree's.
+        trees: method, size and paths of each.
         requests: to continue.
         max_tokens: of a continuation; a few more are asked for, so that the limit cuts no step
             that counts.
         num_heads: of the heads.
-        temperature: to sample at; 0 is greedy.
         seed: of the resamples.
         progress: counts requests.
 
     """
-    counts = []
-    config = {**heads, "tree": [list(path) for path in paths]}
-    with start_engine({**options, "speculative_config": config}) as engine:
-        for batch in batches(requests):
-            prompts = [request.token_ids for request in batch]
-            run = engine.run(prompts, max_tokens + num_heads, temperature=temperature)
-            counts += steps_of(run, max_tokens, num_heads)
-            progress(len(batch))
-    by_prompt = np.array(counts, dtype=np.int64)
-    resamples = resample(len(counts), seed)
-    return Measured(ratio(by_prompt[:, 0], resamples), ratio(by_prompt[:, 1], resamples))
+    resamples = resample(len(requests), seed)
+    checked = []
+    for method, size, paths in trees:
+        counts = []
+        config = {**heads, "tree": [list(path) for path in paths]}
+        with start_engine({**options, "speculative_config": config}) as engine:
+            for batch in batches(requests):
+                run = engine.run([r.token_ids for r in batch], max_tokens + num_heads)
+                counts += steps_of(run, max_tokens, num_heads)
+                progress(len(batch))
+        by_prompt = np.array(counts, dtype=np.int64)
+        estimates = [ratio(by_prompt[:, kind], resamples) for kind in (0, 1)]
+        checked.append(Checked(method, size, *estimates))
+    return checked
 
 
 def steps_of(run: Run, max_tokens: int, num_heads: int) -> list[list[list[int]]]:

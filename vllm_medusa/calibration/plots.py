@@ -1,0 +1,206 @@
+"""The pictures of a calibration, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_medusa.calibration.choice import Choice
+from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.tree.draft_tree import TreePath
+
+if TYPE_CHECKING:
+    from vllm_medusa.calibration.report import Findings
+
+_COLOURS = {"joint": "tab:blue", "product": "tab:orange"}
+
+
+def check_matplotlib() -> None:
+    """Say at once if the pictures cannot be drawn.
+
+    Raises:
+        CalibrationError: matplotlib is not installed.
+
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise CalibrationError(
+            'the report\'s figures need matplotlib: pip install "vllm-medusa[train]"'
+        ) from None
+
+
+def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
+    """Draw tokens per step by tree size; return file name and caption."""
+    figure, axes = _figure("draft nodes", "tokens per step", (7.5, 4.8))
+    for with_loops, style in ((True, "-"), (False, "--")):
+        section = next(s for s in findings.sections if s.with_loops == with_loops)
+        suffix = "" if with_loops else ", without looping text"
+        for method, sizes in section.curve.methods.items():
+            x = [estimate.size for estimate in sizes]
+            predicted = [estimate.predicted for estimate in sizes]
+            colour = _COLOURS[method]
+            label = f"{method}, predicted{suffix}"
+            axes.plot(x, [p.value for p in predicted], style, color=colour, label=label)
+            if method == "joint":
+                low, high = [p.low for p in predicted], [p.high for p in predicted]
+                axes.fill_between(x, low, high, color=colour, alpha=0.15)
+        for method, colour in _COLOURS.items():
+            measured = [
+                (c.size, c.with_loops if with_loops else c.without_loops)
+                for c in findings.checked
+                if c.method == method
+            ]
+            if measured:
+                _points(
+                    axes,
+                    measured,
+                    colour,
+                    f"{method}, measured in the engine{suffix}",
+                    "o" if with_loops else "s",
+                )
+    return _save(
+        figure,
+        axes,
+        out,
+        "calibration-acceptance",
+        "Tokens per step by tree size; bands and bars are 95 % intervals over prompts",
+    )
+
+
+def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
+    """Draw the chosen tree with the probabilities of its nodes; return file name and caption."""
+    paths = sorted(findings.drawn_tree())
+    probabilities = findings.probabilities
+    places = _places(paths)
+    num_leaves = sum(x == int(x) for x, _ in places.values()) or 1
+    figure, axes = _figure("", "", (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads))
+    for path, (x, y) in places.items():
+        if not path:
+            axes.annotate("root", (x, y), ha="center", va="center", fontsize=8)
+            continue
+        parent_x, parent_y = places[path[:-1]]
+        probability = probabilities.get(path, 0.0)
+        axes.plot(
+            [parent_x, x], [parent_y, y], color="grey", linewidth=0.3 + 4 * probability, zorder=1
+        )
+        axes.scatter(
+            [x],
+            [y],
+            s=60 + 500 * probability,
+            color="tab:blue",
+            zorder=2,
+            alpha=0.35 + 0.65 * probability,
+        )
+        axes.annotate(f"{path[-1]}", (x, y), ha="center", va="center", fontsize=7, zorder=3)
+        axes.annotate(
+            f"{100 * probability:.1f}", (x, y - 0.24), ha="center", va="center", fontsize=6
+        )
+    axes.set_axis_off()
+    return _save(
+        figure,
+        axes,
+        out,
+        "calibration-tree",
+        f"The tree of {len(paths)} nodes: ranks in the circles, below them the share of positions "
+        "(in %) at which the path up to there is right",
+    )
+
+
+def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
+    """Draw the predicted speed-up by batch size; return file name and caption."""
+    figure, axes = _figure(
+        "batch size", "predicted tokens per second over no speculation", (7, 4.6)
+    )
+    batch_sizes = sorted(choice.chosen)
+    shown = [i for i, c in enumerate(choice.candidates) if c.paths]
+    chains = [i for i in shown if choice.candidates[i].name.startswith("chain")]
+    for index in [*chains[-1:], *(i for i in shown if i not in chains)]:
+        speedups = [choice.predictions[size][index].speedup for size in batch_sizes]
+        axes.plot(
+            batch_sizes, speedups, linewidth=1, marker=".", label=choice.candidates[index].name
+        )
+    chosen = [choice.predictions[size][choice.chosen[size]] for size in batch_sizes]
+    errors = [[p.speedup - p.low for p in chosen], [p.high - p.speedup for p in chosen]]
+    axes.errorbar(
+        batch_sizes,
+        [p.speedup for p in chosen],
+        yerr=errors,
+        color="black",
+        capsize=3,
+        linewidth=2,
+        label="chosen",
+    )
+    axes.axhline(1, color="grey", linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
+    return _save(
+        figure,
+        axes,
+        out,
+        "calibration-speedup",
+        "Predicted speed-up by batch size; bars are the quartiles of the measured step cost",
+    )
+
+
+def _places(paths: Sequence[TreePath]) -> dict[TreePath, tuple[float, float]]:
+    """Where the nodes stand: leaves side by side, a parent above the middle of its children."""
+    children: dict[TreePath, list[TreePath]] = {}
+    for path in paths:
+        children.setdefault(path[:-1], []).append(path)
+    places: dict[TreePath, tuple[float, float]] = {}
+    num_leaves = 0
+
+    def place(path: TreePath) -> float:
+        nonlocal num_leaves
+        below = [place(child) for child in children.get(path, [])]
+        x = (below[0] + below[-1]) / 2 if below else float(num_leaves)
+        num_leaves += not below
+        places[path] = (x, -float(len(path)))
+        return x
+
+    place(())
+    return places
+
+
+def _points(
+    axes: Any, measured: Sequence[tuple[int, Any]], colour: str, label: str, marker: str
+) -> None:
+    values = [estimate.value for _, estimate in measured]
+    errors = [
+        [estimate.value - estimate.low for _, estimate in measured],
+        [estimate.high - estimate.value for _, estimate in measured],
+    ]
+    axes.errorbar(
+        [size for size, _ in measured],
+        values,
+        yerr=errors,
+        fmt=marker,
+        color=colour,
+        capsize=3,
+        markersize=5,
+        label=label,
+    )
+
+
+def _figure(x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure, drawn without a display."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+    axes.set_title(caption, fontsize=8)
+    figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
+    return f"{name}.png", caption

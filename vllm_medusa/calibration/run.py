@@ -1,0 +1,221 @@
+"""A calibration from its settings to its files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_medusa.bench.provenance import provenance
+from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
+from vllm_medusa.calibration.check import Checked, check_trees
+from vllm_medusa.calibration.choice import Candidate, choose
+from vllm_medusa.calibration.costs import StepCosts, read_step_costs
+from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
+from vllm_medusa.calibration.inputs import Inputs, read_inputs
+from vllm_medusa.calibration.paths import Ranks, head_accuracy, path_probabilities
+from vllm_medusa.calibration.plots import check_matplotlib
+from vllm_medusa.calibration.ranks import Continuation, RankMeter
+from vllm_medusa.calibration.report import Findings, Section, summary, write_report
+from vllm_medusa.calibration.settings import CalibrateSettings
+from vllm_medusa.calibration.texts import Progress, continue_requests, start_engine
+from vllm_medusa.data.files import write_atomically
+from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
+from vllm_medusa.training.target import load_target
+from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
+from vllm_medusa.tree.schedule import write_schedule_file
+
+
+def calibrate(settings: CalibrateSettings) -> str:
+    """Measure, choose and write; return the result in words.
+
+    Raises:
+        CalibrationError, HeadsError, DataError, TrainingError: what was given cannot be used; then
+            nothing is written.
+
+    """
+    check_matplotlib()
+    inputs = read_inputs(settings)
+    costs = read_step_costs(settings.step_costs) if settings.step_costs else None
+    continuations = measure_ranks(settings, inputs)
+    fit = CrossFit(continuations, max(settings.sizes), settings.seed)
+    _check_enough(settings, fit, continuations)
+    sections = _sections(settings, fit, continuations)
+    if settings.with_step_costs and costs is None:
+        costs = _measure_costs(settings, inputs, fit)
+    findings = Findings(
+        settings=settings,
+        provenance=provenance(_device_name()),
+        num_heads=inputs.num_heads,
+        num_prompts=len({item.prompt_id for item in continuations}),
+        sections=sections,
+        paths=fit.paths,
+        probabilities=path_probabilities([item.ranks for item in continuations]),
+        checked=_check(settings, inputs, fit),
+        costs=costs,
+        choice=None if costs is None else choose(_candidates(settings, fit, sections), costs),
+    )
+    _write(findings, inputs.out)
+    return summary(findings, inputs.out)
+
+
+def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuation]:
+    """Continue the prompts and measure the heads' ranks along the continuations."""
+    texts = list(inputs.texts)
+    if inputs.requests:
+        temperatures = [0.0, *([settings.temperature] if settings.temperature else [])]
+        num_tokens = settings.max_tokens + inputs.num_heads - 1
+        with (
+            start_engine(inputs.options) as engine,
+            _bar("continuations", "prompt", len(temperatures) * len(inputs.requests)) as progress,
+        ):
+            for temperature in temperatures:
+                texts += continue_requests(
+                    engine, inputs.requests, num_tokens, temperature, progress
+                )
+    target = load_target(
+        settings.model,
+        revision=settings.model_revision,
+        dtype=getattr(torch, inputs.options["dtype"]),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    with _bar("ranks", "text", len(texts)) as progress:
+        return RankMeter(target, inputs.checkpoint).measure(texts, progress)
+
+
+def _check_enough(
+    settings: CalibrateSettings, fit: CrossFit, continuations: Sequence[Continuation]
+) -> None:
+    num_positions = sum(len(item.ranks) for item in continuations)
+    num_prompts = len({item.prompt_id for item in continuations})
+    if num_prompts < NUM_FOLDS:
+        raise CalibrationError(
+            f"--prompts {settings.prompts}: {num_prompts} prompts ({num_positions} positions) are "
+            f"too few to check the trees against each other; give {NUM_FOLDS} at least, and "
+            "better a hundred"
+        )
+    found = len(fit.paths["joint"])
+    if found < max(settings.sizes):
+        raise CalibrationError(
+            f"--sizes {max(settings.sizes)}: only {found} paths were ever right at the "
+            f"{num_positions} positions of {num_prompts} prompts; give more prompts, a larger "
+            "--max-tokens or smaller sizes"
+        )
+
+
+def _sections(
+    settings: CalibrateSettings, fit: CrossFit, continuations: Sequence[Continuation]
+) -> list[Section]:
+    """Every figure with and without looping text; the first section is what trees are chosen by."""
+    kinds = sorted({item.temperature for item in continuations})
+    groups = [("all", kinds)] if len(kinds) > 1 else []
+    groups += [(_kind(kind), [kind]) for kind in kinds]
+    sections = []
+    for name, wanted in groups:
+        chosen = [item.temperature in wanted for item in continuations]
+        for with_loops in (True, False):
+            ranks: list[Ranks] = [
+                item.ranks if with_loops else item.ranks[: item.num_before_loop]
+                for item, is_chosen in zip(continuations, chosen, strict=True)
+                if is_chosen
+            ]
+            curve = fit.curve(settings.sizes, chosen, with_loops)
+            sections.append(Section(name, with_loops, curve, head_accuracy(ranks)))
+    return sections
+
+
+def _kind(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def _candidates(
+    settings: CalibrateSettings, fit: CrossFit, sections: Sequence[Section]
+) -> list[Candidate]:
+    curve = sections[0].curve
+    candidates = [Candidate("none", (), 1.0)]
+    candidates += [
+        Candidate(f"chain of {length}", DraftTree.chain(length).paths, estimate.value)
+        for length, estimate in enumerate(curve.chains, start=1)
+    ]
+    candidates += [
+        Candidate(f"tree of {size}", tuple(fit.paths["joint"][:size]), estimate.predicted.value)
+        for size, estimate in zip(settings.sizes, curve.methods["joint"], strict=True)
+    ]
+    return candidates
+
+
+def _measure_costs(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> StepCosts:
+    trees = trees_to_measure(fit.paths["joint"], settings.timed_sizes(), inputs.num_heads)
+    at_once = settings.engines_at_once or (1 if torch.cuda.is_available() else len(trees))
+    runs = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
+    with _bar("step costs", "run", runs) as progress:
+        return measure_step_costs(
+            inputs.options,
+            inputs.speculative,
+            trees,
+            inputs.cost_tokens(),
+            settings.batch_sizes,
+            rounds=settings.rounds,
+            engines_at_once=at_once,
+            progress=progress,
+            provenance=provenance(_device_name()),
+        )
+
+
+def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[Checked]:
+    trees = [
+        (method, size, fit.paths[method][:size])
+        for method in METHODS
+        for size in settings.check_sizes
+    ]
+    if not trees:
+        return []
+    with _bar("check in the engine", "prompt", len(trees) * len(inputs.check_requests)) as progress:
+        return check_trees(
+            inputs.options,
+            inputs.speculative,
+            trees,
+            inputs.check_requests,
+            max_tokens=settings.max_tokens,
+            num_heads=inputs.num_heads,
+            seed=settings.seed,
+            progress=progress,
+        )
+
+
+def _write(findings: Findings, out: Path) -> None:
+    """Write all files, or none if one of them cannot be made."""
+    out.mkdir(parents=True, exist_ok=True)
+    schedule = findings.choice.schedule() if findings.choice else None
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name)
+        write_report(findings, staged)
+        write_tree_file(staged / TREE_FILE, findings.paths["joint"])
+        if schedule is not None:
+            write_schedule_file(staged / SCHEDULE_FILE, schedule)
+        for path in sorted(staged.iterdir()):
+            write_atomically(out / path.name, _copier(path))
+    if schedule is None:
+        # One from before was made for other trees.
+        (out / SCHEDULE_FILE).unlink(missing_ok=True)
+
+
+def _copier(path: Path) -> Any:
+    content = path.read_bytes()
+    return lambda file: file.write(content)
+
+
+def _device_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def _bar(what: str, unit: str, total: int) -> Iterator[Progress]:
+    with tqdm(desc=what, unit=unit, total=total, disable=None) as bar:
+        yield bar.update
