@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -19,6 +20,9 @@ _ENGINE = "vllm_medusa.engine.generate"
 #: a shard's batches are the same each time.
 _ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _ENGINE_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
+#: Of a Ray worker whose process dies.
+_MAX_RESTARTS = 3
+_KEPT = "finished shards are kept: run the same command again to go on"
 
 #: A shard's index and prompts.
 Shard = tuple[int, Sequence[Prompt]]
@@ -52,33 +56,41 @@ def answer_locally(
     except ProcessEndedError as exc:
         last_line = (exc.log.strip().splitlines() or ["nothing"])[-1]
         raise DataError(
-            f"vLLM failed on {settings.model}: {exc}, its last words {last_line!r}; shards "
-            "written before are kept: run the same command again to go on"
+            f"vLLM failed on {settings.model}: {exc}, its last words {last_line!r}; {_KEPT}"
         ) from None
 
 
 def _checked(reply: dict[str, Any], settings: AnswerSettings) -> dict[str, Any]:
     if "error" in reply:
-        raise DataError(_refusal(settings, reply["error"]))
+        raise DataError(f"vLLM refuses {settings.model} with these options: {reply['error']}")
     return reply
 
 
-def _refusal(settings: AnswerSettings, error: str) -> str:
-    return f"vLLM refuses {settings.model} with these options: {error}"
-
-
 class _ShardActor:
-    """A Ray actor that answers shards; takes the engine's module by name."""
+    """A Ray actor that answers shards; takes the engine's module by name.
+
+    What vLLM raises it returns: raised, Ray would retry it, and print it several times over.
+    """
 
     def __init__(self, module: str, settings: Mapping[str, Any]) -> None:
         os.environ.update(_ENGINE_ENVIRONMENT)
         for name, value in _ENGINE_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        self._answerer = import_module(module).Answerer(settings)
+        self._engine = import_module(module)
+        try:
+            self._answerer = self._engine.Answerer(settings)
+        except Exception as exc:
+            self._answerer = None
+            self._error = self._engine.reason_of(exc)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        rows = self._answerer.answer(json.loads(shard["prompts"]), lambda answers, tokens: None)
-        return {"index": shard["index"], "rows": json.dumps(rows)}
+        if self._answerer is None:
+            return {"reply": json.dumps({"error": self._error})}
+        try:
+            rows = self._answerer.answer(json.loads(shard["prompts"]), lambda answers, tokens: None)
+        except Exception as exc:
+            return {"reply": json.dumps({"error": self._engine.reason_of(exc)})}
+        return {"reply": json.dumps({"index": shard["index"], "rows": rows})}
 
 
 def answer_on_ray(
@@ -112,6 +124,7 @@ def answer_on_ray(
 
         report(0, 0)
         DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = [
             {"index": index, "prompts": json.dumps([prompt.as_record() for prompt in prompts])}
             for index, prompts in shards
@@ -120,16 +133,20 @@ def answer_on_ray(
             _ShardActor,
             fn_constructor_args=(_ENGINE, settings.as_dict()),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=_MAX_RESTARTS,
             **_resources(ray, settings),
         )
         try:
-            for shard in answered.iter_rows():
-                rows = [Row.from_record(record) for record in json.loads(shard["rows"])]
+            for answer in answered.iter_rows():
+                reply = _checked(json.loads(answer["reply"]), settings)
+                rows = [Row.from_record(record) for record in reply["rows"]]
                 report(sum(r.num_answers for r in rows), sum(r.num_answer_tokens for r in rows))
-                yield int(shard["index"]), rows
+                yield reply["index"], rows
         except RayError as exc:
-            cause = str(getattr(exc, "cause", None) or exc).strip().splitlines()[-1]
-            raise DataError(_refusal(settings, cause)) from None
+            raise DataError(
+                f"Ray failed on {settings.model}: {str(exc).strip().splitlines()[-1]}; {_KEPT}"
+            ) from None
     finally:
         ray.shutdown()
 

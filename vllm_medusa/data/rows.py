@@ -230,11 +230,20 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     missing = [column for column in COLUMNS if column not in table.column_names]
     if missing:
         raise DataError(f"{path}: lacks the columns {', '.join(missing)}")
+    for name in COLUMNS[1:]:
+        kind = table.schema.field(name).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise DataError(f"{path}: column {name} is of type {kind}, not a list")
     for batch in table.select(COLUMNS).to_batches():
-        identities = batch.column(0)
+        identities, token_ids, loss_masks = batch.columns
         for index in range(batch.num_rows):
             yield {
                 "id": identities[index].as_py(),
-                "token_ids": batch.column(1)[index].values.to_numpy(zero_copy_only=False),
-                "loss_mask": batch.column(2)[index].values.to_numpy(zero_copy_only=False),
+                "token_ids": _array(token_ids[index]),
+                "loss_mask": _array(loss_masks[index]),
             }
+
+
+def _array(scalar: Any) -> Any:
+    """The values of a list as an array, of which Python integers would take ten times the room."""
+    return scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None

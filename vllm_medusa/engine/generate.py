@@ -18,6 +18,7 @@ from vllm_medusa.data.settings import AnswerSettings
 from vllm_medusa.data.target import load_answering_model
 
 _REPORT_SECONDS = 1.0
+_SECONDS_TO_END = 5.0
 
 #: Told how many answers have ended and how many tokens were made, since it was last told.
 Report = Callable[[int, int], None]
@@ -146,24 +147,33 @@ def main(reply_fd: int) -> None:
             raise
         except Exception as exc:
             traceback.print_exc()
-            reply(error=str(exc).strip() or type(exc).__name__)
+            reply(error=reason_of(exc))
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong; of pydantic's reports only what the user is to know."""
+    if hasattr(error, "errors"):
+        return "; ".join(str(entry["msg"]) for entry in error.errors())
+    return str(error).strip() or type(error).__name__
 
 
 def _read_ahead(lines: TextIO) -> Iterator[Any]:
-    """Parse lines as they come; end the process when the writer of the lines is gone.
+    """Parse lines as they come, until their writer is gone.
 
-    Otherwise an engine would go on for minutes for a caller that was killed.
+    A shard takes minutes. For a caller that was killed the process does not finish it.
     """
-    read: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    read: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read_all() -> None:
         for line in lines:
-            read.put(json.loads(line))
-        os._exit(0)
+            read.put(line)
+        read.put("")
+        time.sleep(_SECONDS_TO_END)
+        os._exit(1)
 
     threading.Thread(target=read_all, daemon=True).start()
-    while True:
-        yield read.get()
+    while line := read.get():
+        yield json.loads(line)
 
 
 if __name__ == "__main__":
