@@ -1,0 +1,101 @@
+"""Dataset rows in memory, checked, and split into rows to learn from and rows held out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_medusa.data.rows import read_rows
+from vllm_medusa.training.errors import TrainingError
+
+#: More held-out rows than this would measure no better and cost time.
+MAX_HELD_OUT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row: a text of the target with its prompt.
+
+    Attributes:
+        tokens: [T] int32 token ids.
+        is_answer: [T] bool, true on the tokens that the target wrote.
+    """
+
+    tokens: NDArray[np.int32]
+    is_answer: NDArray[np.bool_]
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens that the loss looks at: answer tokens that some position can predict."""
+        return int(self.is_answer[1:].sum())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to learn from and rows held out.
+
+    Attributes:
+        train, held_out: the rows.
+        fingerprint: hash of all tokens and masks, in order.
+        num_cut: rows that were cut to the target's largest position.
+        num_without_answer: rows left out because no token of theirs is an answer.
+    """
+
+    train: list[Document]
+    held_out: list[Document]
+    fingerprint: str
+    num_cut: int
+    num_without_answer: int
+
+
+def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: float) -> Dataset:
+    """Read, check and split the rows of a directory.
+
+    Whether a row is held out depends on its id and the ids of the others alone, so the split stays
+    the same however the rows lie in shards.
+
+    Args:
+        path: directory of shards.
+        vocab_size: of the target; every token id must be below it.
+        max_tokens: the target's largest number of positions; longer rows are cut to it.
+        held_out: share of the rows to hold out; at least one row and at most `MAX_HELD_OUT_ROWS`.
+
+    Raises:
+        DataError: the directory or a shard cannot be read.
+        TrainingError: rows that do not fit the target, or too few with answers.
+    """
+    digest = hashlib.sha256()
+    documents: list[tuple[bytes, Document]] = []
+    num_rows = num_cut = 0
+    for row in read_rows(path):
+        num_rows += 1
+        if row.token_ids.max() >= vocab_size:
+            raise TrainingError(
+                f"{path}: row {row.id!r} holds token {row.token_ids.max()}, the target has "
+                f"{vocab_size} tokens; use rows of the target's own tokenizer (vllm-medusa distill)"
+            )
+        num_cut += len(row.token_ids) > max_tokens
+        document = Document(row.token_ids[:max_tokens], row.loss_mask[:max_tokens])
+        digest.update(document.tokens.tobytes() + document.is_answer.tobytes() + b"|")
+        if document.num_learnt:
+            documents.append((hashlib.sha256(row.id.encode()).digest(), document))
+    # By id, so that several answers to one prompt are on the same side.
+    order = sorted({key for key, _ in documents})
+    num_held_out = min(MAX_HELD_OUT_ROWS, max(1, round(held_out * len(order))))
+    if len(order) <= num_held_out:
+        raise TrainingError(
+            f"{path}: {len(documents)} of {num_rows} rows hold an answer to learn, too few to hold "
+            "some out; give more rows (vllm-medusa distill makes them)"
+        )
+    held = set(order[:num_held_out])
+    return Dataset(
+        train=[document for key, document in documents if key not in held],
+        held_out=[document for key, document in documents if key in held],
+        fingerprint=digest.hexdigest()[:16],
+        num_cut=num_cut,
+        num_without_answer=num_rows - len(documents),
+    )

@@ -1,0 +1,269 @@
+"""The training loop: Medusa-1, heads on a frozen target."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from vllm_medusa.training.dataset import Dataset, load_dataset
+from vllm_medusa.training.evaluate import Continuation, expected_acceptance, measure
+from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
+from vllm_medusa.training.model import TrainableHeads
+from vllm_medusa.training.optimizer import HeadsOptimizer, rate_factor
+from vllm_medusa.training.packing import Batches
+from vllm_medusa.training.run_directory import RunDirectory
+from vllm_medusa.training.settings import TrainSettings
+from vllm_medusa.training.target import load_target
+
+# What a run may find under another name and still be the same run: fingerprints stand for them.
+_NAMES = ("model", "revision", "data")
+
+
+@dataclass
+class History:
+    """What happened so far.
+
+    Attributes:
+        losses: [steps][heads], each head's loss.
+        norms: [steps], norms of the gradients before they were clipped.
+        evaluations: [(steps done, expected acceptance length)].
+        best_step: steps done when the best heads were measured.
+        seconds: of training, in all runs together.
+    """
+
+    losses: list[list[float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> float:
+        """The best heads' expected acceptance length; 0 if none was measured."""
+        return max((length for _, length in self.evaluations), default=0.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training, on the main process.
+
+    Attributes:
+        heads: the best ones, rounded to the dtype that they are written in.
+        continuations: what they do on the held-out answers.
+        num_steps, tokens_per_step: of training; tokens with their padding.
+    """
+
+    heads: TrainableHeads
+    continuations: list[Continuation]
+    history: History
+    num_steps: int
+    tokens_per_step: int
+
+
+class Training:
+    """One training run, from its settings to its best heads.
+
+    Args:
+        settings: what to do.
+        save_every: steps between checkpoints, beside those at each measurement.
+        compile_target: whether to compile the target's body (torch.compile).
+
+    Attributes:
+        identity: settings and fingerprints that a resumed run must share.
+
+    Raises:
+        HeadsError, DataError, TrainingError: a model or rows that cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        *,
+        save_every: int | None = None,
+        compile_target: bool = False,
+    ) -> None:
+        self.settings = settings
+        self._accelerator = Accelerator()
+        device = self._accelerator.device
+        self.target = load_target(
+            settings.model,
+            revision=settings.revision,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+        )
+        self.target.check(needs_distribution=settings.loss == "kl")
+        self.dataset: Dataset = load_dataset(
+            Path(settings.data),
+            vocab_size=self.target.vocab_size,
+            max_tokens=self.target.max_tokens,
+            held_out=settings.held_out,
+        )
+        if compile_target:
+            self.target.compile()
+        self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
+        self._batches_per_step: int = settings.grad_accumulation * self._accelerator.num_processes
+        self.num_steps = self._count_steps()
+        self._eval_every = settings.eval_every or max(1, math.ceil(self.num_steps / 10))
+        self._save_every = save_every or self._eval_every
+        self.identity = {
+            **{name: value for name, value in settings.to_dict().items() if name not in _NAMES},
+            "target_fingerprint": self.target.fingerprint(),
+            "data_fingerprint": self.dataset.fingerprint,
+            "num_processes": self._accelerator.num_processes,
+        }
+        self._heads = TrainableHeads(settings, self.target.weight)
+        self._optimizer = HeadsOptimizer(self._heads, settings)
+        self._history = History()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return bool(self._accelerator.is_main_process)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step, with padding."""
+        per_batch = self._batches.num_sequences * self._batches.sequence_length
+        return per_batch * self._batches_per_step
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        self._accelerator.wait_for_everyone()
+
+    def run(self, directory: RunDirectory) -> Outcome:
+        """Train to the end, from the directory's last checkpoint if there is one.
+
+        Raises:
+            TrainingError: the directory belongs to another run.
+            DataError: a checkpoint cannot be written.
+        """
+        with self._accelerator.main_process_first():
+            state = directory.open(self.identity)
+        if state is not None:
+            self._restore(state)
+        first = len(self._history.losses)
+        batches = self._batches.from_batch(first * self._batches_per_step)
+        started = time.perf_counter() - self._history.seconds
+        with self._progress(first) as progress:
+            for step in range(first, self.num_steps):
+                losses = self._step(step, list(itertools.islice(batches, self._batches_per_step)))
+                self._history.losses.append(losses)
+                self._history.seconds = time.perf_counter() - started
+                progress.set_postfix(step=step + 1, loss=f"{sum(losses):.3f}", refresh=False)
+                progress.update(self.tokens_per_step)
+                self._after(step + 1, directory)
+        return self._finish(directory)
+
+    def _count_steps(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        assert self.settings.epochs is not None
+        per_step = self._batches.num_sequences * self._batches_per_step
+        sequences = sum(len(self._batches.epoch(n)) for n in range(math.ceil(self.settings.epochs)))
+        share = self.settings.epochs / math.ceil(self.settings.epochs)
+        return max(1, math.ceil(sequences * share / per_step))
+
+    def _progress(self, first: int) -> Any:
+        return tqdm(
+            desc="training",
+            total=self.num_steps * self.tokens_per_step,
+            initial=first * self.tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            disable=not self.is_main,
+        )
+
+    def _step(self, step: int, all_sequences: list[list[list[int]]]) -> list[float]:
+        """Learn from one step's batches, of which this process takes its share."""
+        settings, accelerator = self.settings, self._accelerator
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        learnt = [
+            max(1, round(settings.loss_positions * self._batches.num_learnt(sequences)))
+            for sequences in all_sequences
+        ]
+        scale = 1 / sum(learnt)
+        losses = torch.zeros(settings.num_heads, device=accelerator.device)
+        for index in range(rank, len(all_sequences), num_processes):
+            batch = self._batches.build(all_sequences[index])
+            if settings.loss_positions < 1:
+                batch = draw_learnt(batch, learnt[index], [settings.seed, step, index])
+            batch = batch.to(accelerator.device)
+            losses += accumulate_gradients(self._heads, self.target, batch, settings, scale)
+        if num_processes > 1:
+            losses = accelerator.reduce(losses, "sum")
+            for gradient in self._optimizer.gradients:
+                gradient.copy_(accelerator.reduce(gradient, "sum"))
+        norm = self._optimizer.step(rate_factor(step, self.num_steps, settings.warmup))
+        self._history.norms.append(norm)
+        values: list[float] = losses.tolist()
+        return values
+
+    def _after(self, done: int, directory: RunDirectory) -> None:
+        """Measure and save, when it is time to."""
+        history = self._history
+        is_eval = done % self._eval_every == 0 or done == self.num_steps
+        if is_eval:
+            length = expected_acceptance(self._measure())
+            if length > history.best:
+                history.best_step = done
+                if self.is_main:
+                    directory.save_best(done, {"heads": self._heads.state_dict()})
+            history.evaluations.append((done, length))
+        if self.is_main and (is_eval or done % self._save_every == 0):
+            directory.save(self._state())
+
+    def _measure(self) -> list[Continuation]:
+        """Measure the heads on the held-out rows, each process on its share."""
+        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        share = self.dataset.held_out[rank::num_processes]
+        found = (
+            measure(self._heads, self.target, share, self.settings.batch_tokens) if share else []
+        )
+        return gather_object(found) if num_processes > 1 else found
+
+    def _state(self) -> dict[str, Any]:
+        history = self._history
+        return {
+            "heads": self._heads.state_dict(),
+            "optimizer": self._optimizer.state(),
+            "best_step": history.best_step,
+            "history": vars(history),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._heads.load_state_dict(state["heads"])
+        self._optimizer.load_state(state["optimizer"])
+        self._history = History(**state["history"])
+
+    def _finish(self, directory: RunDirectory) -> Outcome:
+        """Take the best heads as they will be written, and measure those."""
+        best = directory.load_best(self._history.best_step)
+        self._heads.load_state_dict(best["heads"])
+        with torch.no_grad():
+            for parameter in self._heads.parameters():
+                parameter.copy_(parameter.to(getattr(torch, self.settings.dtype)))
+        return Outcome(
+            heads=self._heads,
+            continuations=self._measure(),
+            history=self._history,
+            num_steps=self.num_steps,
+            tokens_per_step=self.tokens_per_step,
+        )
+
+
+def curve(history: History, num_points: int = 200) -> Iterator[tuple[int, list[float]]]:
+    """Yield (steps done, each head's loss averaged since the point before), evenly spaced."""
+    width = max(1, math.ceil(len(history.losses) / num_points))
+    for start in range(0, len(history.losses), width):
+        part = history.losses[start : start + width]
+        yield start + len(part), [sum(head) / len(part) for head in zip(*part, strict=True)]

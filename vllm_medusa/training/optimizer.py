@@ -1,0 +1,107 @@
+"""AdamW or Muon, and the schedule of their learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_medusa.training.model import TrainableHeads
+from vllm_medusa.training.settings import TrainSettings
+
+_BETAS = (0.9, 0.95)
+
+
+def rate_factor(step: int, num_steps: int, warmup: float) -> float:
+    """Return the learning rate of a step (from 0) over the peak rate.
+
+    It rises linearly over the share `warmup` of the steps, then falls to zero by half a cosine.
+    """
+    rising = max(1, round(warmup * num_steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, num_steps - rising)))
+
+
+class HeadsOptimizer:
+    """The optimizer of the settings over the heads' parameters.
+
+    With Muon (`torch.optim.Muon`, rates matched to AdamW's), each block's matrix is orthogonalised
+    on its own, so it sees views of the stacked weights; biases and lm_heads get AdamW.
+
+    Args:
+        heads: to be trained.
+        settings: which optimizer and rates.
+    """
+
+    def __init__(self, heads: TrainableHeads, settings: TrainSettings) -> None:
+        self._parameters = list(heads.parameters())
+        self._clip = settings.clip
+        muon: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in heads.named_parameters():
+            if name == "blocks.weight" and settings.optimizer == "muon":
+                for index in range(parameter.shape[0] * parameter.shape[1]):
+                    view = nn.Parameter(parameter.data.flatten(0, 1)[index])
+                    muon.append(view)
+                self._stacked = parameter
+            elif name == "blocks.bias":
+                vectors.append(parameter)
+            else:
+                matrices.append(parameter)
+        self._views = muon
+        decay = settings.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": group, "weight_decay": rate}
+            for group, rate in ((matrices, decay), (vectors, 0.0))
+            if group
+        ]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=settings.lr, betas=_BETAS)
+        ]
+        if muon:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    muon, lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        self._peak = settings.lr
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients."""
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def step(self, factor: float) -> float:
+        """Clip the gradients, change the parameters, forget the gradients.
+
+        Args:
+            factor: on the peak learning rate.
+
+        Returns:
+            the gradients' norm before they were clipped.
+        """
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip).item()
+        if self._views:
+            assert self._stacked.grad is not None
+            for view, grad in zip(self._views, self._stacked.grad.flatten(0, 1), strict=True):
+                view.grad = grad
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._peak * factor
+            optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        return norm
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return all that a resumed run needs."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state(self, states: list[dict[str, Any]]) -> None:
+        """Take over what `state` returned."""
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)

@@ -1,0 +1,132 @@
+"""What a training leaves beside the heads: their tree, provenance, and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_medusa import __version__
+from vllm_medusa.calibration.paths import best_paths
+from vllm_medusa.heads.write import save_heads
+from vllm_medusa.training.evaluate import TREE_SIZES, summary
+from vllm_medusa.training.loop import Outcome, Training, curve
+from vllm_medusa.training.model import write_format_of
+from vllm_medusa.training.plot import plot_report
+from vllm_medusa.training.run_directory import PROVENANCE
+
+
+def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> dict[str, Any]:
+    """Write a directory with the finished heads and everything that belongs to them.
+
+    Args:
+        training: the run.
+        outcome: its end.
+        path: the directory to make.
+        out: the name that it will get.
+
+    Returns:
+        the report's figures.
+
+    Raises:
+        HeadsError: it cannot be written.
+    """
+    settings = training.settings
+    paths = best_paths([item.ranks for item in outcome.continuations], max(TREE_SIZES))
+    base_model = settings.model
+    if Path(base_model).exists() and not Path(base_model).is_absolute():
+        base_model = os.path.relpath(base_model, out)
+    checkpoint = outcome.heads.checkpoint(getattr(torch, settings.dtype), base_model)
+    if paths:
+        checkpoint = replace(checkpoint, tree_paths=[list(path) for path in paths])
+    save_heads(checkpoint, path, write_format_of(checkpoint))
+    history = outcome.history
+    report = {
+        "held_out": summary(outcome.continuations, paths),
+        "best_step": history.best_step,
+        "evaluations": [
+            {"step": step, "expected_acceptance_length": round(length, 4)}
+            for step, length in history.evaluations
+        ],
+        "loss": [
+            {"step": step, "heads": [round(loss, 5) for loss in losses]}
+            for step, losses in curve(history)
+        ],
+    }
+    _write_json(path / PROVENANCE, provenance(training, outcome))
+    _write_json(path / "report.json", report)
+    (path / "report.md").write_text(markdown(settings.model, report), encoding="utf-8")
+    plot_report(report, path / "report.png")
+    return report
+
+
+def provenance(training: Training, outcome: Outcome) -> dict[str, Any]:
+    """Return how the heads came to be."""
+    import accelerate
+    import transformers
+
+    data = training.dataset
+    return {
+        "command": " ".join(["vllm-medusa", *sys.argv[1:]]),
+        "model": training.settings.model,
+        "data": training.settings.data,
+        "identity": training.identity,
+        "steps": outcome.num_steps,
+        "tokens_per_step": outcome.tokens_per_step,
+        "rows_learnt": len(data.train),
+        "rows_held_out": len(data.held_out),
+        "rows_cut": data.num_cut,
+        "rows_without_answer": data.num_without_answer,
+        "parameters": sum(parameter.numel() for parameter in outcome.heads.parameters()),
+        "seconds": round(outcome.history.seconds),
+        "threads": torch.get_num_threads(),
+        "device": str(training.target.weight.device.type),
+        "python": platform.python_version(),
+        "vllm_medusa": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def markdown(model: str, report: Mapping[str, Any]) -> str:
+    """Return the report as a page of Markdown."""
+    both = [("with looping text", "with_loops"), ("without", "without_loops")]
+    columns = [report["held_out"][key] for _, key in both]
+    lines = [
+        "# Training report",
+        "",
+        f"Medusa heads for `{model}`, the best of {len(report['evaluations'])} measurements (after "
+        f"step {report['best_step']}), on held-out answers that they did not learn from. An answer "
+        "loops from its first 16 tokens in a row that it had written before.",
+        "",
+        "| held out | " + " | ".join(name for name, _ in both) + " |",
+        "|---|" + "---:|" * len(both),
+        "| positions | " + " | ".join(str(column["positions"]) for column in columns) + " |",
+    ]
+    for name in columns[0]["accuracy"]:
+        cells = [" / ".join(f"{x:.3f}" for x in column["accuracy"][name]) for column in columns]
+        lines.append(f"| {name} accuracy, head by head | " + " | ".join(cells) + " |")
+    for name in columns[0]["acceptance_length"]:
+        cells = [f"{column['acceptance_length'][name]:.3f}" for column in columns]
+        lines.append(f"| tokens per step, {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Tokens per step are simulated exactly along the held-out answers, with the trees of "
+        "`medusa_tree.json`, which come from the same answers: `vllm-medusa calibrate` measures "
+        "trees on others.",
+        "",
+        "![loss and acceptance length](report.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

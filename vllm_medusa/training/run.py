@@ -1,0 +1,58 @@
+"""Training from settings to a directory of heads: what `vllm-medusa train` calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.training.settings import TrainSettings
+
+
+def train(
+    settings: TrainSettings,
+    out: Path,
+    *,
+    save_every: int | None = None,
+    compile_target: bool = False,
+) -> dict[str, Any]:
+    """Train Medusa heads, or go on with a training into `out` that was cut short.
+
+    Under ``accelerate launch`` every process calls this.
+
+    Args:
+        settings: what to do; all of it decides the result.
+        out: directory to make; until it is complete, the state is in `<out>.partial`.
+        save_every: steps between checkpoints, beside those at each measurement.
+        compile_target: whether to compile the target's forward pass.
+
+    Returns:
+        the report (`report.json`).
+
+    Raises:
+        TrainingError, HeadsError, DataError: settings, a model or rows that cannot be used, or a
+            directory that cannot be written; its message is one line.
+    """
+    if save_every is not None and save_every < 1:
+        raise TrainingError(f"--save-every {save_every}: must be 1 or more")
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise TrainingError('training needs accelerate: pip install "vllm-medusa[train]"') from None
+    from vllm_medusa.training.loop import Training
+    from vllm_medusa.training.report import write_heads
+    from vllm_medusa.training.run_directory import RunDirectory
+
+    training = Training(settings, save_every=save_every, compile_target=compile_target)
+    directory = RunDirectory(out)
+    if not directory.is_finished(training.identity):
+        outcome = training.run(directory)
+        if training.is_main:
+            write_heads(training, outcome, directory.staging(), out)
+            directory.finish()
+        training.wait()
+    elif training.is_main:
+        directory.discard()
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report

@@ -1,0 +1,139 @@
+"""The directory in which a training keeps its state until the heads are done.
+
+It lies beside the heads' directory, which appears only when it is complete. Every file in it is
+written whole or not at all, and the checkpoint is the last one written, so a run that is killed
+anywhere goes on from its last checkpoint with nothing missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from vllm_medusa.data.files import remove_temporary_files, write_atomically
+from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.training.settings import check_same
+
+_IDENTITY = "settings.json"
+_CHECKPOINT = "checkpoint.pt"
+#: In the finished heads' directory: how they were made.
+PROVENANCE = "provenance.json"
+
+
+class RunDirectory:
+    """Where one training keeps its state.
+
+    Args:
+        out: the heads' directory to make.
+
+    Attributes:
+        out: likewise.
+        path: the directory of the state, `<out>.partial`.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+
+    def is_finished(self, identity: dict[str, Any]) -> bool:
+        """Tell whether the heads are already there.
+
+        Args:
+            identity: settings and fingerprints of this run.
+
+        Raises:
+            TrainingError: the heads' directory holds something else.
+        """
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return False
+        remedy = "name another directory or remove it"
+        try:
+            made = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise TrainingError(
+                f"{self.out}: is there and was not made by vllm-medusa train; {remedy}"
+            ) from None
+        check_same(identity, made, str(self.out))
+        return True
+
+    def open(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """Make the directory, or return the last checkpoint of the run that left it.
+
+        Raises:
+            TrainingError: the directory belongs to a run with other settings, or its checkpoint
+                cannot be read.
+            DataError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise TrainingError(
+                f"{self.path}: cannot be made ({exc.strerror}); name another --out"
+            ) from None
+        remove_temporary_files(self.path)
+        left = self.path / _IDENTITY
+        if left.exists():
+            check_same(identity, json.loads(left.read_text(encoding="utf-8")), str(self.path))
+        else:
+            text = json.dumps(identity, indent=2) + "\n"
+
+            def write(file: BinaryIO) -> None:
+                file.write(text.encode())
+
+            write_atomically(left, write)
+        return self._load(_CHECKPOINT) if (self.path / _CHECKPOINT).exists() else None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; files of older best heads than its `best_step` go."""
+        self._save(_CHECKPOINT, state)
+        for path in self.path.glob("best-*.pt"):
+            if path.name != _best(state["best_step"]):
+                path.unlink()
+
+    def save_best(self, step: int, heads: dict[str, Any]) -> None:
+        """Keep the best heads so far; they count from the checkpoint that names their step."""
+        self._save(_best(step), heads)
+
+    def load_best(self, step: int) -> dict[str, Any]:
+        """Return the best heads."""
+        return self._load(_best(step))
+
+    def staging(self) -> Path:
+        """Return the path of a directory, not there yet, for what `finish` gives its name."""
+        path = self.path / "finished"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def finish(self) -> None:
+        """Give the staged directory its name and remove the state."""
+        if self.out.exists():
+            self.out.rmdir()  # `is_finished` saw it empty
+        (self.path / "finished").rename(self.out)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the state."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _save(self, name: str, value: dict[str, Any]) -> None:
+        write_atomically(self.path / name, lambda file: torch.save(value, file))
+
+    def _load(self, name: str) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = torch.load(
+                self.path / name, weights_only=True, map_location="cpu"
+            )
+        except Exception as exc:  # a damaged file fails in a dozen ways
+            raise TrainingError(
+                f"{self.path / name}: is damaged ({type(exc).__name__}); remove {self.path} to "
+                "train from the start"
+            ) from None
+        return value
+
+
+def _best(step: int) -> str:
+    return f"best-{step}.pt"
