@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -12,48 +12,54 @@ import rich.console
 import rich.live
 import rich.text
 
+from vllm_medusa.bench.process import EngineInfo
 from vllm_medusa.bench.tables import Table
+
+#: A variant and what it does: ``start``, or a load such as ``batch 8``.
+Turn = tuple[str, str]
+START = "start"
 
 
 class TimeLeft:
     """Estimates the time that the turns to come take from those that were.
 
-    A turn is expected to take as long as the median of its own kind, else as long as the median of
-    all.
+    A turn is expected to take the median of those of the same variant that did the same, else of
+    those of other variants that did, else of all.
     """
 
     def __init__(self) -> None:
-        self._pending: list[str] = []
-        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._pending: list[Turn] = []
+        self._seconds: dict[Turn, list[float]] = defaultdict(list)
 
-    def expect(self, kinds: Sequence[str]) -> None:
-        """Say what is to come, in order."""
-        self._pending = list(kinds)
+    def expect(self, turns: Sequence[Turn]) -> None:
+        """Say what is to come."""
+        self._pending = list(turns)
 
-    def done(self, kind: str, seconds: float) -> None:
-        """Say that a turn of this kind has ended."""
-        if kind in self._pending:
-            self._pending.remove(kind)
-        self._seconds[kind].append(seconds)
+    def done(self, turn: Turn, seconds: float) -> None:
+        """Say that a turn has ended."""
+        if turn in self._pending:
+            self._pending.remove(turn)
+        self._seconds[turn].append(seconds)
 
-    def drop(self, belongs: Callable[[str], bool]) -> None:
-        """Expect no turn of these kinds any more."""
-        self._pending = [kind for kind in self._pending if not belongs(kind)]
+    def drop(self, variant: str) -> None:
+        """Expect nothing of a variant any more."""
+        self._pending = [turn for turn in self._pending if turn[0] != variant]
 
     @property
     def num_pending(self) -> int:
-        """Turns to come."""
-        return len(self._pending)
+        """Turns to come, starts left out."""
+        return sum(turn[1] != START for turn in self._pending)
 
     def estimate(self) -> float | None:
         """Seconds left; None before the first turn."""
-        if not self._seconds:
-            return None
-        every = statistics.median(second for all_ in self._seconds.values() for second in all_)
-        return sum(
-            statistics.median(self._seconds[kind]) if kind in self._seconds else every
-            for kind in self._pending
-        )
+        return sum(map(self._expected, self._pending)) if self._seconds else None
+
+    def _expected(self, turn: Turn) -> float:
+        if turn in self._seconds:
+            return statistics.median(self._seconds[turn])
+        alike = [seconds for other, seconds in self._seconds.items() if other[1] == turn[1]]
+        seconds = itertools.chain(*(alike or self._seconds.values()))
+        return float(statistics.median(seconds))
 
 
 class Display:
@@ -70,42 +76,41 @@ class Display:
         self._console = console or rich.console.Console(stderr=True)
         self._table = table
         self._time_left = TimeLeft()
-        self._since = time.monotonic()
         self._live: rich.live.Live | None = None
         if self._console.is_terminal:
             self._live = rich.live.Live(console=self._console, auto_refresh=False, transient=True)
 
-    def expect(self, kinds: Sequence[str]) -> None:
-        """Say what is to come, in order."""
-        self._time_left.expect(kinds)
+    def expect(self, turns: Sequence[Turn]) -> None:
+        """Say what is to come."""
+        self._time_left.expect(turns)
 
-    def begin(self, what: str) -> None:
-        """Say what is being done now."""
-        self._since = time.monotonic()
-        self._show(what)
+    def begin(self, variant: str) -> None:
+        """Say whose turn it is."""
+        self._show(f"now: {variant}")
 
-    def done(self, kind: str, line: str) -> None:
+    def done(self, turn: Turn, seconds: float, line: str) -> None:
         """Say that a turn has ended, and what it gave."""
-        self._time_left.done(kind, time.monotonic() - self._since)
-        self._say(f"{line} ({self._left()})")
+        self._time_left.done(turn, seconds)
+        self._say(f"{line}{self._left()}")
 
-    def drop(self, belongs: Callable[[str], bool], line: str) -> None:
-        """Expect no turn of these kinds any more, and say why."""
-        self._time_left.drop(belongs)
-        self._say(line)
+    def drop(self, variant: str, reason: str) -> None:
+        """Expect nothing of a variant any more, and say why."""
+        self._time_left.drop(variant)
+        self._say(f"{variant}: left out: {reason}")
 
     def _left(self) -> str:
         seconds = self._time_left.estimate()
-        pending = f"{self._time_left.num_pending} turns left"
         if seconds is None or not self._time_left.num_pending:
-            return pending
+            return ""
         minutes, rest = divmod(round(seconds), 60)
-        return f"{pending}, about {f'{minutes} min ' if minutes else ''}{rest} s"
+        left = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return f" ({self._time_left.num_pending} turns left, about {left})"
 
     def _show(self, now: str) -> None:
         if self._live:
-            progress = rich.text.Text(f"{now}; {self._left()}")
-            self._live.update(rich.console.Group(self._table().rich(), progress), refresh=True)
+            progress = rich.text.Text(f"{now}{self._left()}")
+            table = self._table()
+            self._live.update(rich.console.Group(table.title, table.rich(), progress), refresh=True)
 
     def say(self, text: str) -> None:
         """Print a text that stays."""
@@ -130,3 +135,22 @@ class Display:
     ) -> None:
         if self._live:
             self._live.stop()
+
+
+def with_starts(turns: Sequence[Turn], kept_all: bool) -> list[Turn]:
+    """Add the starts to come, the first variant being up already.
+
+    Args:
+        turns: in order.
+        kept_all: whether every variant starts once, and not whenever its turn comes again.
+    """
+    if kept_all:
+        names = list(dict.fromkeys(name for name, _ in turns))
+    else:
+        names = [name for name, _ in itertools.groupby(name for name, _ in turns)]
+    return [*turns, *((name, START) for name in names[1:])]
+
+
+def started_line(variant: str, info: EngineInfo) -> str:
+    """What to say of an engine that is up."""
+    return f"{variant}: up after {info.startup_s:.0f} s, {info.peak_memory_bytes / 2**30:.1f} GiB"

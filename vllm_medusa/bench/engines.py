@@ -33,7 +33,12 @@ class VariantState:
     @property
     def is_running(self) -> bool:
         """Whether it still takes part."""
-        return self.unavailable is None and self.failed is None
+        return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it does not take part (any more)."""
+        return self.unavailable or self.failed
 
 
 class Engine(Protocol):
@@ -57,7 +62,7 @@ class EnginePool(Generic[E]):
         start: makes a variant's engine.
         alive: keep all alive, or end one before the next is started; ``auto`` decides when the
             first engine is up.
-        warm_up: called with every engine that is up.
+        on_start: called with the name, the engine and what is known of it whenever one is up.
     """
 
     def __init__(
@@ -65,12 +70,12 @@ class EnginePool(Generic[E]):
         variants: Mapping[str, Variant],
         start: Callable[[Variant], E],
         alive: Alive,
-        warm_up: Callable[[E], None],
+        on_start: Callable[[str, E, EngineInfo], None],
     ) -> None:
         self._variants = variants
         self._make = start
         self._alive = alive
-        self._warm_up = warm_up
+        self._on_start = on_start
         self._engines: dict[str, E] = {}
         self.states = {name: VariantState() for name in variants}
 
@@ -112,7 +117,7 @@ class EnginePool(Generic[E]):
         engine = self._make(self._variants[name])
         self._engines[name] = engine
         info = engine.wait()
-        self._warm_up(engine)
+        self._on_start(name, engine, info)
         self.states[name].starts.append(info)
         if self._alive == "auto":
             others = sum(state.is_running for state in self.states.values()) - 1

@@ -79,7 +79,7 @@ def figures_of(measurements: Sequence[Measurement]) -> list[Figures]:
 
 
 def categories_of(measurements: Sequence[Measurement]) -> list[CategoryFigures]:
-    """Sum up by variant and category; empty if no prompt names a category."""
+    """Sum up by variant, but the baseline, and category; empty if no prompt names one."""
     steps: dict[tuple[str, str], list[float]] = defaultdict(list)
     speedups: dict[tuple[str, str], list[float]] = defaultdict(list)
     baseline = {
@@ -106,9 +106,10 @@ def categories_of(measurements: Sequence[Measurement]) -> list[CategoryFigures]:
             category=category,
             num_requests=len(values),
             tokens_per_step=spread(values),
-            speedup=None if variant == BASELINE else spread(speedups[variant, category]),
+            speedup=spread(speedups[variant, category]),
         )
         for (variant, category), values in steps.items()
+        if variant != BASELINE
     ]
 
 

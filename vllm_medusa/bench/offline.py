@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
-from vllm_medusa.bench.process import EngineProcess, EngineProcessError, Run
+from vllm_medusa.bench.process import EngineInfo, EngineProcess, EngineProcessError, Run
 from vllm_medusa.bench.prompts import BenchPrompt, PromptSet
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs
 from vllm_medusa.bench.settings import Settings
@@ -70,10 +70,13 @@ class Watcher(Protocol):
         states: Mapping[str, VariantState],
         kept_all: bool,
     ) -> None:
-        """The baseline is up; what is to come, as variant and batch size of each turn."""
+        """The baseline is up; turns to come, as variant and batch size, starts left out."""
 
-    def starting(self, variant: str) -> None:
+    def turn_of(self, variant: str) -> None:
         """A variant's turn begins."""
+
+    def started(self, variant: str, info: EngineInfo) -> None:
+        """A variant's engine is up."""
 
     def measured(self, measurement: Measurement) -> None:
         """A turn has ended."""
@@ -126,7 +129,8 @@ def run_offline(
     """
     sampling = {"ignore_eos": settings.ignore_eos}
 
-    def warm_up(engine: EngineProcess) -> None:
+    def on_start(name: str, engine: EngineProcess, info: EngineInfo) -> None:
+        watcher.started(name, info)
         for batch_size in settings.batch_sizes:
             batch = [prompt.token_ids for prompt in prompts.batch(1, batch_size)]
             engine.run(batch, min(settings.max_tokens, WARM_UP_TOKENS), **sampling)
@@ -139,11 +143,11 @@ def run_offline(
 
     by_name = {variant.name: variant for variant in variants}
     measurements: list[Measurement] = []
-    with EnginePool(by_name, start, settings.alive, warm_up) as pool:
+    with EnginePool(by_name, start, settings.alive, on_start) as pool:
         for name, reason in unavailable.items():
             pool.states[name].unavailable = reason
             watcher.dropped(name, reason)
-        watcher.starting(BASELINE)
+        watcher.turn_of(BASELINE)
         _started(pool, BASELINE)
         turns = list(schedule(settings.rounds, settings.batch_sizes, [*by_name], pool.keeps_all))
         expected = [(name, size) for _, size, name in turns if pool.states[name].is_running]
@@ -151,12 +155,11 @@ def run_offline(
         for number, batch_size, name in turns:
             if not pool.states[name].is_running:
                 continue
-            watcher.starting(name)
+            watcher.turn_of(name)
             batch = prompts.batch(number, batch_size)
             run = _run(pool, name, batch, settings.max_tokens, sampling)
             if run is None:
-                state = pool.states[name]
-                watcher.dropped(name, state.unavailable or state.failed or "")
+                watcher.dropped(name, pool.states[name].reason or "")
                 continue
             measurements.append(Measurement(name, batch_size, number, batch, run))
             watcher.measured(measurements[-1])
@@ -171,8 +174,7 @@ def _started(pool: EnginePool[EngineProcess], name: str) -> EngineProcess:
     """The engine of a variant that has to run."""
     engine = pool.get(name)
     if engine is None:
-        state = pool.states[name]
-        raise EngineProcessError(f"{state.unavailable or state.failed}")
+        raise EngineProcessError(str(pool.states[name].reason))
     return engine
 
 

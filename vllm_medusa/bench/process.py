@@ -29,6 +29,9 @@ _EXCEPTION = re.compile(
     r"^(?:\([^)]*\) |[A-Z]+ \S+ \S+ \[[^\]]*\] )*([\w.]*(?:Error|Exception): .*)$"
 )
 
+#: What our plugin prints of a user's mistake, without a traceback.
+_OUR_ERROR = "vllm_medusa: error: "
+
 
 class EngineProcessError(RuntimeError):
     """The engine's process failed; the message holds the end of its log.
@@ -52,6 +55,8 @@ def last_exception(log: str) -> str:
             if "validation error" in message:  # pydantic says what is wrong in the lines below
                 message = " ".join([message, *(line.strip() for line in lines[index + 1 :][:1])])
             return message
+        if lines[index].startswith(_OUR_ERROR):
+            return lines[index].removeprefix(_OUR_ERROR)
     return lines[-1].strip() if lines else "it ended without a word"
 
 

@@ -41,7 +41,10 @@ class Report:
         """All tables that have rows."""
         tables = [
             speed_table(self.figures, self.states),
-            depth_table(self.figures),
+            absence_table(self.states),
+            depth_table(
+                [(f.variant, f"batch {f.batch_size}", f.acceptance_by_depth) for f in self.figures]
+            ),
             category_table(self.categories),
             sameness_table(self.sameness, self.dtype),
             mismatch_table(self.sameness, self.dtype),
@@ -84,28 +87,36 @@ def speed_table(figures: Sequence[Figures], states: Mapping[str, VariantState]) 
                 f"{sorted(starts)[len(starts) // 2]:.1f}" if starts else "",
             )
         )
-    for name, state in states.items():
-        reason = state.unavailable or state.failed
-        if reason is not None:
-            what = "unavailable" if state.unavailable else "broke off"
-            cells = [name, "", f"{what}: {reason}"]
-            table.rows.append([*cells, *[""] * (len(table.columns) - len(cells))])
     return table
 
 
-def depth_table(figures: Sequence[Figures]) -> Table:
-    """Share of drafts accepted at least so deep."""
-    drafting = [figure for figure in figures if figure.acceptance_by_depth]
-    depth = max((len(figure.acceptance_by_depth) for figure in drafting), default=0)
+def absence_table(states: Mapping[str, VariantState]) -> Table:
+    """The variants that did not run, or not to the end, and why."""
+    table = Table("Not measured, or not to the end", ("variant", "", "reason"))
+    table.texts = table.columns
+    for name, state in states.items():
+        if state.reason is not None:
+            what = "unavailable" if state.unavailable else "broke off"
+            table.rows.append((name, what, state.reason))
+    return table
+
+
+def depth_table(shares: Sequence[tuple[str, str, Sequence[float]]]) -> Table:
+    """Share of drafts accepted at least so deep.
+
+    Args:
+        shares: of each variant and load, the shares at depth 1, 2, ...; empty without drafts.
+    """
+    depth = max((len(by_depth) for _, _, by_depth in shares), default=0)
     table = Table(
         "Acceptance by depth: share of steps with drafts whose draft token there was accepted",
-        ("variant", "batch", *(str(number) for number in range(1, depth + 1))),
+        ("variant", "load", *(str(number) for number in range(1, depth + 1))),
+        texts=("variant", "load"),
     )
-    for figure in drafting:
-        shares = [f"{share:.2f}" for share in figure.acceptance_by_depth]
-        table.rows.append(
-            (figure.variant, str(figure.batch_size), *shares, *[""] * (depth - len(shares)))
-        )
+    for variant, load, by_depth in shares:
+        if by_depth:
+            cells = [f"{share:.2f}" for share in by_depth]
+            table.rows.append((variant, load, *cells, *[""] * (depth - len(cells))))
     return table
 
 
@@ -113,13 +124,14 @@ def category_table(categories: Sequence[CategoryFigures]) -> Table:
     """Every figure by category, all batch sizes together."""
     table = Table(
         "By category, all batch sizes: the baseline's time per output token over the variant's",
-        ("variant", "category", "requests", "over baseline", "tokens/step"),
+        ("category", "variant", "requests", "over baseline", "tokens/step"),
+        texts=("category", "variant"),
     )
-    for figure in categories:
+    for figure in sorted(categories, key=lambda figure: figure.category):
         table.rows.append(
             (
-                figure.variant,
                 figure.category,
+                figure.variant,
                 str(figure.num_requests),
                 _format(figure.speedup, 2),
                 _format(figure.tokens_per_step, 2),
@@ -163,6 +175,7 @@ def mismatch_table(sameness: Sequence[Sameness], dtype: str) -> Table:
             "their logprobs",
             "",
         ),
+        texts=("variant", "prompt", ""),
     )
     for found in sameness:
         for mismatch in found.mismatches[:_SHOWN_MISMATCHES]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import rich.table
 
 #: Columns of a terminal that cannot say how wide it is.
-_WIDTH = 140
+_WIDTH = 200
 
 
 @dataclass
@@ -22,11 +22,13 @@ class Table:
         title: above it.
         columns: their headings.
         rows: of as many texts each.
+        texts: the columns that hold words: those are not aligned to the right, and may wrap.
     """
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
+    texts: Sequence[str] = ("variant",)
 
     def markdown(self) -> str:
         """The table in Markdown, without its title."""
@@ -35,15 +37,16 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
     def rich(self) -> rich.table.Table:
-        """The table for a terminal."""
+        """The table for a terminal, without its title."""
         import rich.box
         import rich.table
 
-        table = rich.table.Table(
-            title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
-        )
-        for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for column in self.columns:
+            is_number = column not in self.texts
+            table.add_column(
+                column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
+            )
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -55,6 +58,7 @@ def as_text(tables: Sequence[Table]) -> str:
 
     console = rich.console.Console(file=io.StringIO(), width=_WIDTH, color_system=None)
     for table in tables:
-        console.print(table.rich(), markup=False)
+        console.print(table.title, markup=False, highlight=False, soft_wrap=True)
+        console.print(table.rich())
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

@@ -36,6 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="directory of the results (bench-results)")
     offline = parser.add_argument_group("offline (default)").add_argument
     offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
+    online = parser.add_argument_group("online: vllm serve, driven by vllm bench serve")
+    online.add_argument("--online", action="store_true", default=None, help="measure servers")
+    online.add_argument(
+        "--request-rates", type=_rates, metavar="R,R", help="requests per second (1,2,inf)"
+    )
+    online.add_argument(
+        "--concurrency", type=_integers, metavar="C,C", help="requests at once at most (no bound)"
+    )
+    online.add_argument(
+        "--num-requests", type=int, metavar="N", help="requests of one measurement (32)"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="say what changed between two runs (results.json or its directory); measure nothing",
+    )
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -44,11 +62,16 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         BenchError, DataError: something that the user has to mend.
     """
+    if arguments.compare is not None:
+        from vllm_medusa.bench.compare import compare_runs
+
+        return compare_runs(*arguments.compare)
     from vllm_medusa.bench.run import run as run_bench
     from vllm_medusa.bench.settings import settings_from
 
+    own = ("command", "config", "compare")
     given: dict[str, Any] = {
-        name: value for name, value in vars(arguments).items() if name not in ("command", "config")
+        name: value for name, value in vars(arguments).items() if name not in own
     }
     if given["variants"] is not None:
         given["variants"] = tuple(given["variants"])
@@ -70,3 +93,10 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not integers with commas") from None
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas") from None

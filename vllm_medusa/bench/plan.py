@@ -1,0 +1,119 @@
+"""All of a comparison that is settled before the first engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.bench.engines import VariantState
+from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.prompts import PromptSet, load_prompts
+from vllm_medusa.bench.provenance import provenance, vllm_version
+from vllm_medusa.bench.results import prepare_out
+from vllm_medusa.bench.settings import Settings, engine_environment, engine_options
+from vllm_medusa.bench.variants import (
+    BASELINE,
+    VLLM_CHAIN,
+    UnavailableError,
+    Variant,
+    missing_requirement,
+    with_built_in_heads,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is common to the offline and the online comparison, settled before engines start.
+
+    Attributes:
+        settings: of the user.
+        variants: the baseline first.
+        unavailable: reasons by the names of variants that cannot run here.
+        prompts: the set.
+        options: arguments of ``vllm.LLM`` common to all variants.
+        environment: environment variables common to all variants.
+        provenance: without the accelerator's name.
+    """
+
+    settings: Settings
+    variants: Sequence[Variant]
+    unavailable: Mapping[str, str]
+    prompts: PromptSet
+    options: Mapping[str, Any]
+    environment: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+    def settings_json(self) -> dict[str, Any]:
+        """The settings, with what they came to for the engines."""
+        common = {"engine_options": self.options, "environment": self.environment}
+        return self.settings.to_json() | common
+
+    def provenance_json(self, states: Mapping[str, VariantState]) -> dict[str, Any]:
+        """The provenance, with the accelerator's name that the baseline's engine gave."""
+        machine = {
+            **self.provenance["machine"],
+            "device": states[BASELINE].starts[0].device_name,
+        }
+        return {**self.provenance, "machine": machine}
+
+
+def make_plan(settings: Settings, folder: Path) -> Plan:
+    """Check and prepare everything that needs no engine.
+
+    Args:
+        settings: of the user.
+        folder: for files that the variants need; it has to stay until the end.
+
+    Raises:
+        BenchError, DataError: something that the user has to mend.
+    """
+    variants = settings.parsed_variants()
+    version = vllm_version()
+    unavailable: dict[str, str] = {}
+    ready = []
+    for variant in variants:
+        try:
+            if (reason := missing_requirement(variant, version)) is not None:
+                raise UnavailableError(reason)
+            if variant.name == VLLM_CHAIN:
+                heads = settings.heads or settings.model
+                variant = with_built_in_heads(variant, heads, settings.model, folder)
+        except UnavailableError as exc:
+            unavailable[variant.name] = str(exc)
+        ready.append(variant)
+    prepare_out(settings.out)
+    has_gpu = _has_gpu()
+    return Plan(
+        settings=settings,
+        variants=ready,
+        unavailable=unavailable,
+        prompts=load_prompts(
+            settings.prompts,
+            _load_tokenizer(settings),
+            random_len=settings.random_len,
+            seed=settings.seed,
+        ),
+        options=engine_options(settings, has_gpu),
+        environment=engine_environment(settings, has_gpu),
+        provenance=provenance(None),
+    )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _load_tokenizer(settings: Settings) -> Any:
+    from transformers import AutoTokenizer
+
+    name = settings.llm_options.get("tokenizer") or settings.model
+    trust = bool(settings.llm_options.get("trust_remote_code", False))
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError) as exc:
+        first = str(exc).strip().splitlines()[0]
+        raise BenchError(f"--model {settings.model}: no usable tokenizer ({first})") from None
