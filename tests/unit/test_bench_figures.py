@@ -1,0 +1,388 @@
+"""Statistics, figures, sameness and the comparison of two runs, on made-up measurements."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_medusa.bench.compare import compare_runs, is_beyond_spread
+from vllm_medusa.bench.display import START, TimeLeft, with_starts
+from vllm_medusa.bench.engines import EnginePool, VariantState, has_room
+from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.figures import categories_of, figures_of
+from vllm_medusa.bench.offline import Measurement, schedule
+from vllm_medusa.bench.plots import plot_offline
+from vllm_medusa.bench.process import (
+    EngineInfo,
+    EngineProcessError,
+    RequestTimes,
+    Run,
+    last_exception,
+)
+from vllm_medusa.bench.prompts import BenchPrompt
+from vllm_medusa.bench.report import Report, markdown
+from vllm_medusa.bench.results import FORMAT, read_results, to_json, write_results
+from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
+from vllm_medusa.bench.spread import ratios, spread
+from vllm_medusa.bench.variants import Variant
+
+numbers = st.floats(min_value=0.1, max_value=1e6)
+
+
+@given(st.lists(numbers, min_size=1))
+def test_spread(values: list[float]) -> None:
+    found = spread(values)
+    assert found is not None
+    assert found.median == pytest.approx(statistics.median(values))
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+    assert found.values == tuple(values)
+
+
+def test_spread_of_known_values() -> None:
+    found = spread([4, 1, 3, 2, 5])
+    assert found is not None
+    assert (found.low, found.median, found.high) == (2, 3, 4)
+    assert found.format(1) == "3.0 (2.0 to 4.0)"
+    one = spread([2.0])
+    assert one is not None
+    assert one.format(2) == "2.00"
+    assert spread([]) is None
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    assert ratios({1: 2.0, 3: 9.0, 4: 1.0}, {1: 1.0, 2: 5.0, 3: 3.0}) == [2.0, 3.0]
+
+
+def make_run(
+    step_ms: list[float], emitted: list[list[int]], by_depth: list[int], drafts: int
+) -> Run:
+    """A run whose requests got so many tokens a step; tokens are numbered by place."""
+    return Run(
+        token_ids=[list(range(sum(steps))) for steps in emitted],
+        texts=["" for _ in emitted],
+        step_ms=step_ms,
+        full_steps=(1, len(step_ms)),
+        requests=[RequestTimes(ttft_ms=step_ms[0], tpot_ms=2.0, emitted=e) for e in emitted],
+        num_drafts=drafts,
+        num_accepted=sum(by_depth),
+        accepted_by_depth=by_depth,
+        num_preemptions=0,
+        peak_memory_bytes=2**30,
+        device_memory_bytes=None,
+    )
+
+
+def prompt(index: int, category: str | None = None) -> BenchPrompt:
+    return BenchPrompt(f"p{index}", category, (1, 2), "text")
+
+
+@pytest.fixture
+def measurements() -> list[Measurement]:
+    """Two rounds; the machine is twice as slow in the second, which must not touch ratios."""
+    rows = []
+    for number, slowness in ((1, 1.0), (2, 2.0)):
+        base = make_run([slowness * 10] * 5, [[1] * 5], [], 0)
+        tree = make_run([slowness * 10] * 3, [[1, 2, 2]], [2, 0], 2)
+        batch = [prompt(number, "code")]
+        rows.append(Measurement("baseline", 1, number, batch, base))
+        rows.append(Measurement("tree", 1, number, batch, tree))
+    return rows
+
+
+def test_figures(measurements: list[Measurement]) -> None:
+    baseline, tree = figures_of(measurements)
+    assert baseline.speedup is None
+    assert baseline.tokens_per_s.values == (100, 50)
+    assert tree.speedup is not None
+    assert tree.speedup.values == pytest.approx((5 / 3, 5 / 3))
+    assert tree.tokens_per_step.median == 2.0
+    assert tree.num_steps.median == 3
+    assert tree.step_ms.values == (10, 20)
+    assert tree.acceptance_by_depth == (1.0,)  # trailing zeros are the number of drafts, not depth
+    assert baseline.acceptance_by_depth == ()
+
+
+def test_tokens_per_step_counts_steps_without_drafts() -> None:
+    run = make_run([1.0] * 4, [[1, 1, 1, 4]], [1, 1, 1], drafts=1)
+    assert run.tokens_per_step == 2.0
+
+
+def test_decode_steps_are_those_of_the_whole_batch() -> None:
+    run = make_run([9.0, 1.0, 1.0], [[1, 1, 1]], [], 0)
+    assert run.decode_step_ms == [1.0, 1.0]
+
+
+def test_categories(measurements: list[Measurement]) -> None:
+    (tree,) = categories_of(measurements)
+    assert (tree.variant, tree.category, tree.num_requests) == ("tree", "code", 2)
+    assert tree.tokens_per_step is not None
+    assert tree.tokens_per_step.values == (2.0, 2.0)
+    assert tree.speedup is not None
+    assert tree.speedup.values == (1.0, 1.0)  # the made-up times per token are equal
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+def test_first_difference(one: list[int], other: list[int]) -> None:
+    found = first_difference(one, other)
+    if one == other:
+        assert found is None
+        return
+    assert found is not None
+    position, ours, theirs = found
+    assert one[:position] == other[:position]
+    assert ours == (one[position] if position < len(one) else None)
+    assert theirs == (other[position] if position < len(other) else None)
+    assert ours != theirs
+
+
+def test_outputs_are_compared_by_place() -> None:
+    baseline = {(1, 1, 0): [1, 2, 3], (2, 1, 0): [1], (2, 1, 1): [4, 5]}
+    outputs = {(1, 1, 0): [1, 2, 3], (2, 1, 1): [4, 6], (2, 2, 0): [9]}
+    found = compare_outputs("v", baseline, outputs, lambda *key: f"prompt {key}")
+    assert found.num_compared == 2
+    (mismatch,) = found.mismatches
+    assert (mismatch.position, mismatch.baseline_token, mismatch.variant_token) == (1, 5, 6)
+    assert mismatch.prompt_id == "prompt (2, 1, 1)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logprobs", "is_tie"),
+    [
+        ("bfloat16", (-1.0, -1.125), True),
+        ("bfloat16", (-1.0, -1.5), False),
+        ("float32", (-1.0, -1.125), False),
+        ("float32", (-1.0, -1.0005), True),
+        ("bfloat16", (None, None), False),
+    ],
+)
+def test_near_ties(dtype: str, logprobs: tuple[Any, Any], is_tie: bool) -> None:
+    assert mismatch(*logprobs).is_near_tie(dtype) == is_tie
+
+
+def mismatch(ours: float | None, theirs: float | None) -> Mismatch:
+    return Mismatch(
+        variant="v",
+        batch_size=1,
+        round=1,
+        prompt_id="p",
+        position=3,
+        baseline_token=7,
+        variant_token=None,
+        baseline_logprob=ours,
+        variant_logprob=theirs,
+    )
+
+
+def test_report_says_it_all(tmp_path: Path, measurements: list[Measurement]) -> None:
+    states = {
+        "baseline": VariantState(starts=[EngineInfo(2.0, "cpu", None, 1)]),
+        "tree": VariantState(starts=[EngineInfo(3.0, "cpu", None, 1)], failed="ValueError: no"),
+        "eagle": VariantState(unavailable="no such file or directory: x"),
+    }
+    figures = figures_of(measurements)
+    report = Report(
+        figures=figures,
+        categories=categories_of(measurements),
+        sameness=[
+            Sameness(variant="tree", num_compared=2, mismatches=(mismatch(-1.0, -9.0),)),
+        ],
+        states=states,
+        dtype="float32",
+        notes=["A note."],
+    )
+    plots = plot_offline(tmp_path, figures)
+    assert len(plots) == 3
+    for name, _ in plots:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    machine = {"cpu": "C", "cores": 2, "cpu_flags": ["avx2"], "device": None}
+    provenance = {
+        "machine": machine,
+        "versions": {"vllm": "1", "torch": "2", "vllm_medusa": "3"},
+        "command": "vllm-medusa bench",
+        "time": "now",
+        "git_revision": "abc",
+    }
+    text = markdown(report.tables(), report.notes, plots, provenance, {"model": "M"})
+    for part in (
+        "| eagle | unavailable | no such file or directory: x |",
+        "| tree | broke off | ValueError: no |",
+        "1.67 (1.67 to 1.67)",
+        "| tree | 2 | 1 | 0 | 1 |",
+        "| tree | batch 1 | 1.00 |",
+        "| v | 1 | 1 | p | 3 | 7 | end | -1.0000 -9.0000 | not a tie |",
+        "| code | tree |",
+        "- A note.",
+        "revision abc",
+        "![Acceptance by depth](acceptance_by_depth.png)",
+    ):
+        assert part in text, part
+
+
+def run_file(path: Path, tokens_per_s: list[float], **changed: Any) -> Path:
+    path.mkdir()
+    figure = {
+        "variant": "tree",
+        "batch_size": 1,
+        "tokens_per_s": to_json([spread(tokens_per_s)])[0],
+    }
+    results = {
+        "mode": "offline",
+        "provenance": {"versions": {"vllm": "0.32.0"}, "machine": {"cpu": "C"}},
+        "settings": {"model": "M", "dtype": "float32"},
+        "figures": [figure],
+        "sameness": [],
+    }
+    return write_results(path, {**results, **changed})
+
+
+def test_compare_marks_changes_beyond_the_spread(tmp_path: Path) -> None:
+    first = run_file(tmp_path / "a", [100, 101, 102])
+    alike = run_file(tmp_path / "b", [100.5, 101, 103])
+    faster = run_file(tmp_path / "c", [150, 151, 152], settings={"model": "M", "dtype": "bfloat16"})
+    text = compare_runs(first, alike)
+    assert "1.000" in text
+    assert "0 of 1 figures changed" in text
+    text = compare_runs(first, faster.parent)
+    assert "1.495" in text
+    assert "1 of 1 figures changed" in text
+    assert "different setting: dtype was 'float32', is 'bfloat16'" in text
+
+
+def test_beyond_spread() -> None:
+    def found(*values: float) -> dict[str, float]:
+        return dict(zip(("low", "median", "high"), values, strict=True))
+
+    assert not is_beyond_spread(found(1, 2, 3), found(2, 3, 4))
+    assert not is_beyond_spread(found(1, 2, 9), found(5, 6, 7))
+    assert is_beyond_spread(found(1, 2, 3), found(3.5, 4, 5))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}'])
+def test_no_results_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BenchError, match="give"):
+        read_results(path)
+    with pytest.raises(BenchError, match="No such file"):
+        read_results(tmp_path / "none.json")
+
+
+def test_compare_needs_runs_of_one_mode(tmp_path: Path) -> None:
+    first = run_file(tmp_path / "a", [1.0])
+    other = run_file(tmp_path / "b", [1.0], mode="online")
+    assert json.loads(other.read_text())["format"] == FORMAT
+    with pytest.raises(BenchError, match="one mode"):
+        compare_runs(first, other)
+
+
+def test_schedule_interleaves() -> None:
+    assert list(schedule(2, [1, 2], ["A", "B"], keeps_all=True)) == [
+        (1, 1, "A"), (1, 1, "B"), (1, 2, "A"), (1, 2, "B"),
+        (2, 1, "A"), (2, 1, "B"), (2, 2, "A"), (2, 2, "B"),
+    ]  # fmt: skip
+    alone = [name for _, _, name in schedule(2, [1, 2], ["A", "B"], keeps_all=False)]
+    assert alone == ["A", "A", "B", "B"] * 2
+
+
+def test_time_left() -> None:
+    left = TimeLeft()
+    assert left.estimate() is None
+    left.expect([("A", "x"), ("A", "x"), ("B", "x"), ("B", "y"), ("C", START)])
+    left.done(("A", "x"), 2.0)
+    # A again 2, B doing the same 2, y and the start like anything so far 2.
+    assert left.estimate() == 8.0
+    assert left.num_pending == 3
+    left.done(("B", "x"), 4.0)
+    left.drop("C")
+    assert left.estimate() == 2.0 + 3.0
+
+
+def test_starts_to_come() -> None:
+    turns = [("A", "x"), ("B", "x"), ("A", "x"), ("B", "x")]
+    assert with_starts(turns, kept_all=True)[4:] == [("B", START)]
+    assert with_starts(turns, kept_all=False)[4:] == [("B", START), ("A", START), ("B", START)]
+
+
+class FakeEngine:
+    alive: list[str] = []  # noqa: RUF012
+
+    def __init__(self, variant: Variant) -> None:
+        self.name = variant.name
+        if variant.name != "broken":
+            FakeEngine.alive.append(self.name)
+
+    def wait(self) -> EngineInfo:
+        if self.name == "broken":
+            raise EngineProcessError("Traceback\nValueError: no heads\n")
+        return EngineInfo(1.0, "cpu", None, 100)
+
+    def close(self, patience_s: float = 20) -> None:
+        if self.name in FakeEngine.alive:
+            FakeEngine.alive.remove(self.name)
+
+
+@pytest.mark.parametrize("alive", ["all", "one"])
+def test_engine_pool(alive: Any) -> None:
+    FakeEngine.alive.clear()
+    variants = {name: Variant(name=name) for name in ("baseline", "broken", "tree")}
+    started = []
+    with EnginePool(
+        variants, FakeEngine, alive, lambda name, engine, info: started.append(name)
+    ) as pool:
+        for name in [*variants] * 2:
+            engine = pool.get(name)
+            assert (engine is None) == (name == "broken")
+            assert name in FakeEngine.alive or engine is None
+        assert pool.states["broken"].unavailable == "ValueError: no heads"
+        assert len(FakeEngine.alive) == (2 if alive == "all" else 1)
+        assert started == ["baseline", "tree"] * (1 if alive == "all" else 2)
+        pool.give_up("tree", EngineProcessError("MemoryError: gone"))
+        assert pool.get("tree") is None
+        assert pool.states["tree"].failed == "MemoryError: gone"
+    assert FakeEngine.alive == []
+
+
+def test_room_for_engines() -> None:
+    info = EngineInfo(1.0, "cpu", None, 1000)
+    assert has_room(info, others=3, available=3250)
+    assert not has_room(info, others=3, available=3249)
+    assert not has_room(EngineInfo(1.0, "cuda", "GPU", 1), others=1, available=1e12)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("Traceback\nValueError: a\nINFO b\n", "ValueError: a"),
+        ("ValueError: a\nRuntimeError: b", "RuntimeError: b"),
+        (
+            "(EngineCore pid=1) ERROR 11-21 03:00:00 [core.py:1] torch.OutOfMemoryError: full\nbye",
+            "torch.OutOfMemoryError: full",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for X\n"
+            "  Value error, bad [type=v]\n    For more",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for X "
+            "Value error, bad [type=v]",
+        ),
+        ("INFO a\nvllm_medusa: error: heads 'x': none\n", "heads 'x': none"),
+        ("killed\n", "killed"),
+        ("", "it ended without a word"),
+    ],
+)
+def test_reason_of_a_log(log: str, reason: str) -> None:
+    assert last_exception(log) == reason
+
+
+def test_ratios_do_not_see_a_drifting_machine() -> None:
+    """A variant 1.5 times as fast, on a machine whose speed changes fourfold between rounds."""
+    rng = random.Random(0)
+    speed = {number: rng.uniform(1, 4) for number in range(9)}
+    faster = {number: 1.5 * value for number, value in speed.items()}
+    assert ratios(faster, speed) == pytest.approx([1.5] * 9)
