@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -20,8 +21,9 @@ _ENGINE = "vllm_medusa.engine.generate"
 #: a shard's batches are the same each time.
 _ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _ENGINE_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
-#: Of a Ray worker whose process dies.
-_MAX_RESTARTS = 3
+#: Of a Ray worker whose process dies; Ray Data's own default is to go on for ever.
+_RESTARTS = {"max_restarts": 3, "max_task_retries": 3}
+_SECONDS_TO_KNOCK = 10
 _KEPT = "finished shards are kept: run the same command again to go on"
 
 #: A shard's index and prompts.
@@ -133,8 +135,7 @@ def answer_on_ray(
             _ShardActor,
             fn_constructor_args=(_ENGINE, settings.as_dict()),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_RESTARTS,
+            ray_remote_args_fn=lambda: _RESTARTS,
             **_resources(ray, settings),
         )
         try:
@@ -162,11 +163,19 @@ def _start_ray(address: str, num_workers: int) -> Any:
         num_cpus = max(num_workers, os.cpu_count() or 1)
         options |= {"num_cpus": num_cpus, "include_dashboard": False}
     try:
+        _knock(address)
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as exc:
+    except (OSError, ValueError, RuntimeError) as exc:
         reason = str(exc).strip().splitlines()[0]
         raise DataError(f"--ray {address}: no Ray cluster to be had there ({reason})") from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Connect to an address, as Ray would go on trying for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_KNOCK).close()
 
 
 def _resources(ray: Any, settings: AnswerSettings) -> dict[str, int]:
