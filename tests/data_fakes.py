@@ -29,7 +29,7 @@ class EchoTokenizer:
     def __init__(self, forget_answers: bool = False) -> None:
         self._forget_answers = forget_answers
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:

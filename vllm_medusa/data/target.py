@@ -43,7 +43,7 @@ class AnsweringModel:
 
     def tokens_of_text(self, text: str) -> list[int]:
         """Tokenize a text prompt as vLLM's completions do, special tokens added."""
-        return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def tokens_of_chat(self, turns: list[Turn]) -> list[int]:
         """Tokenize a conversation as vLLM's chat does, up to where the next answer starts.
@@ -60,7 +60,7 @@ class AnsweringModel:
             )
         except JinjaError as exc:
             raise TemplateError(f"the chat template refuses it ({exc})") from None
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def text_of(self, token_ids: list[int]) -> str:
         """Return an answer's text as vLLM's chat gives it, without special tokens."""
