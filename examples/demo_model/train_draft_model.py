@@ -10,7 +10,6 @@ one KV-cache group.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 
@@ -27,15 +26,13 @@ from drafter_training import (
 from heads import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, out="demo/draft-model", steps=2600)
+    add_arguments(parser, out="demo/draft-model", steps=2000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--intermediate-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=2)
@@ -70,13 +67,11 @@ def build_draft_model(target: PreTrainedModel, arguments: argparse.Namespace) ->
 
 
 def save(draft: LlamaForCausalLM, arguments: argparse.Namespace) -> None:
-    """Write the model as bfloat16, with the target's tokenizer."""
+    """Write the model as bfloat16; vLLM takes the target's tokenizer."""
     draft.bfloat16()
     draft.generation_config.do_sample = False
     arguments.out.mkdir(parents=True, exist_ok=True)
     draft.save_pretrained(arguments.out)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(arguments.model / name, arguments.out / name)
 
 
 def run(arguments: argparse.Namespace) -> None:
