@@ -128,3 +128,23 @@ class Oracle:
             token = self.rng.randrange(VOCAB_SIZE - 1)
             if token != right:
                 return token
+
+
+class OracleOfMany(Oracle):
+    """An oracle for prompts that several requests share."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__({}, seed)
+        self.continuations: dict[tuple[int, ...], list[list[int]]] = {}
+
+    def add(self, prompt: list[int], tokens: list[int]) -> None:
+        self.continuations.setdefault(tuple(prompt), []).append(tokens)
+
+    def _row(self, runner: Any, index: int, tree: Any) -> list[int] | None:
+        request = runner.requests[runner.input_batch.req_ids[index]]
+        prompt, output = tuple(request.prompt_token_ids), list(request.output_token_ids)
+        for tokens in self.continuations.get(prompt, []):
+            if tokens[: len(output)] == output:
+                self.futures[prompt] = tokens
+                return super()._row(runner, index, tree)
+        return None

@@ -11,9 +11,13 @@ from typing import Any
 
 from vllm_medusa.tree import named
 from vllm_medusa.tree.draft_tree import DraftTree, TreeError, TreePath, read_tree_file
+from vllm_medusa.tree.schedule import TreeSchedule
 
 #: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
 CONFIG_KEY = "medusa"
+
+#: vLLM's ``num_speculative_tokens_per_batch_size``: first batch size, last one, draft nodes.
+SizesByBatch = tuple[tuple[int, int, int], ...]
 
 
 class ConfigError(ValueError):
@@ -29,6 +33,8 @@ class MedusaRequest:
         revision: hub revision of the heads.
         tree: ``"auto"``, a named tree, the path of a tree file, or a list of paths.
         num_speculative_tokens: number of draft nodes; must agree with a tree that is given.
+        num_speculative_tokens_per_batch_size: number of draft nodes by batch size, as vLLM's key
+            of that name: ``[[first, last, nodes], ...]``; 0 nodes: nothing is drafted.
         acceptance: ``"lossless"`` is the only rule so far.
         max_tree_requests: how many requests may hold fork blocks at once; None: as many as an
             eighth of the KV cache allows. Requests beyond them draft a chain.
@@ -39,6 +45,7 @@ class MedusaRequest:
     revision: str | None = None
     tree: str | Sequence[Sequence[int]] = "auto"
     num_speculative_tokens: int | None = None
+    num_speculative_tokens_per_batch_size: Sequence[Sequence[int]] | None = None
     acceptance: str = "lossless"
     max_tree_requests: int | None = None
 
@@ -83,6 +90,8 @@ class MedusaRequest:
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{key}={value!r} must be a positive integer")
+        if self.num_speculative_tokens_per_batch_size is not None:
+            _check_sizes(self.num_speculative_tokens_per_batch_size)
         if not isinstance(self.tree, (str, Sequence)):
             raise ConfigError(
                 f"tree={self.tree!r} must be 'auto', a tree's name, a tree file or a list of paths"
@@ -96,8 +105,9 @@ class MedusaConfig:
     Attributes:
         heads: directory, file or hub name of the heads.
         revision: hub revision of the heads.
-        tree: the draft tree.
+        tree: the draft tree; with trees by batch size the largest, the others its first nodes.
         tree_name: how the tree was chosen, for messages.
+        sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
         max_tree_requests: as in `MedusaRequest`.
 
     """
@@ -106,7 +116,8 @@ class MedusaConfig:
     revision: str | None
     tree: DraftTree
     tree_name: str
-    max_tree_requests: int | None
+    sizes_by_batch: SizesByBatch | None = None
+    max_tree_requests: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON; `from_dict` is the inverse."""
@@ -115,48 +126,97 @@ class MedusaConfig:
             "revision": self.revision,
             "tree": [list(path) for path in self.tree.paths],
             "tree_name": self.tree_name,
+            "sizes_by_batch": self.sizes_by_batch and [list(s) for s in self.sizes_by_batch],
             "max_tree_requests": self.max_tree_requests,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MedusaConfig:
         """Rebuild a configuration from `to_dict`."""
-        return cls(**{**values, "tree": DraftTree.from_paths(values["tree"])})
+        sizes = values["sizes_by_batch"]
+        return cls(
+            heads=values["heads"],
+            revision=values["revision"],
+            tree=DraftTree(tuple(tuple(path) for path in values["tree"])),
+            tree_name=values["tree_name"],
+            sizes_by_batch=sizes and tuple(tuple(size) for size in sizes),
+            max_tree_requests=values["max_tree_requests"],
+        )
+
+
+@dataclass(frozen=True)
+class TreeChoice:
+    """The tree that a request means; the attributes are those of `MedusaConfig`."""
+
+    tree: DraftTree
+    tree_name: str
+    sizes_by_batch: SizesByBatch | None = None
 
 
 def resolve_tree(
-    request: MedusaRequest, num_heads: int, heads_tree: Sequence[Sequence[int]] | None
-) -> tuple[DraftTree, str]:
-    """Return the tree a request means, and how it was chosen.
+    request: MedusaRequest,
+    num_heads: int,
+    heads_tree: Sequence[Sequence[int]] | None,
+    heads_schedule: TreeSchedule | None = None,
+) -> TreeChoice:
+    """Return the tree a request means.
 
     Args:
         request: what the user asked for.
         num_heads: how many heads the checkpoint holds.
         heads_tree: paths that came with the heads, the most probable first, if any.
+        heads_schedule: trees by batch size that came with the heads, if any.
 
     Raises:
         TreeError: if there is no such tree, or it needs more heads than there are.
         ConfigError: if ``num_speculative_tokens`` does not agree with the tree.
 
     """
-    size = request.num_speculative_tokens
-    if request.tree == "auto":
-        return _auto_tree(size, num_heads, heads_tree)
-    if request.tree == "chain" and size is not None and size <= num_heads:
-        return DraftTree.chain(size), "chain"
-    tree, name = _given_tree(request.tree, num_heads)
-    tree.check_heads(num_heads)
-    if size is not None and size != tree.num_draft_tokens:
+    size, by_batch = request.num_speculative_tokens, request.num_speculative_tokens_per_batch_size
+    if by_batch is not None:
+        choice = _sized_by_batch(request, by_batch, num_heads, heads_tree)
+    elif request.tree == "auto" and size is None and heads_schedule is not None:
+        tree, sizes = heads_schedule.tree(), tuple(heads_schedule.sizes())
+        choice = TreeChoice(tree, "auto: the heads' tree schedule", sizes)
+    elif request.tree == "auto":
+        choice = _auto_tree(size, num_heads, heads_tree)
+    elif request.tree == "chain" and size is not None and size <= num_heads:
+        choice = TreeChoice(DraftTree.chain(size), "chain")
+    else:
+        choice = TreeChoice(*_given_tree(request.tree, num_heads))
+    choice.tree.check_heads(num_heads)
+    if size is not None and size != choice.tree.num_draft_tokens:
         raise ConfigError(
-            f"num_speculative_tokens={size} does not agree with the tree {name}, which has "
-            f"{tree.num_draft_tokens} nodes; remove one of the two"
+            f"num_speculative_tokens={size} does not agree with the tree {choice.tree_name}, which "
+            f"has {choice.tree.num_draft_tokens} nodes; remove one of the two"
         )
-    return tree, name
+    return choice
+
+
+def _sized_by_batch(
+    request: MedusaRequest,
+    by_batch: Sequence[Sequence[int]],
+    num_heads: int,
+    heads_tree: Sequence[Sequence[int]] | None,
+) -> TreeChoice:
+    sizes = tuple((first, last, nodes) for first, last, nodes in by_batch)
+    counts = sorted({nodes for _, _, nodes in sizes if nodes})
+    if request.tree == "auto":
+        stages = [_auto_tree(count, num_heads, heads_tree).tree for count in counts]
+    elif request.tree == "chain":
+        stages = [DraftTree.chain(count) for count in counts]
+    else:
+        raise ConfigError(
+            f"num_speculative_tokens_per_batch_size={[list(size) for size in sizes]} needs "
+            f"tree='auto' or 'chain', not {request.tree!r}, which has no order to cut its nodes by"
+        )
+    tree = DraftTree.from_stages(stage.paths for stage in stages)
+    return TreeChoice(tree, f"{request.tree}, {counts} nodes by batch size", sizes)
 
 
 def _auto_tree(
     size: int | None, num_heads: int, heads_tree: Sequence[Sequence[int]] | None
-) -> tuple[DraftTree, str]:
+) -> TreeChoice:
     ordered: Sequence[Sequence[int]]
     if heads_tree is not None:
         ordered, origin = heads_tree, "from the heads' checkpoint"
@@ -170,8 +230,7 @@ def _auto_tree(
             f"tree {origin}; ask for fewer or give a tree"
         )
     tree = DraftTree.from_paths(ordered[:count])
-    tree.check_heads(num_heads)
-    return tree, f"auto: {tree.num_draft_tokens} nodes {origin}"
+    return TreeChoice(tree, f"auto: {tree.num_draft_tokens} nodes {origin}")
 
 
 def _given_tree(tree: str | Sequence[Sequence[int]], num_heads: int) -> tuple[DraftTree, str]:
@@ -184,11 +243,37 @@ def _given_tree(tree: str | Sequence[Sequence[int]], num_heads: int) -> tuple[Dr
     return named.named_tree(tree, num_heads), tree
 
 
+def _check_sizes(sizes: Any) -> None:
+    """Check ``num_speculative_tokens_per_batch_size`` as vLLM does (``v1/spec_decode/dynamic``)."""
+    before, largest = 0, 0
+    for size in sizes if isinstance(sizes, (list, tuple)) else [sizes]:
+        if (
+            not isinstance(size, (list, tuple))
+            or len(size) != 3
+            or any(type(number) is not int for number in size)
+            or not (size[1] >= size[0] > before and size[2] >= 0)
+            or (not before and size[0] != 1)
+        ):
+            raise ConfigError(
+                f"num_speculative_tokens_per_batch_size has {size!r}; use [first batch size, last "
+                "batch size, draft nodes] in rising order from batch size 1, "
+                "such as [[1, 4, 16], [5, 64, 4]]"
+            )
+        before, largest = size[1], max(largest, size[2])
+    if not largest:
+        raise ConfigError(
+            f"num_speculative_tokens_per_batch_size={sizes!r} drafts nothing at any batch size; "
+            "leave speculative_config out instead"
+        )
+
+
 __all__ = [
     "CONFIG_KEY",
     "ConfigError",
     "MedusaConfig",
     "MedusaRequest",
+    "SizesByBatch",
+    "TreeChoice",
     "TreeError",
     "TreePath",
     "resolve_tree",

@@ -26,6 +26,7 @@ from vllm_medusa.engine.memory import medusa_config_of
 from vllm_medusa.engine.sampling_params import PROPOSER_CLASS
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.named import default_paths, named_tree, tree_names
+from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 
 pytestmark = pytest.mark.engine
 
@@ -205,6 +206,24 @@ def test_number_of_tokens(keys: dict[str, Any], expected: Any) -> None:
     tree = tree_of(demo(**keys))
     assert tree.num_draft_tokens == keys["num_speculative_tokens"]
     assert tree == (DraftTree.from_paths(expected) if expected else named_tree(keys["tree"], 4))
+
+
+def test_trees_by_batch_size(tmp_path: Path, tiny_model: Path) -> None:
+    sizes = [[1, 4, 12], [5, 64, 3], [65, 256, 0]]
+    spec = demo(num_speculative_tokens_per_batch_size=sizes)
+    vllm_config = engine_config(DEMO_MODEL, spec)
+    config = resolved(vllm_config)
+    assert config.sizes_by_batch == ((1, 4, 12), (5, 64, 3), (65, 256, 0))
+    assert config.tree == DraftTree.from_stages([DEMO_TREE[:3], DEMO_TREE[:12]])
+    given = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+    assert [list(size) for size in given] == sizes
+    heads = tiny.make_heads(tmp_path / "heads", num_heads=2)
+    schedule = TreeSchedule.from_entries([(3, PATHS), (None, [[0]])])
+    write_schedule_file(heads / "medusa_tree_schedule.json", schedule)
+    spec = {"method": "medusa", "model": str(heads)}
+    config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
+    assert config.tree == schedule.tree()
+    assert config.sizes_by_batch == ((1, 3, 3), (4, 4, 1))
 
 
 def test_other_keys() -> None:

@@ -20,11 +20,13 @@ from vllm import SamplingParams
 from tests import tiny
 from tests.integration.conftest import counters, open_engine
 from tests.integration.test_sampling_parameters import ForbidRecent
+from vllm_medusa.heads.checkpoint import SCHEDULE_FILE
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.forks import ForkGeometry
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.named import named_tree, tree_names
-from vllm_medusa.tree.reference import random_subtree
+from vllm_medusa.tree.reference import random_order, random_subtree
+from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 
 pytestmark = pytest.mark.engine
 
@@ -75,6 +77,7 @@ class EngineCase:
     seed: int
     rng: random.Random = field(init=False)
     windowed: bool = field(init=False)
+    schedule: TreeSchedule | None = field(init=False)
     tree: DraftTree = field(init=False)
     options: dict[str, Any] = field(init=False)
     arrival_rate: float = field(init=False)
@@ -82,7 +85,9 @@ class EngineCase:
     def __post_init__(self) -> None:
         rng = self.rng = random.Random(self.seed)
         self.windowed = self.seed % 5 == 4
-        self.tree = random_tree(rng)
+        tree = random_tree(rng)
+        self.schedule = random_schedule(rng, tree) if self.seed % 3 == 1 else None
+        self.tree = self.schedule.tree() if self.schedule else tree
         block_size = rng.choice([32, 32, 64, 128])
         tree_requests = rng.randint(1, 6)
         max_num_seqs = rng.randint(2, 10)
@@ -114,9 +119,13 @@ class EngineCase:
         spec = {
             "method": "medusa",
             "model": str(heads),
-            "tree": [list(path) for path in self.tree.paths],
             "max_tree_requests": options.pop("max_tree_requests"),
         }
+        if self.schedule is None:
+            spec["tree"] = [list(path) for path in self.tree.paths]
+        else:
+            # In the place of the one before: an engine reads it when it starts.
+            write_schedule_file(heads / SCHEDULE_FILE, self.schedule)
         return {**options, "speculative_config": spec}
 
     def prompts(self, count: int) -> list[list[int]]:
@@ -161,6 +170,17 @@ def random_tree(rng: random.Random) -> DraftTree:
     return random_subtree(rng.randrange, num_nodes, rng.randint(1, NUM_HEADS), rng.randint(1, 6))
 
 
+def random_schedule(rng: random.Random, tree: DraftTree) -> TreeSchedule:
+    """A schedule of up to three trees within ``tree``, and sometimes of none for large batches."""
+    order = random_order(rng.randrange, tree)
+    sizes = [len(order), *sorted((rng.randint(1, len(order)) for _ in range(2)), reverse=True)]
+    if rng.random() < 0.5:
+        sizes.append(0)
+    return TreeSchedule.from_entries(
+        [(2 * index + 1, order[:size]) for index, size in enumerate(sizes)]
+    )
+
+
 def random_tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(tiny.VOCAB_SIZE - 1) for _ in range(count)]
 
@@ -203,26 +223,6 @@ def random_parameters(rng: random.Random, room: int, custom: bool) -> dict[str, 
 
 def sometimes(rng: random.Random, chance: float, **values: Any) -> dict[str, Any]:
     return values if rng.random() < chance else {}
-
-
-class OracleOfMany(tiny.Oracle):
-    """An oracle for prompts that several requests share."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__({}, seed)
-        self.continuations: dict[tuple[int, ...], list[list[int]]] = {}
-
-    def add(self, prompt: list[int], tokens: list[int]) -> None:
-        self.continuations.setdefault(tuple(prompt), []).append(tokens)
-
-    def _row(self, runner: Any, index: int, tree: Any) -> list[int] | None:
-        request = runner.requests[runner.input_batch.req_ids[index]]
-        prompt, output = tuple(request.prompt_token_ids), list(request.output_token_ids)
-        for tokens in self.continuations.get(prompt, []):
-            if tokens[: len(output)] == output:
-                self.futures[prompt] = tokens
-                return super()._row(runner, index, tree)
-        return None
 
 
 def completion(output: Any, prompt_logprobs: Any) -> Completion:
@@ -349,7 +349,7 @@ def run_engine_case(
 
         case = EngineCase(seed)
         requests, expected = run_reference(models[case.windowed], case)
-        oracle = OracleOfMany(seed)
+        oracle = tiny.OracleOfMany(seed)
         for request, completions in zip(requests, expected, strict=True):
             for said in completions:
                 oracle.add(request.prompt, said.tokens)
@@ -377,7 +377,7 @@ def run_engine_case(
 
 
 def test_forty_random_cases(run_engine_case: Callable[[int], dict[str, Any]]) -> None:
-    counted = run_engine_case(10)
+    counted = run_engine_case(16)
     assert counted["preempted"] > 0
     assert counted["chain_fallbacks"] > 0
 

@@ -56,8 +56,15 @@ def params() -> list[SamplingParams]:
     return [*structured, free, held_back]
 
 
-@pytest.mark.parametrize("backend", ["xgrammar", "guidance"])
-def test_grammars(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "tree"),
+    [
+        ("xgrammar", {"tree": "cpu-32"}),
+        # Nodes that are not in depth-first order.
+        ("guidance", {"num_speculative_tokens_per_batch_size": [[1, 4, 32], [5, 20, 24]]}),
+    ],
+)
+def test_grammars(backend: str, tree: dict[str, Any]) -> None:
     lines = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[: len(params())]]
     options = {
@@ -70,8 +77,8 @@ def test_grammars(backend: str) -> None:
     spec = {
         "method": "medusa",
         "model": str(DEMO / "heads"),
-        "tree": "cpu-32",
         "max_tree_requests": 10,
+        **tree,
     }
     with open_engine(DEMO / "model", speculative_config=spec, **options) as llm:
         outputs = llm.generate(prompts, params(), use_tqdm=False)

@@ -1,5 +1,6 @@
 """The fork pool's plan and slots, over random trees, caches and orders of events."""
 
+import itertools
 import random
 
 from hypothesis import example, given
@@ -73,7 +74,7 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
 )
 def test_slots_follow_the_obvious_model(num_slots: int, events: list[tuple[str, int]]) -> None:
     slots = ForkSlots(num_slots)
-    holders: dict[str, int | None] = {}
+    holders: dict[str, tuple[int, int] | None] = {}
     for count, (event, number) in enumerate(events):
         req_id = f"request-{number}"
         if event == "acquire":
@@ -85,14 +86,14 @@ def test_slots_follow_the_obvious_model(num_slots: int, events: list[tuple[str, 
             slots.release([req_id])
             holders.pop(req_id, None)
         elif req_id in holders:
-            slots.set_mirrored(req_id, count)
-            holders[req_id] = count
+            slots.set_mirrored(req_id, count, 1 + count % 3)
+            holders[req_id] = (count, 1 + count % 3)
         assert slots.num_held == len(holders)
         held = [slots.get(holder) for holder in holders]
         assert len(set(held)) == len(held)
         assert set(held) <= set(range(num_slots))
         for number in range(6):
             mirrored = holders.get(f"request-{number}")
-            for tokens in range(count + 1):
-                expected = mirrored is not None and mirrored == tokens
-                assert slots.is_mirrored(f"request-{number}", tokens) == expected
+            for tokens, paths in itertools.product(range(count + 1), range(1, 5)):
+                expected = mirrored is not None and mirrored[0] == tokens and mirrored[1] >= paths
+                assert slots.is_mirrored(f"request-{number}", tokens, paths) == expected

@@ -17,13 +17,43 @@ from vllm_medusa.tree.forks import (
     write_slots,
 )
 from vllm_medusa.tree.layout import TreeLayout
-from vllm_medusa.tree.reference import ReferenceCache, ancestor_tokens, random_subtree, walk
+from vllm_medusa.tree.reference import (
+    ReferenceCache,
+    ancestor_tokens,
+    random_order,
+    random_subtree,
+    walk,
+)
 from vllm_medusa.tree.verify import PLACEHOLDER_TOKEN_ID, accept_lossless
 
 
 def make_tree(seed: int, max_nodes: int = 24, max_depth: int = 5) -> DraftTree:
+    """A random tree; of every other seed one of up to three stages."""
     rng = random.Random(seed)
-    return random_subtree(rng.randrange, rng.randint(1, max_nodes), max_depth, 3)
+    tree = random_subtree(rng.randrange, rng.randint(1, max_nodes), max_depth, 3)
+    if seed % 2:
+        return tree
+    return DraftTree.from_stages([*random_stages(rng, tree), tree.paths])
+
+
+def random_stages(rng: random.Random, tree: DraftTree) -> list[list[tuple[int, ...]]]:
+    """Up to two trees within ``tree``, the smaller first."""
+    order = random_order(rng.randrange, tree)
+    sizes = sorted(rng.randint(1, len(order)) for _ in range(2))
+    return [order[:size] for size in sizes]
+
+
+@given(seed=st.integers(0, 10_000))
+def test_every_stage_is_a_prefix(seed: int) -> None:
+    rng = random.Random(seed)
+    tree = random_subtree(rng.randrange, rng.randint(1, 24), 5, 3)
+    stages = [*random_stages(rng, tree), list(tree.paths)]
+    staged = DraftTree.from_stages(stages)
+    for stage in stages:
+        assert sorted(staged.paths[: len(stage)]) == sorted(stage)
+    for prefix in range(1, len(staged.paths) + 1):
+        DraftTree.from_paths(staged.paths[:prefix])
+    assert DraftTree.from_stages([tree.paths]) == tree
 
 
 @given(seed=st.integers(0, 10_000), vocab=st.integers(2, 5), batch=st.integers(1, 4))
@@ -53,10 +83,16 @@ def test_layout_tables(seed: int) -> None:
         assert layout.depths[node] == len(path)
         ancestors = [paths[i] for i in layout.ancestors[node].tolist()]
         assert ancestors == [path[: min(d, len(path))] for d in range(tree.depth + 1)]
-    for path, leaf in enumerate(layout.path_leaves):
-        for node in range(layout.path_starts[path], leaf + 1):
+    assert [paths[node] for node in layout.depth_first.tolist()] == sorted(paths)
+    for path, (start, end) in enumerate(zip(layout.path_starts, layout.path_ends, strict=True)):
+        for node in range(start, end + 1):
             assert layout.node_path[node] == path
-            assert paths[leaf][: len(paths[node])] == paths[node]
+            assert paths[end][: len(paths[node])] == paths[node]
+            assert len(paths[end]) - len(paths[node]) == end - node
+    added = [range(*bounds) for bounds in zip(layout.path_starts, layout.path_ends, strict=True)]
+    assert sum(map(len, added)) + layout.num_paths == layout.num_nodes
+    if seed % 2:
+        assert layout.path_ends == tree.leaves
     topk = torch.arange(tree.depth)[:, None, None] * 1000 + torch.arange(8) + torch.zeros(2, 1)
     tokens = layout.draft_tokens(topk.long())
     for column, path in enumerate(tree.paths):
@@ -84,7 +120,8 @@ class Simulation:
             self.geometry.blocks_per_request
         )
         self.tokens: list[list[object]] = [[] for _ in range(self.num_reqs)]
-        self.mirrored = [0] * self.num_reqs
+        #: For each request how many tokens its first so many paths hold.
+        self.mirrored = [(0, 0)] * self.num_reqs
 
     def step(self) -> int:
         """Run one step; return how many requests had a path other than the first accepted."""
@@ -95,7 +132,7 @@ class Simulation:
         counts = [n + 1 if n else self.rng.randint(1, 5) for n in drafts]
         shape = self.shapes.get(tuple(counts), tuple(drafts))
         computed = torch.tensor([len(tokens) for tokens in self.tokens])
-        self._mirror(shape.forked_reqs.tolist(), computed)
+        self._mirror(shape, computed)
         rows = expand_block_table(shape, self.geometry, self.block_table, computed, self.fork_base)
         slots = write_slots(shape, self.geometry, rows, computed)
         new = [f"{self.rng.random():.9f}" for _ in range(sum(counts))]
@@ -105,19 +142,20 @@ class Simulation:
         self._check_reads(shape, rows, starts, new, drafts, computed)
         return self._commit(shape, stash, starts, new, drafts, counts, computed)
 
-    def _mirror(self, forked: list[int], computed: torch.Tensor) -> None:
-        stale = [
-            req
-            for req in forked
-            if self.mirrored[req] != len(self.tokens[req])
-            and len(self.tokens[req]) % self.block_size
-        ]
-        if stale:
-            reqs = torch.tensor(stale)
+    def _mirror(self, shape, computed: torch.Tensor) -> None:
+        for req, num_paths in zip(
+            shape.forked_reqs.tolist(), shape.num_paths.tolist(), strict=True
+        ):
+            tokens, paths = self.mirrored[req]
+            if len(self.tokens[req]) % self.block_size == 0:
+                continue
+            if tokens == len(self.tokens[req]) and paths >= num_paths:
+                continue
+            reqs = torch.tensor([req])
             block_idx = computed[reqs] // self.block_size
             tails = self.block_table[reqs, block_idx]
             source, destination = mirror_copies(
-                self.geometry, tails, block_idx, self.fork_base[reqs]
+                num_paths, self.geometry, tails, block_idx, self.fork_base[reqs]
             )
             self.cache.copy_blocks(source.tolist(), destination.tolist())
 
@@ -146,7 +184,7 @@ class Simulation:
                 shape, self.geometry, self.block_table, computed, self.fork_base, path, length
             )
             self.cache.write([stash[i] for i in source.tolist()], slots.tolist())
-        forked = set(shape.forked_reqs.tolist())
+        forked = dict(zip(shape.forked_reqs.tolist(), shape.num_paths.tolist(), strict=True))
         for req, start in enumerate(starts):
             if drafts[req]:
                 chosen = path[req, : length[req] + 1].tolist()
@@ -154,7 +192,7 @@ class Simulation:
             else:
                 self.tokens[req] += new[start : start + counts[req]]
             if req in forked:
-                self.mirrored[req] = len(self.tokens[req])
+                self.mirrored[req] = (len(self.tokens[req]), forked[req])
             table = self.block_table[req].tolist()
             assert self.cache.read(table, len(self.tokens[req])) == self.tokens[req]
         return sum(int(self.layout.node_path[n]) > 0 for n in node.tolist())

@@ -10,11 +10,13 @@ from vllm_medusa.config import (
     ConfigError,
     MedusaConfig,
     MedusaRequest,
+    TreeChoice,
     TreeError,
     resolve_tree,
 )
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.named import default_paths
+from vllm_medusa.tree.schedule import TreeSchedule
 
 HEADS_TREE = [[0], [1], [0, 0], [1, 0], [0, 0, 0]]
 
@@ -51,6 +53,19 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
         ),
         ({"max_tree_requests": -1}, "max_tree_requests=-1 must be a positive integer"),
         ({"max_tree_requests": 1.5}, "max_tree_requests=1.5 must be a positive integer"),
+        *(
+            ({"num_speculative_tokens_per_batch_size": sizes}, rf"per_batch_size has {named}; use")
+            for sizes, named in (
+                ([[1, 4]], r"\[1, 4\]"),
+                ([[2, 4, 8]], r"\[2, 4, 8\]"),
+                ([[1, 4, 8], [4, 5, 2]], r"\[4, 5, 2\]"),
+                ([[1, 4, -1]], r"\[1, 4, -1\]"),
+                ([[1, 4, "8"]], r"\[1, 4, '8'\]"),
+                (7, "7"),
+                ("[[1, 4, 8]]", r"'\[\[1, 4, 8\]\]'"),
+            )
+        ),
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, 0]]}, "drafts nothing at any batch"),
         ({"tree": 16}, "tree=16 must be 'auto', a tree's name, a tree file or a list of paths"),
         ({"tree": {"paths": [[0]]}}, "must be 'auto', a tree's name"),
     ],
@@ -67,21 +82,22 @@ def test_resolved_configuration_travels_as_json() -> None:
         revision=None,
         tree=DraftTree.from_paths(HEADS_TREE),
         tree_name="given as paths",
+        sizes_by_batch=((1, 4, 5), (5, 64, 0)),
         max_tree_requests=3,
     )
     assert MedusaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_auto_takes_the_tree_of_the_heads() -> None:
-    tree, name = resolve_tree(request(), 3, HEADS_TREE)
-    assert tree == DraftTree.from_paths(HEADS_TREE)
-    assert name == "auto: 5 nodes from the heads' checkpoint"
+    choice = resolve_tree(request(), 3, HEADS_TREE)
+    tree = DraftTree.from_paths(HEADS_TREE)
+    assert choice == TreeChoice(tree, "auto: 5 nodes from the heads' checkpoint")
 
 
 def test_auto_cuts_the_tree_of_the_heads_from_its_front() -> None:
-    tree, name = resolve_tree(request(num_speculative_tokens=3), 3, HEADS_TREE)
-    assert tree == DraftTree.from_paths(HEADS_TREE[:3])
-    assert name == "auto: 3 nodes from the heads' checkpoint"
+    choice = resolve_tree(request(num_speculative_tokens=3), 3, HEADS_TREE)
+    tree = DraftTree.from_paths(HEADS_TREE[:3])
+    assert choice == TreeChoice(tree, "auto: 3 nodes from the heads' checkpoint")
     with pytest.raises(
         ConfigError, match=r"num_speculative_tokens=6 asks for more nodes than the 5 of the tree"
     ):
@@ -89,17 +105,17 @@ def test_auto_cuts_the_tree_of_the_heads_from_its_front() -> None:
 
 
 def test_auto_takes_the_default_without_one() -> None:
-    tree, name = resolve_tree(request(), 4, None)
-    assert tree == DraftTree.from_paths(default_paths(4, 16))
-    assert name == "auto: 16 nodes default"
-    assert resolve_tree(request(), 2, None)[0].depth == 2
-    assert resolve_tree(request(num_speculative_tokens=127), 4, None)[0].num_draft_tokens == 127
+    tree = DraftTree.from_paths(default_paths(4, 16))
+    assert resolve_tree(request(), 4, None) == TreeChoice(tree, "auto: 16 nodes default")
+    assert resolve_tree(request(), 2, None).tree.depth == 2
+    largest = resolve_tree(request(num_speculative_tokens=127), 4, None)
+    assert largest.tree.num_draft_tokens == 127
     with pytest.raises(TreeError, match="128 nodes; vLLM verifies at most 127"):
         resolve_tree(request(num_speculative_tokens=128), 4, None)
     with pytest.raises(ConfigError, match="than the 10 of the tree default; ask for fewer"):
         resolve_tree(request(num_speculative_tokens=11), 1, None)
     # One head knows no more than ten guesses of the default.
-    assert resolve_tree(request(), 1, None)[0].num_draft_tokens == 10
+    assert resolve_tree(request(), 1, None).tree.num_draft_tokens == 10
 
 
 def test_auto_tree_deeper_than_the_heads() -> None:
@@ -108,26 +124,61 @@ def test_auto_tree_deeper_than_the_heads() -> None:
 
 
 def test_chain_of_a_given_length() -> None:
-    assert resolve_tree(request(tree="chain"), 4, None) == (DraftTree.chain(4), "chain")
+    assert resolve_tree(request(tree="chain"), 4, None) == TreeChoice(DraftTree.chain(4), "chain")
     short = resolve_tree(request(tree="chain", num_speculative_tokens=2), 4, HEADS_TREE)
-    assert short == (DraftTree.chain(2), "chain")
+    assert short == TreeChoice(DraftTree.chain(2), "chain")
     with pytest.raises(ConfigError, match=r"num_speculative_tokens=5 does not agree .* 4 nodes"):
         resolve_tree(request(tree="chain", num_speculative_tokens=5), 4, None)
 
 
 def test_given_trees(tmp_path: Path) -> None:
     tree = DraftTree.from_paths(HEADS_TREE)
-    assert resolve_tree(request(tree=HEADS_TREE), 3, None) == (tree, "given as paths")
+    assert resolve_tree(request(tree=HEADS_TREE), 3, None) == TreeChoice(tree, "given as paths")
     for name in ("tree.json", "without-suffix"):
         write_tree_file(tmp_path / name, HEADS_TREE)
         given = str(tmp_path / name)
-        assert resolve_tree(request(tree=given), 3, None) == (tree, given)
-    assert resolve_tree(request(tree="cpu-8", num_speculative_tokens=8), 4, None)[1] == "cpu-8"
+        assert resolve_tree(request(tree=given), 3, None) == TreeChoice(tree, given)
+    named = resolve_tree(request(tree="cpu-8", num_speculative_tokens=8), 4, None)
+    assert named.tree_name == "cpu-8"
+
+
+def test_auto_takes_the_schedule_of_the_heads() -> None:
+    schedule = TreeSchedule.from_entries([(2, HEADS_TREE), (8, [[1], [0]]), (None, [])])
+    choice = resolve_tree(request(), 3, HEADS_TREE, schedule)
+    small = DraftTree.from_paths([[0], [1]]).paths
+    assert choice.tree == DraftTree.from_stages([small, HEADS_TREE])
+    assert choice.tree.paths[:2] == small
+    assert choice.sizes_by_batch == ((1, 2, 5), (3, 8, 2), (9, 9, 0))
+    # A size or a tree that is asked for comes first.
+    for values in ({"num_speculative_tokens": 5}, {"tree": HEADS_TREE}, {"tree": "chain"}):
+        assert resolve_tree(request(**values), 3, HEADS_TREE, schedule).sizes_by_batch is None
+
+
+def test_sizes_by_batch() -> None:
+    sizes = [[1, 4, 5], [5, 16, 2], [17, 64, 0]]
+    for tree, small in (("auto", HEADS_TREE[:2]), ("chain", [[0], [0, 0]])):
+        given = request(tree=tree, num_speculative_tokens_per_batch_size=sizes)
+        choice = resolve_tree(given, 5, HEADS_TREE)
+        assert choice.sizes_by_batch == ((1, 4, 5), (5, 16, 2), (17, 64, 0))
+        assert choice.tree.num_draft_tokens == 5
+        assert choice.tree.paths[:2] == DraftTree.from_paths(small).paths
+    given = request(num_speculative_tokens=5, num_speculative_tokens_per_batch_size=sizes)
+    assert resolve_tree(given, 5, HEADS_TREE).tree.num_draft_tokens == 5
 
 
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
+        (
+            {"tree": "cpu-8", "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},
+            ConfigError,
+            r"per_batch_size=\[\[1, 4, 2\]\] needs tree='auto' or 'chain', not 'cpu-8'",
+        ),
+        (
+            {"num_speculative_tokens": 7, "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},
+            ConfigError,
+            "num_speculative_tokens=7 does not agree",
+        ),
         ({"tree": HEADS_TREE}, TreeError, "3 deep .* but the heads are 2"),
         ({"tree": "mc_sim_7b_63"}, TreeError, "but the heads are 2"),
         ({"tree": "cpu-9"}, TreeError, "there is no tree named 'cpu-9'"),

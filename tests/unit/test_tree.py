@@ -109,7 +109,7 @@ def test_every_prefix_is_a_tree_whose_paths_are_the_live_ones() -> None:
             live = layout.num_live_paths(count)
             assert live == cut.num_paths
             assert layout.path_starts[:live] == cut.path_starts
-            assert layout.path_leaves[: live - 1] == cut.path_leaves[:-1]
+            assert layout.path_ends[: live - 1] == cut.path_ends[:-1]
             assert layout.parents[: count + 1].tolist() == cut.parents.tolist()
 
 

@@ -9,6 +9,7 @@ from vllm_medusa.commands.arguments import add_heads_and_model, load_heads_and_m
 
 if TYPE_CHECKING:
     from vllm_medusa.heads.checkpoint import HeadsCheckpoint
+    from vllm_medusa.tree.schedule import TreeSchedule
 
 _FORMATS = {
     "fasterdecoding": "FasterDecoding, lm_heads of their own (F1)",
@@ -72,5 +73,19 @@ def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
     else:
         depth = max(map(len, heads.tree_paths))
         rows.append(("tree", f"{len(heads.tree_paths)} nodes, {depth} deep"))
+    if heads.tree_schedule is not None:
+        rows.append(("tree schedule", _describe_schedule(heads.tree_schedule)))
     rows += [("note", note) for note in heads.notes]
     return rows
+
+
+def _describe_schedule(schedule: TreeSchedule) -> str:
+    sizes = schedule.sizes()
+    parts = []
+    for index, (first, last, nodes) in enumerate(sizes):
+        batch = f"{first}-{last}" if first < last else str(first)
+        if index == len(sizes) - 1:
+            batch = f"{first} and more"
+        parts.append(f"{nodes} nodes" if nodes else "none")
+        parts[-1] += f" at batch {batch}"
+    return ", ".join(parts)

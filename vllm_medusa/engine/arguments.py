@@ -122,31 +122,36 @@ def _resolve(args: Any, request: MedusaRequest) -> MedusaConfig:
     heads = request.model or args.model
     revision = request.revision if request.model else args.revision
     checkpoint = load_heads(heads, revision=revision)
-    tree, tree_name = resolve_tree(request, checkpoint.spec.num_heads, checkpoint.tree_paths)
     spec = checkpoint.spec
+    choice = resolve_tree(request, spec.num_heads, checkpoint.tree_paths, checkpoint.tree_schedule)
     draft_vocab_size = spec.draft_vocab_size or spec.vocab_size
     if draft_vocab_size is not None:
-        tree.check_vocab(draft_vocab_size)
+        choice.tree.check_vocab(draft_vocab_size)
     # Read for its faults only; the workers load it again, each its share.
     del checkpoint
     gc.collect()
     return MedusaConfig(
         heads=heads,
         revision=revision,
-        tree=tree,
-        tree_name=tree_name,
+        tree=choice.tree,
+        tree_name=choice.tree_name,
+        sizes_by_batch=choice.sizes_by_batch,
         max_tree_requests=request.max_tree_requests,
     )
 
 
 def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
     """Return the values of ``EngineArgs`` that tell vLLM what to do."""
+    speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER_CLASS,
+        "num_speculative_tokens": config.tree.num_draft_tokens,
+    }
+    if config.sizes_by_batch is not None:
+        sizes = [list(size) for size in config.sizes_by_batch]
+        speculative_config["num_speculative_tokens_per_batch_size"] = sizes
     return {
-        "speculative_config": {
-            "method": "custom_class",
-            "model": PROPOSER_CLASS,
-            "num_speculative_tokens": config.tree.num_draft_tokens,
-        },
+        "speculative_config": speculative_config,
         "spec_method": None,
         "spec_model": None,
         "spec_tokens": None,

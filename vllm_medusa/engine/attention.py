@@ -113,6 +113,7 @@ class PathForks:
         self._device = device
         self._shapes = StepShapes(layout, device)
         self._cpu_shapes = self._shapes if device.type == "cpu" else StepShapes(layout)
+        self._num_paths: dict[int, int] = {}
         self._steps: list[_GroupStep] = []
         self._layers: list[list[_Layer]] = []
         self._caches: list[list[Tensor]] = []
@@ -126,9 +127,9 @@ class PathForks:
             for group in groups:
                 self._wrap_metadata(group, group_idx)
 
-    def was_forked(self, req: int) -> bool:
-        """Whether the batch's request ``req`` was forked in the step just run."""
-        return self.shape is not None and req in self._forked
+    def num_paths(self, req: int) -> int:
+        """Return how many paths the batch's request ``req`` ran if it was forked, else 0."""
+        return self._num_paths.get(req, 0) if self.shape is not None else 0
 
     def step_of(self, group: int) -> _GroupStep:
         """Return what a KV-cache group needs in the current step."""
@@ -159,7 +160,8 @@ class PathForks:
             return None
         shape = self._shapes.get(num_tokens, num_draft_tokens)
         self._host_shape = self._cpu_shapes.get(num_tokens, num_draft_tokens)
-        forked = self._forked = self._host_shape.forked_reqs.tolist()
+        forked = self._host_shape.forked_reqs.tolist()
+        self._num_paths = dict(zip(forked, self._host_shape.num_paths.tolist(), strict=True))
         computed = num_computed_tokens.to(torch.int64)
         fork_slots = [0] * len(req_ids)
         for req in forked:
@@ -168,7 +170,9 @@ class PathForks:
         stale = [
             req
             for req in forked
-            if not self.slots.is_mirrored(req_ids[req], num_computed_tokens_cpu[req])
+            if not self.slots.is_mirrored(
+                req_ids[req], num_computed_tokens_cpu[req], self._num_paths[req]
+            )
         ]
         longest = max(map(sum, zip(num_computed_tokens_cpu, num_tokens, strict=True)))
         self._steps = []
@@ -231,7 +235,10 @@ class PathForks:
             return
         rows = torch.tensor(reqs, device=self._device)
         tail = torch.tensor([num_computed_tokens[r] // size for r in reqs], device=self._device)
-        source, destination = mirror_copies(geometry, table[rows, tail], tail, base[rows])
+        num_paths = max(self._num_paths[req] for req in reqs)
+        source, destination = mirror_copies(
+            num_paths, geometry, table[rows, tail], tail, base[rows]
+        )
         for cache in self._caches[group]:
             cache.index_copy_(0, destination, cache.index_select(0, source))
 
@@ -250,7 +257,7 @@ class PathForks:
             builder.supports_update_block_table = False
 
     def _expand(self, metadata: CommonAttentionMetadata, group: int) -> CommonAttentionMetadata:
-        """Return metadata in which every leaf path is a sequence of its own."""
+        """Return metadata in which every fork path is a sequence of its own."""
         shape, host = self.shape, self._host_shape
         assert shape is not None
         seq_lens = self._computed.index_select(0, shape.seq_req) + shape.seq_length

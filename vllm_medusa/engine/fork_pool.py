@@ -96,7 +96,7 @@ class ForkSlots:
         self.num_slots = num_slots
         self._free = list(range(num_slots))[::-1]
         self._slot: dict[str, int] = {}
-        self._mirrored: dict[str, int] = {}
+        self._mirrored: dict[str, tuple[int, int]] = {}
 
     @property
     def num_held(self) -> int:
@@ -124,10 +124,11 @@ class ForkSlots:
             if slot is not None:
                 self._free.append(slot)
 
-    def is_mirrored(self, req_id: str, num_tokens: int) -> bool:
-        """Whether the request's forks hold its tail up to ``num_tokens``."""
-        return self._mirrored.get(req_id) == num_tokens
+    def is_mirrored(self, req_id: str, num_tokens: int, num_paths: int) -> bool:
+        """Whether the request's first ``num_paths`` paths hold its tail up to ``num_tokens``."""
+        tokens, paths = self._mirrored.get(req_id, (-1, 0))
+        return tokens == num_tokens and paths >= num_paths
 
-    def set_mirrored(self, req_id: str, num_tokens: int) -> None:
-        """Note that the request's forks hold its tail up to ``num_tokens``."""
-        self._mirrored[req_id] = num_tokens
+    def set_mirrored(self, req_id: str, num_tokens: int, num_paths: int) -> None:
+        """Note that the request's first ``num_paths`` paths hold its tail up to ``num_tokens``."""
+        self._mirrored[req_id] = (num_tokens, num_paths)

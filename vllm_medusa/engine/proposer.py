@@ -73,7 +73,7 @@ class MedusaProposer:
                 token.
 
         Returns:
-            [B, N] int64 token of each draft node, in depth-first order.
+            [B, N] int64 token of each draft node.
 
         """
         tree = self.config.tree

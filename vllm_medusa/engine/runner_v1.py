@@ -159,14 +159,16 @@ class MedusaRunnerMixin(_Base):
         *args: Any,
     ) -> list[list[int]]:
         """Draft the next step's trees, for the requests that sampled a token in this one."""
-        if not any(sampled_token_ids):
-            return [[] for _ in sampled_token_ids]
         acceptance = self.rejection_sampler.acceptance
+        self._count_acceptance(acceptance.node.tolist(), spec_decode_metadata.num_draft_tokens)
+        # Fewer than all where the tree schedule says so for this batch size.
+        num_nodes = scheduler_output.num_spec_tokens_to_schedule
+        if not num_nodes or not any(sampled_token_ids):
+            return [[] for _ in sampled_token_ids]
         counts = spec_decode_metadata.cu_num_sampled_tokens
         roots = torch.nn.functional.pad(counts[:-1], (1, 0))
         last = sample_hidden_states.index_select(0, roots + acceptance.node)
-        drafts = self._draft(last, sampled_token_ids).tolist()
-        self._count_acceptance(acceptance.node.tolist(), spec_decode_metadata.num_draft_tokens)
+        drafts = self._draft(last, sampled_token_ids)[:, :num_nodes].tolist()
         return [
             self._fit_drafts(index, tokens, draft)
             for index, (tokens, draft) in enumerate(zip(sampled_token_ids, drafts, strict=True))
@@ -185,8 +187,10 @@ class MedusaRunnerMixin(_Base):
         req_id = self.input_batch.req_ids[index]
         held = self.forks.slots
         computed = int(self.input_batch.num_computed_tokens_cpu[index]) + len(sampled)
-        if self.forks.was_forked(index):
-            held.set_mirrored(req_id, computed)
+        if num_paths := self.forks.num_paths(index):
+            held.set_mirrored(req_id, computed, num_paths)
+        if len(draft) <= self.tree_layout.first_path_length:
+            return draft
         params = self.requests[req_id].sampling_params
         if params is not None and params.structured_outputs and not self.masks_trees:
             return draft[: self.tree_layout.first_path_length]

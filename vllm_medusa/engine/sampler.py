@@ -69,7 +69,7 @@ class TreeSampler(RejectionSampler):
         """Return the emitted tokens, [B, max(D + 1, 2)] with -1 behind the last, and logprobs.
 
         Args:
-            metadata: the step's drafts, in depth-first order.
+            metadata: the step's drafts, in the order of the tree's nodes.
             draft_probs: not used: Medusa's candidates are the top-k, not samples.
             logits: [R, V] target logits of every request's root and drafts; may be changed.
             sampling_metadata: the requests' sampling parameters.

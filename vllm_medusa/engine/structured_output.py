@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_medusa.engine.compat import patch, vllm_version
 from vllm_medusa.engine.memory import medusa_config_of
+from vllm_medusa.tree.draft_tree import DraftTree
 
 
 def masks_trees(vllm_config: Any) -> bool:
@@ -78,6 +79,16 @@ def _masks_trees(manager: Any) -> bool:
     return known
 
 
+def _tree_of(manager: Any) -> DraftTree:
+    """The draft tree of a manager's configuration, likewise looked up once."""
+    tree: DraftTree | None = getattr(manager, "_medusa_tree", None)
+    if tree is None:
+        config = medusa_config_of(manager.vllm_config)
+        assert config is not None
+        tree = manager._medusa_tree = config.tree
+    return tree
+
+
 def _tree_bitmask(
     manager: Any,
     requests: dict[str, Any],
@@ -85,9 +96,8 @@ def _tree_bitmask(
     drafts: dict[str, list[int]],
 ) -> Any:
     """Return the packed masks of all rows: each request's root, then its drafts."""
-    config = medusa_config_of(manager.vllm_config)
-    assert config is not None
-    num_nodes = 1 + config.tree.num_draft_tokens
+    tree = _tree_of(manager)
+    num_nodes = 1 + tree.num_draft_tokens
     if manager._grammar_bitmask is None:
         rows = manager.vllm_config.scheduler_config.max_num_seqs * num_nodes
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
@@ -97,7 +107,7 @@ def _tree_bitmask(
     for req_id in req_ids:
         grammar = requests[req_id].structured_output_request.grammar
         tokens = drafts.get(req_id, [])
-        _fill_tree(manager, grammar, req_id, tokens, config.tree.parents, row)
+        _fill_tree(manager, grammar, req_id, tokens, tree, row)
         row += num_nodes if has_fixed_rows else 1 + len(tokens)
     return manager._grammar_bitmask[:row].numpy()
 
@@ -107,20 +117,23 @@ def _fill_tree(
     grammar: Any,
     req_id: str,
     tokens: Sequence[int],
-    parents: Sequence[int],
+    tree: DraftTree,
     first_row: int,
 ) -> None:
     """Fill the rows of one request; the grammar is left in the state it was in.
 
-    ``entered`` is the path of nodes whose tokens the grammar has taken. In depth-first order a
-    node's parent is on the path to the node before it.
+    ``entered`` is the path of nodes whose tokens the grammar has taken. The nodes are visited in
+    depth-first order, in which a node's parent is on the path to the node before it.
     """
     _fill_row(manager, grammar, first_row, True)
     entered = [0]
-    for node, token in enumerate(tokens, start=1):
+    for node in tree.depth_first:
+        if node > len(tokens):
+            continue
+        parent, token = tree.parents[node], tokens[node - 1]
         allowed = False
-        if parents[node] in entered:
-            above = entered.index(parents[node]) + 1
+        if parent in entered:
+            above = entered.index(parent) + 1
             if above < len(entered):
                 grammar.rollback(len(entered) - above)
                 del entered[above:]

@@ -4,6 +4,8 @@ Every fault of a checkpoint is an error that names the tensor, file or number an
 that load are complete, finite and of consistent shapes. Formats and names: `formats`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from vllm_medusa.heads.files import open_store
 from vllm_medusa.heads.formats import LmHeadKind, Plan, SourceFormat, make_plan, select_heads
 from vllm_medusa.heads.resolve import resolve
 from vllm_medusa.tree.draft_tree import DraftTree, TreeError, read_tree_file
+from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file
 
 TREE_FILE = "medusa_tree.json"
+SCHEDULE_FILE = "medusa_tree_schedule.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class HeadsCheckpoint:
             `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
             ids, if `spec.draft_vocab_size` is set.
         tree_paths: the tree that came with the heads, by descending probability, or None.
+        tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.
         notes: what is odd about the checkpoint but does not make it unusable.
     """
@@ -69,6 +74,7 @@ class HeadsCheckpoint:
     spec: HeadsSpec
     tensors: dict[str, torch.Tensor]
     tree_paths: list[list[int]] | None = None
+    tree_schedule: TreeSchedule | None = None
     base_model: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -119,6 +125,7 @@ def load_heads(
         spec=spec,
         tensors=tensors,
         tree_paths=_read_tree(directory / TREE_FILE, num_heads),
+        tree_schedule=_read_schedule(directory / SCHEDULE_FILE, num_heads),
         base_model=config.base_model(),
         notes=_compare_config(config, plan, spec),
     )
@@ -206,11 +213,27 @@ def _check_token_map(location: Path, token_map: torch.Tensor, vocab_size: int | 
 def _read_tree(path: Path, num_heads: int) -> list[list[int]] | None:
     if not path.is_file():
         return None
-    try:
+    with _naming(path):
         paths = read_tree_file(path)
         DraftTree.from_paths(paths).check_heads(num_heads)
+    return paths
+
+
+def _read_schedule(path: Path, num_heads: int) -> TreeSchedule | None:
+    if not path.is_file():
+        return None
+    with _naming(path):
+        schedule = read_schedule_file(path)
+        schedule.tree().check_heads(num_heads)
+    return schedule
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn the faults of a tree into the heads', naming the file."""
+    try:
+        yield
     except TreeError as exc:
         raise HeadsError(
-            f"{path}: {exc}; write the tree again with `vllm-medusa calibrate` or remove the file"
+            f"{path}: {exc}; write the trees again with `vllm-medusa calibrate` or remove the file"
         ) from None
-    return paths

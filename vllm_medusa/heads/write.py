@@ -25,11 +25,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from vllm_medusa.heads.checkpoint import TREE_FILE, HeadsCheckpoint
+from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
 from vllm_medusa.heads.config_file import NATIVE_FORMAT
 from vllm_medusa.heads.errors import HeadsError
 from vllm_medusa.heads.formats import NameStyle, expected_names
 from vllm_medusa.tree.draft_tree import write_tree_file
+from vllm_medusa.tree.schedule import write_schedule_file
 
 WriteFormat = Literal["native", "vllm", "speculators", "fasterdecoding", "tgi"]
 
@@ -47,7 +48,7 @@ _WEIGHTS_FILE: dict[WriteFormat, str] = {
     "fasterdecoding": "medusa_lm_head.pt",
     "tgi": "medusa_lm_head.safetensors",
 }
-_OUR_FILES = {*_WEIGHTS_FILE.values(), "config.json", TREE_FILE}
+_OUR_FILES = {*_WEIGHTS_FILE.values(), "config.json", TREE_FILE, SCHEDULE_FILE}
 
 
 def save_heads(
@@ -87,6 +88,8 @@ def save_heads(
             (staged / "config.json").write_text(text + "\n", encoding="utf-8")
             if checkpoint.tree_paths is not None:
                 write_tree_file(staged / TREE_FILE, checkpoint.tree_paths)
+            if checkpoint.tree_schedule is not None:
+                write_schedule_file(staged / SCHEDULE_FILE, checkpoint.tree_schedule)
             if out.exists():
                 out.rename(Path(staging, "old"))
             staged.rename(out)

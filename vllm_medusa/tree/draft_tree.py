@@ -1,4 +1,4 @@
-"""The draft tree: a set of paths closed under parents, in depth-first order.
+"""The draft tree: a set of paths closed under parents, in an order whose prefixes are trees.
 
 A node is named by its path, the tuple of per-head ranks from the root: node ``(0, 2)`` holds the
 third-best guess of head 1 below the best guess of head 0 (paper, arXiv 2401.10774, section 2.1.2;
@@ -30,9 +30,10 @@ class DraftTree:
     """A valid draft tree.
 
     Attributes:
-        paths: the draft nodes (without the root) in depth-first order, which is the lexicographic
-            order of their paths. Node ``i`` of every tensor of this project is ``paths[i - 1]``;
-            node 0 is the root.
+        paths: the draft nodes (without the root), every parent before its children. Node ``i`` of
+            every tensor of this project is ``paths[i - 1]``; node 0 is the root. The order is
+            depth-first, which is the lexicographic order of the paths; of a tree in stages
+            (`from_stages`) each stage's new nodes are in that order.
 
     """
 
@@ -68,6 +69,32 @@ class DraftTree:
         return cls(tuple(sorted(nodes)))
 
     @classmethod
+    def from_stages(cls, stages: Iterable[Iterable[Sequence[int]]]) -> DraftTree:
+        """Build a tree whose first nodes are each of the given trees.
+
+        A request that runs only the first ``n`` nodes of the result runs a stage of ``n`` nodes.
+
+        Args:
+            stages: paths of each stage, in any order; the smallest stage first.
+
+        Raises:
+            TreeError: if a stage is not a tree, or lacks a path of the stage before.
+
+        """
+        ordered: list[TreePath] = []
+        for stage in stages:
+            tree = cls.from_paths(stage)
+            missing = next((path for path in ordered if path not in tree.paths), None)
+            if missing is not None:
+                raise TreeError(
+                    f"the tree of {tree.num_draft_tokens} nodes lacks the path {list(missing)} of "
+                    f"the tree of {len(ordered)} before it; add the path, so that each tree holds "
+                    "the smaller ones"
+                )
+            ordered += [path for path in tree.paths if path not in ordered]
+        return cls(tuple(ordered))
+
+    @classmethod
     def chain(cls, length: int) -> DraftTree:
         """Return the top-1 chain of ``length`` draft tokens."""
         return cls.from_paths([(0,) * depth for depth in range(1, length + 1)])
@@ -96,9 +123,14 @@ class DraftTree:
 
     @cached_property
     def leaves(self) -> tuple[int, ...]:
-        """Node indices of the leaves, in depth-first order."""
+        """Node indices of the leaves, in the order of the nodes."""
         inner = set(self.parents)
         return tuple(node for node in range(1, len(self.paths) + 1) if node not in inner)
+
+    @cached_property
+    def depth_first(self) -> tuple[int, ...]:
+        """Indices of the draft nodes in depth-first order."""
+        return tuple(sorted(range(1, len(self.paths) + 1), key=lambda node: self.paths[node - 1]))
 
     @property
     def is_chain(self) -> bool:

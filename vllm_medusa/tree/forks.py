@@ -1,14 +1,14 @@
 """Path forks: the index arithmetic that lets a plain causal kernel verify a tree.
 
-Each leaf path becomes a *pseudo-sequence* of its request: its block table is the request's, except
-that the blocks from the tail on are private *fork blocks*. In depth-first order the nodes a path
-adds over the one before are contiguous, so they are the pseudo-sequence's queries and the plain
-causal mask is the ancestor mask. The first path uses the request's own blocks.
+Each fork path (`TreeLayout`) becomes a *pseudo-sequence* of its request: its block table is the
+request's, except that the blocks from the tail on are private *fork blocks*. The nodes a path adds
+to those before are contiguous, so they are the pseudo-sequence's queries and the plain causal mask
+is the ancestor mask. The first path uses the request's own blocks.
 
 Fork blocks stay with a request from step to step and *mirror* its tail: after each step the
-accepted tokens' K/V is written to the request's own blocks and to all of its forks, so that the
-next step finds every fork's tail in place. Whole blocks are copied only for a request's first
-tree, or after steps without one.
+accepted tokens' K/V is written to the request's own blocks and to all forks that the step used, so
+that the next step finds every fork's tail in place. Whole blocks are copied only for a request's
+first tree, or after steps with a smaller one or none.
 
 All functions here map indices to indices: they know neither vLLM nor what a block holds.
 """
@@ -38,7 +38,7 @@ class ForkGeometry:
     Attributes:
         block_size: tokens of a block.
         ring: blocks of one fork: the most that the tree's tokens can straddle.
-        num_forks: forks of one request: leaf paths other than the first.
+        num_forks: forks of one request: fork paths other than the first.
 
     """
 
@@ -62,7 +62,7 @@ class ForkGeometry:
 
         Args:
             base: first of the request's fork blocks.
-            path: leaf path.
+            path: fork path.
             block_idx: index into the sequence's block table. All three broadcast.
 
         """
@@ -74,13 +74,13 @@ class StepShape:
     """The indices of one step that depend only on how many tokens each request runs.
 
     B requests run T tokens as Q pseudo-sequences and write K/V to E slots; R of the requests are
-    forked (run more than one leaf path).
+    forked (run more than one fork path).
 
     Attributes:
         token_req: [T] request of each token.
         token_offset: [T] position of each token, from the request's number of computed tokens.
         seq_req: [Q] request of each pseudo-sequence.
-        seq_path: [Q] its leaf path; 0 for a request that is not forked.
+        seq_path: [Q] its fork path; 0 for a request that is not forked.
         seq_length: [Q] its length, from the request's number of computed tokens.
         query_start_loc: [Q + 1] int32, first token of each pseudo-sequence.
         fork_seqs: [F] the pseudo-sequences of paths other than the first.
@@ -89,8 +89,8 @@ class StepShape:
         write_offset: [E] its position, from the request's number of computed tokens.
         forked_reqs: [R] the forked requests.
         node_write: [R, N + 1] a place among the E that holds each node; 0 for nodes not run.
-        commit_from: first depth that a commit writes. The root is on every path, so a step writes
-            it to all forks by itself, unless a tree was cut short and had fewer paths.
+        num_paths: [R] fork paths that each forked request runs.
+        max_paths: the most of them.
         max_query_len: queries of the longest pseudo-sequence.
 
     """
@@ -107,7 +107,8 @@ class StepShape:
     write_offset: Tensor
     forked_reqs: Tensor
     node_write: Tensor
-    commit_from: int
+    num_paths: Tensor
+    max_paths: int
     max_query_len: int
 
     @property
@@ -127,8 +128,8 @@ class _Parts:
     def __init__(self, layout: TreeLayout, num_tokens: int, num_draft_tokens: int) -> None:
         self.num_tokens = num_tokens
         paths = layout.num_live_paths(num_draft_tokens)
+        self.num_paths = paths
         self.is_forked = num_draft_tokens > 0 and paths > 1
-        self.is_cut = self.is_forked and paths < layout.num_paths
         if not self.is_forked:
             # One path at most: the tokens lie one behind the other, as in any other request.
             self.token_offset = list(range(num_tokens))
@@ -142,7 +143,7 @@ class _Parts:
         self.node_write = [0] * layout.num_nodes
         for path in range(paths):
             start = layout.path_starts[path]
-            last = min(layout.path_leaves[path], num_draft_tokens)
+            last = min(layout.path_ends[path], num_draft_tokens)
             self.query_lens.append(last - start + 1)
             self.seq_length.append(depths[last] + 1)
             for depth in range(depths[last] + 1):
@@ -186,6 +187,7 @@ class StepShapes:
         write_start = _exclusive_sums([len(parts.writes) for parts in requests])
         seq_path = [path for parts in requests for path in range(len(parts.query_lens))]
         query_lens = [length for parts in requests for length in parts.query_lens]
+        num_paths = [parts.num_paths for parts in requests if parts.is_forked]
         writes = [
             (token_start[req] + token, seq_start[req] + path, offset)
             for req, parts in enumerate(requests)
@@ -216,7 +218,8 @@ class StepShapes:
                     if parts.is_forked
                 ]
             ),
-            commit_from=0 if any(parts.is_cut for parts in requests) else 1,
+            num_paths=self._indices(num_paths),
+            max_paths=max(num_paths, default=0),
             max_query_len=max(query_lens),
         )
 
@@ -303,43 +306,46 @@ def commit_writes(
         length: [B] how many of them behind the root were accepted.
 
     Returns:
-        ``(source, slots)``, each [R * P * (D + 1 - commit_from)] int64: the place among the step's
-        E writes that holds the K/V, and the slot it goes to or `PAD_SLOT`.
+        ``(source, slots)``, each [R * max_paths * D] int64: the place among the step's E writes
+        that holds the K/V, and the slot it goes to or `PAD_SLOT`. The root is not among them: a
+        step writes it to all of its paths by itself.
 
     """
     reqs = shape.forked_reqs
-    offsets = torch.arange(shape.commit_from, path.shape[1], device=path.device)
+    offsets = torch.arange(1, path.shape[1], device=path.device)
     positions = num_computed_tokens[reqs][:, None] + offsets
     block_idx = positions // geometry.block_size
     own = block_table[reqs[:, None], block_idx.clamp(max=block_table.shape[1] - 1)]
-    forks = torch.arange(1, geometry.num_forks + 1, device=path.device)
+    paths = torch.arange(shape.max_paths, device=path.device)
     mirrors = geometry.block(
-        fork_base[reqs][:, None, None], forks[None, :, None], block_idx[:, None, :]
+        fork_base[reqs][:, None, None], paths[None, 1:, None], block_idx[:, None, :]
     )
     blocks = torch.cat([own.to(torch.int64)[:, None, :], mirrors], dim=1)
     slots = blocks * geometry.block_size + (positions % geometry.block_size)[:, None, :]
     accepted = offsets <= length[reqs][:, None]
-    slots = slots.where(accepted[:, None, :], PAD_SLOT)
-    source = shape.node_write.gather(1, path[reqs][:, shape.commit_from :])
+    has_path = paths < shape.num_paths[:, None]
+    slots = slots.where(accepted[:, None, :] & has_path[:, :, None], PAD_SLOT)
+    source = shape.node_write.gather(1, path[reqs][:, 1:])
     return source[:, None, :].expand_as(slots).flatten(), slots.flatten()
 
 
 def mirror_copies(
-    geometry: ForkGeometry, tail_block: Tensor, block_idx: Tensor, fork_base: Tensor
+    num_paths: int, geometry: ForkGeometry, tail_block: Tensor, block_idx: Tensor, fork_base: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the whole-block copies that put a request's tail into all of its forks.
+    """Return the whole-block copies that put requests' tails into their first forks.
 
     Args:
+        num_paths: how many fork paths are to find the tail in place, the first one included.
         geometry: layout of the forks in this KV-cache group.
         tail_block: [M] block that holds each request's partial tail.
         block_idx: [M] its index in the request's block table.
         fork_base: [M] first fork block of each request.
 
     Returns:
-        ``(source, destination)``, each [M * num_forks] int64 block ids.
+        ``(source, destination)``, each [M * (num_paths - 1)] int64 block ids.
 
     """
-    paths = torch.arange(1, geometry.num_forks + 1, device=tail_block.device)
+    paths = torch.arange(1, num_paths, device=tail_block.device)
     destination = geometry.block(fork_base[:, None], paths, block_idx[:, None])
     source = tail_block.to(torch.int64)[:, None].expand_as(destination)
     return source.flatten(), destination.flatten()

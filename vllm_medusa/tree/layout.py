@@ -12,11 +12,15 @@ from vllm_medusa.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """Constant tensors of a tree with N draft nodes, P leaf paths and depth D.
+    """Constant tensors of a tree with N draft nodes, P fork paths and depth D.
 
-    Depth-first order makes every prefix of the nodes a tree, so one layout also serves the steps
-    in which the scheduler keeps only the first ``n`` drafts of a request: those are nodes
-    ``0..n``, their leaf paths the first ones of the full tree, the last of them cut short.
+    Every prefix of the nodes is a tree, so one layout also serves the steps in which a request
+    runs only the first ``n`` drafts: those are nodes ``0..n``, their fork paths the first ones of
+    the full tree, the last of them cut short.
+
+    A *fork path* is a way from the root whose last nodes are consecutive, each the child of the
+    one before, and are on no earlier fork path. In depth-first order these are the leaf paths. In
+    a tree of stages a path may also end where a later stage goes on.
 
     Attributes:
         tree: the tree itself.
@@ -26,9 +30,10 @@ class TreeLayout:
             node; the node itself where the depth exceeds its own.
         ranks: [N] int64, rank of each draft node among its head's guesses.
         heads: [N] int64, head that guesses each draft node (its depth - 1).
-        node_path: [N + 1] int64, first leaf path that goes through each node.
-        path_starts: first node each leaf path adds over the one before.
-        path_leaves: the leaf of each path; its nodes are ``path_starts[j]..path_leaves[j]``.
+        depth_first: [N + 1] int64, the nodes in depth-first order.
+        node_path: [N + 1] int64, first fork path that goes through each node.
+        path_starts: first node each fork path adds to those before.
+        path_ends: its last node; what it adds is ``path_starts[j]..path_ends[j]``.
 
     """
 
@@ -38,21 +43,23 @@ class TreeLayout:
     ancestors: Tensor
     ranks: Tensor
     heads: Tensor
+    depth_first: Tensor
     node_path: Tensor
     path_starts: tuple[int, ...]
-    path_leaves: tuple[int, ...]
+    path_ends: tuple[int, ...]
 
     @classmethod
     def build(cls, tree: DraftTree, device: torch.device | str = "cpu") -> TreeLayout:
         """Compute the tensors of ``tree`` on ``device``."""
         parents = tree.parents
         depths = [0, *(len(path) for path in tree.paths)]
-        leaves = tree.leaves
-        starts = [0, *(leaf + 1 for leaf in leaves[:-1])]
+        nodes = range(len(parents))
+        starts = [0, *(node for node in nodes[1:] if parents[node] != node - 1)]
+        ends = [start - 1 for start in starts[1:]] + [nodes[-1]]
         node_path = [
             path
-            for path, (start, leaf) in enumerate(zip(starts, leaves, strict=True))
-            for _ in range(start, leaf + 1)
+            for path, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for _ in range(start, end + 1)
         ]
 
         def as_tensor(values: object) -> Tensor:
@@ -65,9 +72,10 @@ class TreeLayout:
             ancestors=as_tensor(_ancestors(parents, depths, tree.depth)),
             ranks=as_tensor([path[-1] for path in tree.paths]),
             heads=as_tensor([len(path) - 1 for path in tree.paths]),
+            depth_first=as_tensor([0, *tree.depth_first]),
             node_path=as_tensor(node_path),
             path_starts=tuple(starts),
-            path_leaves=leaves,
+            path_ends=tuple(ends),
         )
 
     @property
@@ -77,8 +85,8 @@ class TreeLayout:
 
     @property
     def num_paths(self) -> int:
-        """Number of leaf paths."""
-        return len(self.path_leaves)
+        """Number of fork paths."""
+        return len(self.path_ends)
 
     @property
     def depth(self) -> int:
@@ -87,11 +95,11 @@ class TreeLayout:
 
     @property
     def first_path_length(self) -> int:
-        """Number of draft nodes on the first leaf path, which are the nodes ``1..length``."""
-        return self.path_leaves[0]
+        """Number of draft nodes on the first fork path, which are the nodes ``1..length``."""
+        return self.path_ends[0]
 
     def num_live_paths(self, num_draft_tokens: int) -> int:
-        """Return how many leaf paths the tree of the first ``num_draft_tokens`` nodes has."""
+        """Return how many fork paths the tree of the first ``num_draft_tokens`` nodes has."""
         return sum(start <= num_draft_tokens for start in self.path_starts)
 
     def draft_tokens(self, topk: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ class TreeLayout:
                 and ``K >= tree.top_k``.
 
         Returns:
-            [B, N] token of each draft node, in depth-first order.
+            [B, N] token of each draft node.
 
         """
         return topk[self.heads, :, self.ranks].T

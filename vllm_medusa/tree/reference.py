@@ -15,7 +15,7 @@ def walk(
     Args:
         tree: the full tree.
         target_tokens: token taken from the target at each node, the root first.
-        draft_tokens: tokens of the verified draft nodes, the first ones in depth-first order.
+        draft_tokens: tokens of the verified draft nodes, the first ones of the tree.
 
     Returns:
         The last accepted node and the emitted tokens.
@@ -88,3 +88,16 @@ def random_subtree(
         if len(path) <= max_depth and path not in paths:
             paths.append(path)
     return DraftTree.from_paths(paths)
+
+
+def random_order(choose: Callable[[int], int], tree: DraftTree) -> list[TreePath]:
+    """Return the paths in a random order with parents before children, so that prefixes are trees.
+
+    ``choose(n)`` picks one of ``range(n)``.
+    """
+    order: list[TreePath] = []
+    while len(order) < tree.num_draft_tokens:
+        known = {(), *order}
+        ready = [path for path in tree.paths if path not in known and path[:-1] in known]
+        order.append(ready[choose(len(ready))])
+    return order

@@ -46,8 +46,8 @@ def accept_lossless(
         layout: the full tree.
         target_tokens: [B, N + 1] token taken from the target at each node.
         draft_tokens: [B, N] token of each draft node.
-        num_draft_tokens: [B] how many of the nodes were verified, from the first in depth-first
-            order; what the other columns hold does not matter.
+        num_draft_tokens: [B] how many of the nodes were verified, from the first on; what the
+            other columns hold does not matter.
 
     Returns:
         The acceptance. It is computed by a fixed number of tensor operations, on the tensors'
@@ -55,7 +55,7 @@ def accept_lossless(
 
     """
     matches = _matching_nodes(layout, target_tokens, draft_tokens, num_draft_tokens)
-    on_path = matches[:, layout.ancestors].all(dim=-1)
+    on_path = matches[:, layout.ancestors[layout.depth_first]].all(dim=-1)
     node = _first_chain(layout, on_path)
     length = layout.depths[node]
     path = layout.ancestors[node]
@@ -77,13 +77,15 @@ def _matching_nodes(
 def _first_chain(layout: TreeLayout, on_path: Tensor) -> Tensor:
     """[B] deepest node of the chain that takes the first matching child at every depth.
 
-    The first candidate of a depth (the one of the lowest index) is the first matching child of the
-    chosen node if it is below that node at all: siblings' subtrees do not interleave in
-    depth-first order. If it is not, the chain ends above it.
+    ``on_path`` is [B, N + 1] in depth-first order. There the first candidate of a depth is the
+    first matching child of the chosen node if it is below that node at all, because siblings'
+    subtrees do not interleave. If it is not, the chain ends above it.
     """
     levels = torch.arange(1, layout.depth + 1, device=on_path.device)
-    candidates = on_path[:, None, :] & (layout.depths == levels[:, None])
-    found, first = candidates.max(dim=-1)
+    depths = layout.depths[layout.depth_first]
+    candidates = on_path[:, None, :] & (depths == levels[:, None])
+    found, place = candidates.max(dim=-1)
+    first = layout.depth_first[place]
     above = torch.nn.functional.pad(first[:, :-1], (1, 0))
     connected = found & (layout.parents[first] == above)
     length = connected.cumprod(dim=-1).sum(dim=-1)

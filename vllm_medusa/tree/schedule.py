@@ -1,0 +1,150 @@
+"""The tree schedule: which draft tree pays at which batch size.
+
+The larger the batch, the less a step has to spare for drafts. The trees of a schedule lie within
+one another, so that one layout serves all of them (`DraftTree.from_stages`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.tree.draft_tree import DraftTree, TreeError, TreePath
+
+SCHEDULE_FILE_FORMAT = "vllm_medusa.tree_schedule/1"
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """The tree of a range of batch sizes.
+
+    Attributes:
+        max_batch_size: last batch size of the range, which begins behind the entry before; None:
+            all larger ones.
+        paths: the tree's paths; empty: nothing is drafted.
+
+    """
+
+    max_batch_size: int | None
+    paths: tuple[TreePath, ...]
+
+
+@dataclass(frozen=True)
+class TreeSchedule:
+    """Trees by batch size.
+
+    Attributes:
+        entries: in rising batch size; the last one also serves all larger batches.
+
+    """
+
+    entries: tuple[ScheduleEntry, ...]
+
+    @classmethod
+    def from_entries(
+        cls, entries: Sequence[tuple[int | None, Sequence[Sequence[int]]]]
+    ) -> TreeSchedule:
+        """Build a schedule from ``(max_batch_size, paths)`` pairs.
+
+        Raises:
+            TreeError: if batch sizes do not rise, a tree is not valid or not within another, or
+                nothing is drafted at any batch size.
+
+        """
+        before = 0
+        checked = []
+        for index, (size, raw) in enumerate(entries):
+            is_last = index == len(entries) - 1
+            if size is None and not is_last:
+                raise TreeError(
+                    f"entry {index} of the tree schedule has no max_batch_size but is not the "
+                    "last; give it one"
+                )
+            if size is not None and (type(size) is not int or size <= before):
+                raise TreeError(
+                    f"entry {index} of the tree schedule has max_batch_size={size!r}; use integers "
+                    f"that rise from entry to entry (here above {before})"
+                )
+            before = size or before
+            paths = DraftTree.from_paths(raw).paths if raw else ()
+            checked.append(ScheduleEntry(size, paths))
+        schedule = cls(tuple(checked))
+        if not any(entry.paths for entry in checked):
+            raise TreeError("the tree schedule drafts nothing at any batch size; remove it")
+        # Raises if the trees do not lie within one another.
+        schedule.tree()
+        return schedule
+
+    def tree(self) -> DraftTree:
+        """Return the largest tree, the nodes of the smaller ones first."""
+        stages = sorted({entry.paths for entry in self.entries if entry.paths}, key=len)
+        return DraftTree.from_stages(stages)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Return ``(first batch size, last batch size, draft nodes)`` of every entry.
+
+        The form of vLLM's ``num_speculative_tokens_per_batch_size``, whose last entry also serves
+        all larger batches.
+        """
+        sizes, first = [], 1
+        for entry in self.entries:
+            last = first if entry.max_batch_size is None else entry.max_batch_size
+            sizes.append((first, last, len(entry.paths)))
+            first = last + 1
+        return sizes
+
+
+def read_schedule_file(path: Path) -> TreeSchedule:
+    """Read a schedule file.
+
+    It holds ``{"format": "vllm_medusa.tree_schedule/1", "entries": [{"max_batch_size": 4, "paths":
+    [[0], [1], [0, 0]]}, {"max_batch_size": null, "paths": []}]}``.
+
+    Raises:
+        TreeError: if the file cannot be read or does not hold a valid schedule.
+
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TreeError(
+            f"cannot read the tree schedule {path}: {error.strerror}; check the path"
+        ) from None
+    except ValueError as error:
+        raise TreeError(
+            f"the tree schedule {path} is not JSON ({error}); calibrate again or remove the file"
+        ) from None
+    return _schedule_of(data)
+
+
+def write_schedule_file(path: Path, schedule: TreeSchedule) -> None:
+    """Write a schedule file."""
+    entries = [
+        {"max_batch_size": entry.max_batch_size, "paths": [list(p) for p in entry.paths]}
+        for entry in schedule.entries
+    ]
+    text = json.dumps({"format": SCHEDULE_FILE_FORMAT, "entries": entries})
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _schedule_of(data: Any) -> TreeSchedule:
+    if not isinstance(data, dict) or data.get("format") != SCHEDULE_FILE_FORMAT:
+        raise TreeError(f"not a tree schedule; its format must be {SCHEDULE_FILE_FORMAT!r}")
+    entries = data.get("entries")
+    if not isinstance(entries, list) or not entries:
+        raise TreeError("the tree schedule has no entries; calibrate again or remove the file")
+    pairs = []
+    for index, entry in enumerate(entries):
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"max_batch_size", "paths"}
+            or not isinstance(entry["paths"], list)
+        ):
+            raise TreeError(
+                f"entry {index} of the tree schedule must hold max_batch_size and paths"
+            )
+        pairs.append((entry["max_batch_size"], entry["paths"]))
+    return TreeSchedule.from_entries(pairs)
