@@ -4,9 +4,10 @@
 PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
+INFLATED := out/inflated-150M
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-slow test-next bench lint format clean distclean
+.PHONY: help venv venv-next demo test test-slow test-next bench bench-ab bench-online lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +32,15 @@ test-next: venv-next ## the engine tests on vLLM 0.33
 
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py
+
+bench-ab: venv $(INFLATED)/config.json ## trees against all else vLLM offers; takes an hour (BENCH_ARGS)
+	@$(VENV)/bin/vllm-medusa bench --config examples/bench_ab.yaml $(BENCH_ARGS)
+
+bench-online: venv $(INFLATED)/config.json ## the same as servers under load; takes an hour (BENCH_ARGS)
+	@$(VENV)/bin/vllm-medusa bench --config examples/bench_online.yaml $(BENCH_ARGS)
+
+$(INFLATED)/config.json: | venv
+	@$(VENV)/bin/python examples/inflate.py demo/model $(INFLATED) --parameters 150e6
 
 lint: venv ## check format, lint and types
 	@$(VENV)/bin/ruff format --check

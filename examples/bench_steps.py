@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_medusa.bench.process import EngineProcess
+from vllm_medusa.bench.variants import VLLM_CHAIN, parse_variants, with_built_in_heads
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "heads"
@@ -40,12 +39,13 @@ def main() -> None:
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        built_in = convert_heads(Path(folder) / "heads")
+        (_, chain) = parse_variants([VLLM_CHAIN], None)
+        chain = with_built_in_heads(chain, str(HEADS), str(MODEL), Path(folder))
         print("(a) step time of our chain of 4 over that of vLLM's built-in Medusa")
         results += compare(
             args,
             {
-                "vllm-chain": ({"method": "medusa", "model": built_in}, {"VLLM_PLUGINS": ""}),
+                "vllm-chain": (chain.speculative, chain.environment),
                 "chain": ({"method": "medusa", "model": str(HEADS), "tree": "chain"}, {}),
             },
         )
@@ -62,16 +62,6 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def convert_heads(out: Path) -> str:
-    """Write the demo heads as vLLM's own Medusa reads them; return the folder."""
-    command = [sys.executable, "-m", "vllm_medusa.cli", "convert", str(HEADS), str(out)]
-    subprocess.run([*command, "--to", "vllm", "--model", str(MODEL)], check=True)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    config["num_lookahead_tokens"] = config["num_heads"]
-    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return str(out)
 
 
 def compare(
@@ -91,8 +81,6 @@ def compare(
     with ExitStack() as stack:
         engines = {}
         for name, (speculative, environment) in variants.items():
-            if name == "vllm-chain":
-                speculative = {**speculative, "num_speculative_tokens": 4}
             engines[name] = stack.enter_context(
                 EngineProcess(
                     {**options, "speculative_config": speculative},

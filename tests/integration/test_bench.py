@@ -1,0 +1,267 @@
+"""`vllm-medusa bench` with real engines on the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
+from vllm_medusa.bench.process import EngineProcessError
+from vllm_medusa.bench.server import ServerProcess
+
+pytestmark = pytest.mark.engine
+
+OPTIONS = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 2**28}
+HAS_OWN_MEDUSA = version("vllm").startswith("0.32.")
+TIMEOUT_S = 600
+
+
+def bench_command(*arguments: str | Path) -> list[str]:
+    common = ["--model", DEMO_MODEL, "--heads", DEMO_HEADS, "--dtype", "float32"]
+    options = ["--llm-options", json.dumps(OPTIONS)]
+    return [
+        *(sys.executable, "-m", "vllm_medusa.cli", "bench"),
+        *map(str, [*common, *options, *arguments]),
+    ]
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    with subprocess.Popen(
+        bench_command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            process.terminate()  # it stops what it started
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A strict run with four lossless variants, one that is missing, and one of another model."""
+    folder = tmp_path_factory.mktemp("bench")
+    config = folder / "bench.yaml"
+    variants = {
+        "tree": "tree=cpu-8",
+        "chain": None,
+        "vllm-chain": None,
+        "ngram": None,
+        "eagle": f"eagle={folder}/none",
+        "other": {"llm_options": {"hf_overrides": {"rms_norm_eps": 0.1}}},
+    }
+    settings = {"variants": variants, "batch_sizes": [1, 2], "rounds": 2, "max_tokens": 20}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    out = folder / "out"
+    return out, bench("--config", config, "--strict", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def results(offline: tuple[Path, Any]) -> dict[str, Any]:
+    out, _ = offline
+    loaded: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return loaded
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_strict_fails_for_the_other_model_only(
+    offline: tuple[Path, Any], results: dict[str, Any]
+) -> None:
+    _, run = offline
+    assert run.returncode == 2, run.stderr[-3000:]
+    last = run.stderr.strip().splitlines()[-1]
+    assert "error: --strict: outputs differ from the baseline's: other" in last
+    assert "tree" not in last
+    assert "ngram" not in last
+    sameness = {found.pop("variant"): found for found in results["sameness"]}
+    other = sameness.pop("other")
+    for name, found in sameness.items():
+        assert (found["num_compared"], found["num_mismatches"]) == (6, 0), name
+    assert other["num_mismatches"] > 0
+    assert other["num_near_ties"] < other["num_mismatches"]
+    for mismatch in other["mismatches"]:
+        # What the baseline took is what the baseline finds likelier.
+        assert mismatch["baseline_logprob"] > mismatch["variant_logprob"]
+        assert mismatch["baseline_token"] != mismatch["variant_token"]
+
+
+def test_every_variant_ran_and_drafted(results: dict[str, Any]) -> None:
+    variants = {variant["name"]: variant for variant in results["variants"]}
+    own = [] if HAS_OWN_MEDUSA else ["vllm-chain"]
+    missing = {name for name, variant in variants.items() if variant["unavailable"]}
+    assert missing == {"eagle", *own}
+    assert "no such file or directory" in variants["eagle"]["unavailable"]
+    figures = {(figure["variant"], figure["batch_size"]): figure for figure in results["figures"]}
+    assert len(figures) == 2 * (len(variants) - len(missing))
+    for (name, _), figure in figures.items():
+        assert len(figure["tokens_per_s"]["values"]) == 2
+        for key in ("tokens_per_s", "step_ms", "ttft_ms", "tpot_ms", "peak_memory_bytes"):
+            value = figure[key]
+            assert (value if isinstance(value, int) else value["median"]) > 0
+        drafts = name not in ("baseline", "other")
+        assert (figure["tokens_per_step"]["median"] > 1) == drafts
+        assert bool(figure["acceptance_by_depth"]) == drafts
+        assert (figure["speedup"] is None) == (name == "baseline")
+    tree, chain = figures["tree", 1], figures["chain", 1]
+    assert tree["tokens_per_step"]["median"] > chain["tokens_per_step"]["median"]
+    assert len(tree["acceptance_by_depth"]) <= 4
+    if HAS_OWN_MEDUSA:  # the same heads and the same chain
+        own_chain = figures["vllm-chain", 1]
+        assert own_chain["tokens_per_step"] == chain["tokens_per_step"]
+    assert {row["category"] for row in results["categories"]} >= {"code", "writing"}
+
+
+def test_files_of_a_run(offline: tuple[Path, Any], results: dict[str, Any]) -> None:
+    out, run = offline
+    assert {path.name for path in out.iterdir()} == {
+        *("report.md", "results.json", "results.jsonl"),
+        *("speedup_by_batch.png", "speedup_by_tokens_per_step.png", "acceptance_by_depth.png"),
+    }
+    report = (out / "report.md").read_text()
+    assert "eagle | unavailable | no such file or directory" in report
+    assert "not a tie" in report
+    header, *lines = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    assert header["provenance"] == results["provenance"]
+    assert results["provenance"]["versions"]["vllm"] == version("vllm")
+    assert results["provenance"]["machine"]["cpu"]
+    # Interleaved: within a round and batch size every variant has its turn.
+    order = [(line["round"], line["batch_size"], line["variant"]) for line in lines]
+    names = list(dict.fromkeys(name for _, _, name in order))
+    assert order == [(r, b, name) for r in (1, 2) for b in (1, 2) for name in names]
+    assert "turns left, about" in run.stderr
+    assert "tree=cpu-8" not in names  # the file's name for it holds
+
+
+def test_compare_a_run_with_itself(offline: tuple[Path, Any]) -> None:
+    out, _ = offline
+    run = subprocess.run(
+        [sys.executable, "-m", "vllm_medusa.cli", "bench", "--compare", out, out / "results.json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "0 of" in run.stdout
+    assert "1.000" in run.stdout
+    assert "different" not in run.stdout
+
+
+def wait_until(condition: Any, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    assert gone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_engines_end_with_a_run_that_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        bench_command("--variants", "tree", "--out", tmp_path), env=environment()
+    ) as process:
+        wait_until(lambda: descendants(process.pid))
+        engines = descendants(process.pid)
+        process.send_signal(number)
+        assert process.wait(30) in (128 + number, 130)
+    assert_gone(engines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baseline_that_does_not_run(tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_model_len": 10**6}
+    run = bench("--variants", "chain", "--llm-options", json.dumps(options), "--out", tmp_path)
+    assert run.returncode == 2
+    (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
+    assert "the baseline does not run: " in error
+    assert "max_model_len" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_ends_with_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    processes = []
+
+    def fail() -> None:
+        with ServerProcess(str(DEMO_MODEL), None, OPTIONS, {}) as server:
+            wait_until(lambda: len(descendants(server.pid)) > 0)  # the engine's own process
+            processes.extend([psutil.Process(server.pid), *descendants(server.pid)])
+            raise RuntimeError("whatever")
+
+    with pytest.raises(RuntimeError, match="whatever"):
+        fail()
+    assert_gone(processes)
+
+
+def test_a_server_that_does_not_start() -> None:
+    with (
+        ServerProcess(str(DEMO_MODEL), None, {"max_model_len": 10**6}, {}) as server,
+        pytest.raises(EngineProcessError) as error,
+    ):
+        server.wait()
+    assert "max_model_len" in error.value.reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
+def test_online(tmp_path: Path) -> None:
+    arguments = ["--online", "--variants", "tree=cpu-8", "--request-rates", "8,inf"]
+    arguments += ["--num-requests", "8", "--rounds", "2", "--max-tokens", "24"]
+    run = bench(*arguments, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    figures = {(figure["variant"], figure["load"]): figure for figure in results["figures"]}
+    loads = ("8/s", "all at once")
+    assert set(figures) == {(name, load) for name in ("baseline", "tree=cpu-8") for load in loads}
+    for (name, _), figure in figures.items():
+        assert figure["num_failed"] == 0
+        assert len(figure["e2e_ms"]["values"]) == 2
+        for key in ("tokens_per_s", "ttft_ms", "e2e_ms"):
+            assert figure[key]["median"] > 0
+        assert (figure["tokens_per_step"]["median"] > 1) == (name != "baseline")
+        assert bool(figure["acceptance_by_depth"]) == (name != "baseline")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        assert line["result"]["completed"] == 8
+        assert line["metrics"]["vllm:generation_tokens"] >= line["result"]["total_output_tokens"]
+    assert (tmp_path / "latency_by_throughput.png").exists()
+
+
+@pytest.mark.slow
+def test_servers_end_with_a_run_that_is_stopped(tmp_path: Path) -> None:
+    arguments = ["--online", "--variants", "chain", "--out", tmp_path]
+    with subprocess.Popen(
+        bench_command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "up after" in line:
+                break
+        # The baseline's server is up with its engine, and the load generator begins.
+        wait_until(lambda: len(descendants(process.pid)) > 2)
+        servers = descendants(process.pid)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert_gone(servers)
