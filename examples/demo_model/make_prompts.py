@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Cut the demo's prompts from the held-out files of the corpus.
+"""Cut prompts from the corpus: the demo's, more held-out ones to calibrate on, others to train on.
 
 A prompt starts at a function or class and is cut at the end of a line, so that its continuation
-starts with a line break, as in the training text.
+starts with a line break, as in the training text. No two prompts overlap.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -29,6 +30,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="for its tokenizer")
     parser.add_argument("--out", type=Path, default=Path("demo/prompts.jsonl"))
     parser.add_argument("--count", type=int, default=48)
+    parser.add_argument(
+        "--calibration", type=Path, help="file for all other prompts of the held-out files"
+    )
+    parser.add_argument("--training", type=Path, help="file for prompts of the training files")
+    parser.add_argument("--training-count", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -64,24 +70,40 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
     return prompts
 
 
+def in_turn(prompts_of_files: list[list[str]]) -> list[str]:
+    """One prompt of each file in turn, until there is none left."""
+    columns = itertools.zip_longest(*(prompts[::-1] for prompts in prompts_of_files))
+    return [prompt for column in columns for prompt in column if prompt is not None]
+
+
+def write(path: Path, prompts: list[str], available: int) -> None:
+    """Write the prompts as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(prompts)} prompts of {available} written to {path}")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Cut, choose and write the prompts."""
     rng = random.Random(arguments.seed)
     require(arguments.model / "tokenizer.json", "train_base.py")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    _, held_out = read_corpus()
-    remaining = [prompts_of(text, tokenizer, rng) for text in held_out]
-    available = sum(map(len, remaining))
-    if available < arguments.count:
-        raise DemoError(f"--count {arguments.count}: the held-out files give {available} prompts")
-    chosen: list[str] = []
-    while len(chosen) < arguments.count:  # one of each file in turn
-        for prompts in remaining:
-            if prompts and len(chosen) < arguments.count:
-                chosen.append(prompts.pop())
-    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in chosen]
-    arguments.out.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(chosen)} prompts of {available} written to {arguments.out}")
+    training, held_out = read_corpus()
+    prompts = in_turn([prompts_of(text, tokenizer, rng) for text in held_out])
+    if len(prompts) < arguments.count:
+        raise DemoError(f"--count {arguments.count}: the held-out files give {len(prompts)}")
+    write(arguments.out, prompts[: arguments.count], len(prompts))
+    if arguments.calibration:
+        write(arguments.calibration, prompts[arguments.count :], len(prompts))
+    if arguments.training:
+        rng.shuffle(training)
+        found: list[str] = []
+        for text in training:
+            found += prompts_of(text, tokenizer, rng)
+            if len(found) >= arguments.training_count:
+                break
+        write(arguments.training, found[: arguments.training_count], len(found))
 
 
 def main() -> int:

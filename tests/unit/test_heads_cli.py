@@ -22,6 +22,7 @@ from tests.checkpoints import (
 )
 from vllm_medusa import __version__, cli
 from vllm_medusa.heads import load_heads
+from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -61,6 +62,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_fasterdecoding(tmp_path / "heads", make_heads(num_heads=5))
     tree = {"format": "vllm_medusa.tree/1", "paths": [[0], [1], [0, 0]]}
     (tmp_path / "heads" / "medusa_tree.json").write_text(json.dumps(tree))
+    schedule = TreeSchedule.from_entries([(1, tree["paths"]), (8, [[0]]), (None, [])])
+    write_schedule_file(tmp_path / "heads" / "medusa_tree_schedule.json", schedule)
     out = run(capsys, "inspect", tmp_path / "heads", "--model", make_target(tmp_path / "model"))
     assert out.splitlines() == [
         "format:           FasterDecoding, lm_heads of their own (F1)",
@@ -73,6 +76,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "dtype:            float32",
         "size:             0.0 MiB",
         "tree:             3 nodes, 2 deep",
+        "tree schedule:    3 nodes at batch 1, 1 node at batch 2-8, none at batch 9 and more",
         "note:             config.json says 2 heads but the tensors hold 5, which are used",
         f"fits:             {tmp_path / 'model'} (hidden size 8, vocabulary 20)",
     ]

@@ -209,3 +209,20 @@ def test_bad_tree(tmp_path: Path, content: str, expected: str) -> None:
     message = error(tmp_path)
     assert expected in message
     assert "medusa_tree.json" in message
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([{"max_batch_size": 1, "paths": [[0, 0]]}], "[0, 0] has no parent"),
+        ([{"max_batch_size": 1, "paths": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]}], "heads are 3"),
+    ],
+)
+def test_bad_tree_schedule(tmp_path: Path, entries: list[object], expected: str) -> None:
+    write_fasterdecoding(tmp_path, make_heads())
+    schedule = {"format": "vllm_medusa.tree_schedule/1", "entries": entries}
+    (tmp_path / "medusa_tree_schedule.json").write_text(json.dumps(schedule))
+    message = error(tmp_path)
+    assert expected in message
+    assert "medusa_tree_schedule.json" in message
+    assert "calibrate" in message

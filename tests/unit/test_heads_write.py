@@ -14,6 +14,7 @@ from tests.checkpoints import assert_same_heads, make_heads, sequential_tensors,
 from vllm_medusa.heads import HeadsCheckpoint, HeadsError, load_heads
 from vllm_medusa.heads import write as heads_write
 from vllm_medusa.heads.write import save_heads, with_target_lm_head
+from vllm_medusa.tree.schedule import TreeSchedule
 
 BASE = "owner/model"
 
@@ -233,8 +234,11 @@ def test_target_lm_head_of_another_model(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("write_format", ["native", "vllm", "speculators", "fasterdecoding", "tgi"])
 def test_tree_goes_along(tmp_path: Path, write_format: str) -> None:
     paths = [[0], [1], [0, 0]]
-    heads = dataclasses.replace(heads_for(), tree_paths=paths)
-    assert convert(heads, write_format, tmp_path).tree_paths == paths
+    schedule = TreeSchedule.from_entries([(4, paths), (None, [])])
+    heads = dataclasses.replace(heads_for(), tree_paths=paths, tree_schedule=schedule)
+    converted = convert(heads, write_format, tmp_path)
+    assert converted.tree_paths == paths
+    assert converted.tree_schedule == schedule
 
 
 def test_does_not_write_into_a_full_directory(tmp_path: Path) -> None:

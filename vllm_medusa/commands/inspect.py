@@ -86,6 +86,6 @@ def _describe_schedule(schedule: TreeSchedule) -> str:
         batch = f"{first}-{last}" if first < last else str(first)
         if index == len(sizes) - 1:
             batch = f"{first} and more"
-        parts.append(f"{nodes} nodes" if nodes else "none")
-        parts[-1] += f" at batch {batch}"
+        tree = f"{nodes} node{'s' * (nodes > 1)}" if nodes else "none"
+        parts.append(f"{tree} at batch {batch}")
     return ", ".join(parts)
