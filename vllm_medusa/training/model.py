@@ -36,7 +36,7 @@ class TrainableHeads(nn.Module):
             dtype=torch.float32,
             device=lm_head.device,
         )
-        self._shared = lm_head
+        self._shared = lm_head.detach()  # a plain tensor: no parameter of this module
         if settings.lm_head == "own":
             copies = lm_head.float().expand(settings.num_heads, -1, -1)
             self.weight = nn.Parameter(copies.clone())
