@@ -84,7 +84,7 @@ def compare(
             engines[name] = stack.enter_context(
                 EngineProcess(
                     {**options, "speculative_config": speculative},
-                    environment,
+                    {"OMP_NUM_THREADS": "1", **environment},
                     Path(__file__).with_name("repeat_drafts.py") if "chain-" in name else None,
                 )
             )

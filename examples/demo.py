@@ -13,6 +13,8 @@ from pathlib import Path
 from vllm_medusa.bench.process import EngineProcess, Run
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+#: The model is too small for more.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -39,8 +41,8 @@ def main() -> None:
     medusa = {"method": "medusa", "model": str(DEMO / "heads"), "tree": args.tree}
     print("Starting two engines: without speculation, and with a draft tree ...", flush=True)
     with (
-        EngineProcess(options) as plain,
-        EngineProcess({**options, "speculative_config": medusa}) as tree,
+        EngineProcess(options, ONE_THREAD) as plain,
+        EngineProcess({**options, "speculative_config": medusa}, ONE_THREAD) as tree,
     ):
         plain.wait()
         tree.wait()

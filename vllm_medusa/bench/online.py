@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
 from vllm_medusa.bench.errors import BenchError
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.process import EngineInfo, EngineProcessError, has_accelerator
 from vllm_medusa.bench.prompts import RANDOM, PromptSet
 from vllm_medusa.bench.server import VLLM, ServerProcess
 from vllm_medusa.bench.settings import Settings
@@ -162,6 +162,7 @@ def run_online(
         EngineProcessError: the baseline does not run.
     """
     data = _dataset_flags(settings, prompts, folder)
+    environment = {**environment, **_thread_binding(settings)}
     common = {name: value for name, value in options.items() if name != "model"}
 
     def start(variant: Variant) -> ServerProcess:
@@ -209,6 +210,17 @@ def run_online(
                     raise EngineProcessError(why)
                 watcher.dropped(name, why)
     return OnlineResult(measurements, pool.states, pool.keeps_all)
+
+
+def _thread_binding(settings: Settings) -> dict[str, str]:
+    """Bind a CPU server's engine to as many cores as it may have threads, if a number was given.
+
+    vLLM's own choice, all cores, takes no number.
+    """
+    if settings.threads is None or has_accelerator():
+        return {}
+    cores = sorted(os.sched_getaffinity(0))[: settings.threads]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
 
 
 def _schedule(

@@ -166,6 +166,21 @@ class Run:
         return self.step_ms[begin:end] or self.step_ms
 
 
+def has_accelerator() -> bool:
+    """Whether engines run on a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def default_threads() -> int:
+    """OpenMP threads of an engine: $OMP_NUM_THREADS, else one per core on a CPU, one on a GPU."""
+    inherited = os.environ.get("OMP_NUM_THREADS", "")
+    if inherited.isdigit():
+        return int(inherited)
+    return 1 if has_accelerator() else len(os.sched_getaffinity(0))
+
+
 class EngineProcess:
     """Starts an engine; use as a context manager, or `close` it.
 
@@ -188,8 +203,7 @@ class EngineProcess:
         quiet = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(default_threads()),
             "VLLM_NO_USAGE_STATS": "1",
         }
         self._started = time.monotonic()

@@ -91,6 +91,8 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
 
 
 def _tokenise(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
+    from jinja2 import TemplateError
+
     if prompt.text is not None:
         return prompt.text, tokenizer(prompt.text, verbose=False)["input_ids"]
     turns = conversation_to_answer(prompt.turns)
@@ -98,7 +100,10 @@ def _tokenise(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
         text = turns[-1].content
         return text, tokenizer(text, verbose=False)["input_ids"]
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as exc:
+        raise BenchError(f"prompt {prompt.id!r}: the chat template refuses it ({exc})") from None
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     # A server adds the token at the beginning to a text, so it must not be there twice.
     return text.removeprefix(tokenizer.bos_token or ""), token_ids

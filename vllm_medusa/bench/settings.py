@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.process import default_threads, has_accelerator
 from vllm_medusa.bench.variants import Variant, parse_variants, variants_of_config
 
 Alive = Literal["auto", "all", "one"]
@@ -39,7 +40,7 @@ class Settings:
         ignore_eos: always write ``max_tokens`` tokens.
         random_len: tokens of a random prompt.
         seed: of the random prompts and of the load generator.
-        threads: OpenMP threads of an engine on a CPU; None: $OMP_NUM_THREADS, else one per core.
+        threads: OpenMP threads of an engine; None: as `process.default_threads` says.
         alive: keep all engines alive, or one at a time; auto: all if the memory suffices.
         strict: fail if an output of a lossless variant is not the baseline's.
         out: directory of the results.
@@ -164,22 +165,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def engine_environment(settings: Settings, has_gpu: bool) -> dict[str, str]:
-    """Environment variables of every engine: its threads, and hub access as the caller has it."""
-    environment = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
-    if not has_gpu:
-        environment["OMP_NUM_THREADS"] = str(num_threads(settings))
-    return environment
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment variables of every engine."""
+    return {"OMP_NUM_THREADS": str(settings.threads or default_threads())}
 
 
-def num_threads(settings: Settings) -> int:
-    """OpenMP threads of an engine on a CPU."""
-    inherited = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0))
-    return settings.threads or (int(inherited) if inherited.isdigit() else cores)
-
-
-def engine_options(settings: Settings, has_gpu: bool) -> dict[str, Any]:
+def engine_options(settings: Settings) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` common to all variants.
 
     Prefix caching is off, so that a prompt that comes again costs the same again.
@@ -190,7 +181,7 @@ def engine_options(settings: Settings, has_gpu: bool) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "seed": settings.seed,
     }
-    if not has_gpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+    if not has_accelerator() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         options["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     return options | dict(settings.llm_options)
 

@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", default=None, help="always write --max-tokens tokens")
     add("--dtype", help="of the model: auto (default), bfloat16, float16, float32")
     add("--llm-options", type=_json_object, metavar="JSON", help="further arguments of vllm.LLM")
-    add("--threads", type=int, metavar="T", help="of an engine on a CPU ($OMP_NUM_THREADS, all)")
+    add(
+        "--threads",
+        type=int,
+        metavar="T",
+        help="of an engine ($OMP_NUM_THREADS, on a CPU all cores)",
+    )
     add("--alive", choices=("auto", "all", "one"), help="engines alive at once (auto)")
     add("--seed", type=int, metavar="S", help="of random prompts and engines (0)")
     add("--strict", action="store_true", default=None, help="fail if lossless outputs differ")
