@@ -149,7 +149,8 @@ class StepCosts:
             ) from None
         if len({len(row.round_ms) for row in rows}) != 1 or not rows[0].round_ms:
             raise CalibrationError(
-                "the step costs' rounds are not as many in all rows; measure them again"
+                "the step costs hold no measurements, or not as many rounds in all rows; measure "
+                "them again"
             )
         return cls(rows, provenance)
 

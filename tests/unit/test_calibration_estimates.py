@@ -1,0 +1,174 @@
+"""Cross-fitted estimates, and the report that is made of them, on texts made up here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_medusa.bench.process import RequestTimes
+from vllm_medusa.calibration import paths as P
+from vllm_medusa.calibration.check import Checked, steps_of
+from vllm_medusa.calibration.choice import Candidate, choose
+from vllm_medusa.calibration.costs import StepCost, StepCosts
+from vllm_medusa.calibration.estimates import CrossFit, Estimate, ratio, resample
+from vllm_medusa.calibration.ranks import Continuation
+from vllm_medusa.calibration.report import Findings, Section, summary, write_report
+from vllm_medusa.calibration.settings import CalibrateSettings
+
+NUM_HEADS = 3
+SIZES = (4, 8, 16)
+
+
+def made_up(num_prompts: int, seed: int, positions: int = 60) -> list[Continuation]:
+    """Ranks that depend on each other: an easy position is easy for all heads."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for prompt in range(num_prompts):
+        ease = rng.beta(1.2, 1.2, size=(positions, 1))
+        ranks = rng.geometric(np.clip(0.15 + 0.8 * ease, 0, 1), size=(positions, NUM_HEADS)) - 1
+        ranks = np.minimum(ranks, P.RANK_CAP).astype(np.int16)
+        result.append(Continuation(f"p{prompt}", 0.0, ranks, positions // 2))
+    return result
+
+
+@pytest.fixture(scope="module")
+def fit() -> CrossFit:
+    return CrossFit(made_up(60, 1), max(SIZES), seed=0)
+
+
+def test_prediction_holds_on_other_prompts_where_in_sample_flatters() -> None:
+    """Few texts, large trees: the in-sample figure is too good, the cross-fitted one is not."""
+    flattery, errors = [], []
+    fresh = [item.ranks for item in made_up(400, 99)]
+    for seed in range(8):
+        fit = CrossFit(made_up(10, seed, positions=30), 64, seed=0)
+        (estimate,) = fit.curve([64], [True] * 10, with_loops=True).methods["joint"]
+        truth = P.simulate(fresh, fit.paths["joint"][:64])
+        flattery.append(estimate.in_sample - truth)
+        errors.append(estimate.predicted.value - truth)
+    assert np.mean(flattery) > 0.1
+    assert abs(np.mean(errors)) < 0.6 * np.mean(flattery)
+
+
+def test_figures_are_those_of_the_path_functions(fit: CrossFit) -> None:
+    items = made_up(60, 1)
+    ranks = [item.ranks for item in items]
+    curve = fit.curve(SIZES, [True] * 60, with_loops=True)
+    assert curve.num_positions == 60 * 60
+    for size, joint, product, gain in zip(
+        SIZES, curve.methods["joint"], curve.methods["product"], curve.gain, strict=True
+    ):
+        assert joint.in_sample == P.simulate(ranks, P.best_paths(ranks, size))
+        assert product.in_sample == P.simulate(ranks, P.product_paths(ranks, size))
+        assert joint.position_average >= product.position_average
+        assert joint.predicted.low < joint.predicted.value < joint.predicted.high
+        assert gain.value == pytest.approx(joint.predicted.value - product.predicted.value)
+    assert curve.chains[1].value == P.simulate(ranks, [(0,), (0, 0)])
+
+
+def test_only_chosen_text_before_loops_is_scored(fit: CrossFit) -> None:
+    chosen = [index < 20 for index in range(60)]
+    curve = fit.curve(SIZES, chosen, with_loops=False)
+    assert (curve.num_positions, curve.num_continuations) == (20 * 30, 20)
+    ranks = [item.ranks[:30] for item in made_up(60, 1)[:20]]
+    assert curve.chains[0].value == P.simulate(ranks, [(0,)])
+
+
+def test_interval_covers_the_truth() -> None:
+    """A 95 % interval over prompts, of texts that differ from each other."""
+    rng = np.random.default_rng(3)
+    covered = 0
+    for seed in range(200):
+        lengths = rng.choice([1.2, 2.8], size=40)  # tokens per step of each prompt; 2 on average
+        estimate = ratio(np.stack([lengths * 50, np.full(40, 50)], axis=1), resample(40, seed))
+        covered += estimate.low <= 2 <= estimate.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_steps_of_a_run() -> None:
+    # One does not loop, the other repeats a token from its fourth on.
+    run = SimpleNamespace(
+        token_ids=[list(range(40)), [1, 2, 3, *[7] * 37]],
+        requests=[
+            RequestTimes(0.0, None, [1, 3, 1, 2, 4]),
+            RequestTimes(0.0, None, [1, 1, 1, 1, 3, 3]),
+        ],
+    )
+    # Of the first one, the steps that begin at 0, 3, 4 count, and not at 6 (of 7 tokens). The
+    # second loops from token 4 on (its run of 7s begins at 3 and repeats at 4), so drafts of 2
+    # heads lie before the loop from positions 0 and 1.
+    assert steps_of(run, max_tokens=7, num_heads=2) == [  # type: ignore[arg-type]
+        [[6, 3], [6, 3]],
+        [[6, 4], [2, 2]],
+    ]
+
+
+def findings_of(fit: CrossFit, with_costs: bool) -> Findings:
+    items = made_up(60, 1)
+    settings = CalibrateSettings(heads="heads", model="model", prompts=Path("p.jsonl"), sizes=SIZES)
+    sections = [
+        Section(
+            "greedy",
+            with_loops,
+            fit.curve(SIZES, [True] * 60, with_loops),
+            P.head_accuracy([item.ranks for item in items]),
+        )
+        for with_loops in (True, False)
+    ]
+    costs = choice = None
+    if with_costs:
+        rows = [
+            StepCost(batch_size, drafts, leaves, (time, time * 1.1))
+            for batch_size in (1, 8)
+            for drafts, leaves, time in ((0, 0, 10.0), (3, 1, 10.5), (4, 2, 11.0), (16, 9, 13.0))
+        ]
+        costs = StepCosts(rows, {})
+        tree = tuple(fit.paths["joint"][:16])
+        lengths = [e.value for e in sections[0].curve.chains]
+        trees = [e.predicted.value for e in sections[0].curve.methods["joint"]]
+        names = [(f"chain of {n + 1}", tuple((0,) * d for d in range(1, n + 2))) for n in range(3)]
+        names += [(f"tree of {size}", tree[:size]) for size in SIZES]
+        candidates = [Candidate("none", (), 1.0)] + [
+            Candidate(name, paths, length)
+            for (name, paths), length in zip(names, [*lengths, *trees], strict=True)
+        ]
+        choice = choose(candidates, costs)
+    return Findings(
+        settings=settings,
+        provenance={},
+        num_heads=NUM_HEADS,
+        num_prompts=60,
+        sections=sections,
+        paths=fit.paths,
+        probabilities=P.path_probabilities([item.ranks for item in items]),
+        checked=[Checked("joint", 8, Estimate(2.0, 1.9, 2.1), Estimate(1.9, 1.8, 2.0))],
+        costs=costs,
+        choice=choice,
+    )
+
+
+def test_report_says_all(fit: CrossFit, tmp_path: Path) -> None:
+    findings = findings_of(fit, with_costs=True)
+    write_report(findings, tmp_path)
+    data = json.loads((tmp_path / "calibration.json").read_text())
+    assert data["choice"]["batch_sizes"]["1"]["chosen"] == "tree of 16"
+    assert len(data["paths"]["joint"]) == len(data["probabilities"]) == 16
+    assert data["checked"][0]["with_loops"]["value"] == 2.0
+    page = (tmp_path / "calibration.md").read_text()
+    for name in ("acceptance", "tree", "speedup"):
+        assert (tmp_path / f"calibration-{name}.png").stat().st_size > 5000
+        assert f"(calibration-{name}.png)" in page
+    for text in ("without looping text", "product, predicted", "tree of 16 (", "joint of 8"):
+        assert text in page
+    assert "tree of 16" in summary(findings, tmp_path)
+
+
+def test_report_without_costs(fit: CrossFit, tmp_path: Path) -> None:
+    findings = findings_of(fit, with_costs=False)
+    write_report(findings, tmp_path)
+    assert not (tmp_path / "calibration-speedup.png").exists()
+    assert "No step costs" in summary(findings, tmp_path)
