@@ -123,7 +123,7 @@ def test_only_missing_shards_are_made(tmp_path: Path, run: Run, num_made: list[i
     (tmp_path / "out" / "part-00001.parquet").unlink()
     provenance = json.loads((tmp_path / "out" / "distill.json").read_text())
     (tmp_path / "out" / "distill.json").write_text(json.dumps(provenance | {"complete": False}))
-    (tmp_path / "out" / ".part-00001.parquet.tmp").write_text("half a shard")
+    (tmp_path / "out" / ".part-00001.parquet.medusa-tmp").write_text("half a shard")
     run()
     assert num_made == [0, 1, 2, 1]
     assert content(tmp_path / "out") == before
@@ -197,10 +197,10 @@ def test_name_of_the_model_and_place_of_the_prompts_may_change(
 
 def test_other_content_is_left_alone(tmp_path: Path, run: Run) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    (tmp_path / "out" / ".thesis.tmp").write_text("precious")
     with pytest.raises(DataError, match=r"not empty and no distill\.json"):
         run()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".thesis.tmp"]
     (tmp_path / "out" / "distill.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         run()

@@ -168,7 +168,7 @@ def test_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         )
     os.waitpid(process, 0)
     (left,) = tmp_path.iterdir()
-    assert (left.name, left.stat().st_size) == (".file.tmp", 99)
+    assert (left.name, left.stat().st_size) == (".file.medusa-tmp", 99)
     remove_temporary_files(tmp_path)
     assert not list(tmp_path.iterdir())
     write_atomically(path, lambda file: file.write(b"y"))

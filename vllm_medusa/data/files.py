@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from vllm_medusa.data.errors import DataError
 
-_TEMPORARY_SUFFIX = ".tmp"
+#: Nobody else's, so that removing leftovers removes nothing of the user's.
+_TEMPORARY_SUFFIX = ".medusa-tmp"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
