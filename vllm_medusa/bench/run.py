@@ -12,6 +12,7 @@ from types import FrameType
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.plan import make_plan
 from vllm_medusa.bench.process import EngineProcessError
+from vllm_medusa.bench.profile import profile_steps
 from vllm_medusa.bench.run_offline import compare_offline
 from vllm_medusa.bench.run_online import compare_online
 from vllm_medusa.bench.settings import Settings
@@ -26,6 +27,8 @@ def run(settings: Settings) -> str:
     with tempfile.TemporaryDirectory(prefix="vllm-medusa-bench-") as folder, ends_on_sigterm():
         plan = make_plan(settings, Path(folder))
         try:
+            if settings.profile_steps:
+                return profile_steps(plan)
             if settings.online:
                 return compare_online(plan, Path(folder))
             return compare_offline(plan)

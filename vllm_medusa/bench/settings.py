@@ -44,6 +44,7 @@ class Settings:
         alive: keep all engines alive, or one at a time; auto: all if the memory suffices.
         strict: fail if an output of a lossless variant is not the baseline's.
         out: directory of the results.
+        profile_steps: time engine steps by draft nodes and batch size, and nothing else.
         online: measure servers instead of offline engines.
         request_rates: requests per second (online).
         concurrency: requests at once at most (online); empty: no bound.
@@ -66,6 +67,7 @@ class Settings:
     alive: Alive = "auto"
     strict: bool = False
     out: Path = Path("bench-results")
+    profile_steps: bool = False
     online: bool = False
     request_rates: tuple[float, ...] = (1.0, 2.0, math.inf)
     concurrency: tuple[int, ...] = ()
@@ -86,6 +88,8 @@ class Settings:
             raise BenchError(
                 f"request_rates: {list(self.request_rates)} given; give positive numbers or inf"
             )
+        if self.online and self.profile_steps:
+            raise BenchError("online and profile_steps: give one of them")
         if self.threads is not None and not _is_count(self.threads):
             raise BenchError(f"threads: {self.threads!r} given; give a positive integer")
         if self.dtype not in DTYPES:

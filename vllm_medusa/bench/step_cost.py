@@ -40,6 +40,7 @@ def measure_step_costs(
     *,
     rounds: int = ROUNDS,
     engines_at_once: int | None = None,
+    environment: Mapping[str, str] | None = None,
     progress: Progress = lambda _: None,
     provenance: Mapping[str, Any] | None = None,
 ) -> StepCosts:
@@ -54,6 +55,7 @@ def measure_step_costs(
         rounds: timed ones, after one that warms up.
         engines_at_once: engines in memory at a time; the others run after them, and are then not
             interleaved with them. None is all.
+        environment: environment variables of the engines, beside the caller's own.
         progress: counts runs, one warm-up and ``rounds`` for each tree and batch size.
         provenance: kept with the result.
 
@@ -68,7 +70,7 @@ def measure_step_costs(
         with ExitStack() as stack:
             engines = [
                 stack.enter_context(
-                    start_engine(_with_tree(options, heads, tree, max(batch_sizes)))
+                    start_engine(_with_tree(options, heads, tree, max(batch_sizes)), environment)
                 )
                 for tree in group
             ]

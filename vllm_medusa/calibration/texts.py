@@ -106,14 +106,20 @@ def continue_requests(
     return texts
 
 
-def start_engine(options: Mapping[str, Any]) -> EngineProcess:
+def start_engine(
+    options: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> EngineProcess:
     """Start an engine and wait until it is up.
+
+    Args:
+        options: arguments of ``vllm.LLM``.
+        environment: environment variables beside the caller's own.
 
     Raises:
         CalibrationError: it does not come up; in one line why.
 
     """
-    engine = EngineProcess(options)
+    engine = EngineProcess(options, environment)
     try:
         engine.wait()
     except EngineProcessError as error:

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="directory of the results (bench-results)")
     offline = parser.add_argument_group("offline (default)").add_argument
     offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
+    parser.add_argument(
+        "--profile-steps",
+        action="store_true",
+        default=None,
+        help="time engine steps by draft nodes and batch size, for calibrate --step-costs",
+    )
     online = parser.add_argument_group("online: vllm serve, driven by vllm bench serve")
     online.add_argument("--online", action="store_true", default=None, help="measure servers")
     online.add_argument(

@@ -1,0 +1,110 @@
+"""`vllm-medusa bench --profile-steps`: what an engine step costs on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vllm_medusa.bench.engines import has_room
+from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.plan import Plan
+from vllm_medusa.bench.process import EngineProcess, EngineProcessError, has_accelerator
+from vllm_medusa.bench.spread import spread
+from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
+from vllm_medusa.bench.tables import Table, as_text
+from vllm_medusa.calibration.costs import StepCosts
+from vllm_medusa.heads.checkpoint import load_heads
+from vllm_medusa.heads.target import read_target
+from vllm_medusa.tree.named import default_paths
+
+#: Draft nodes of the trees whose steps are timed, as far as the heads' own tree has so many.
+SIZES = (4, 8, 16, 32, 64)
+FILE = "step_costs.json"
+
+
+def profile_steps(plan: Plan) -> str:
+    """Time the engine's steps by draft nodes and batch size; write and describe the result.
+
+    The file is what ``vllm-medusa calibrate --step-costs`` takes.
+
+    Raises:
+        HeadsError, CalibrationError: unusable heads, or an engine that does not come up.
+    """
+    from tqdm import tqdm
+
+    settings = plan.settings
+    heads = settings.heads or settings.model
+    target = read_target(settings.model)
+    checkpoint = load_heads(
+        heads, target_hidden_size=target.hidden_size, target_vocab_size=target.vocab_size
+    )
+    num_heads = checkpoint.spec.num_heads
+    found = checkpoint.tree_paths or default_paths(num_heads, max(SIZES))
+    paths = [tuple(path) for path in found]
+    sizes = [size for size in SIZES if size <= len(paths)] or [len(paths)]
+    trees = trees_to_measure(paths, sizes, num_heads)
+    turns = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
+    with tqdm(total=turns, desc="step costs", unit="run") as bar:
+        costs = measure_step_costs(
+            plan.options,
+            {"method": "medusa", "model": heads},
+            trees,
+            [token for prompt in plan.prompts.prompts for token in prompt.token_ids],
+            settings.batch_sizes,
+            rounds=settings.rounds,
+            engines_at_once=_engines_at_once(plan, len(trees)),
+            environment=plan.environment,
+            progress=bar.update,
+            provenance=dict(plan.provenance),
+        )
+    path = settings.out / FILE
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return "\n".join([as_text([cost_table(costs)]), _written(path)])
+
+
+def _engines_at_once(plan: Plan, num_engines: int) -> int:
+    """All engines, or one where the memory does not suffice or the user says so."""
+    if plan.settings.alive != "auto":
+        return num_engines if plan.settings.alive == "all" else 1
+    if has_accelerator():
+        return 1
+    with EngineProcess(plan.options, plan.environment) as engine:
+        try:
+            info = engine.wait()
+        except EngineProcessError as exc:
+            raise BenchError(f"the baseline does not run: {exc.reason}") from None
+    # That engine has ended: all of them have to fit into what is free now.
+    return num_engines if has_room(info, num_engines) else 1
+
+
+def cost_table(costs: StepCosts) -> Table:
+    """Time of a step by batch size and draft nodes, and over one without speculation."""
+    table = Table(
+        "Time of a step while the whole batch decodes: median of the rounds (quartiles)",
+        ("draft nodes", "leaf paths", "batch", "step ms", "over no speculation"),
+        texts=(),
+    )
+    for batch_size in costs.batch_sizes:
+        rows = [row for row in costs.rows if row.batch_size == batch_size]
+        base = next(row.round_ms for row in rows if not row.num_drafts)
+        for row in rows:
+            step = spread(row.round_ms)
+            ratio = spread([ms / base_ms for ms, base_ms in zip(row.round_ms, base, strict=True)])
+            assert step is not None
+            assert ratio is not None
+            table.rows.append(
+                (
+                    str(row.num_drafts),
+                    str(row.num_leaves),
+                    str(batch_size),
+                    step.format(2),
+                    ratio.format(2) if row.num_drafts else "",
+                )
+            )
+    return table
+
+
+def _written(path: Path) -> str:
+    return f"written to {path}, which vllm-medusa calibrate takes as --step-costs"
