@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
 from vllm_medusa.heads.module import MedusaHeads
 from vllm_medusa.heads.write import WriteFormat, needs_lm_head
+from vllm_medusa.training.errors import TrainingError
 from vllm_medusa.training.settings import TrainSettings
 
 _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
@@ -23,6 +24,9 @@ class TrainableHeads(nn.Module):
     Args:
         settings: the heads' number and kind.
         lm_head: [V, H], the target's; used as it is by shared heads, and never trained.
+
+    Raises:
+        TrainingError: the rank is above the hidden size.
     """
 
     def __init__(self, settings: TrainSettings, lm_head: Tensor) -> None:
@@ -42,6 +46,11 @@ class TrainableHeads(nn.Module):
             self.weight = nn.Parameter(copies.clone())
         elif settings.lm_head == "low-rank":
             assert settings.rank is not None
+            if settings.rank > lm_head.shape[1]:
+                raise TrainingError(
+                    f"--rank {settings.rank}: the target's hidden size is {lm_head.shape[1]}, and "
+                    "no lm_head has a larger rank; give a smaller one, or --lm-head own"
+                )
             factors = low_rank_factors(lm_head, settings.rank)
             for name, factor in zip(("down", "up"), factors, strict=True):
                 copies = factor.expand(settings.num_heads, -1, -1)

@@ -6,22 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.training.errors import TrainingError
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 
 def plot_report(report: Mapping[str, Any], path: Path) -> None:
-    """Draw each head's loss and the acceptance length over the steps, and write a PNG.
-
-    Raises:
-        TrainingError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TrainingError(
-            'the report\'s figure needs matplotlib: pip install "vllm-medusa[train]"'
-        ) from None
+    """Draw each head's loss and the acceptance length over the steps, and write a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,9 @@ def train(
     """
     if save_every is not None and save_every < 1:
         raise TrainingError(f"--save-every {save_every}: must be 1 or more")
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        raise TrainingError('training needs accelerate: pip install "vllm-medusa[train]"') from None
+    for package in ("accelerate", "matplotlib", "tqdm"):  # now, not after hours of training
+        if find_spec(package) is None:
+            raise TrainingError(f'training needs {package}: pip install "vllm-medusa[train]"')
     from vllm_medusa.training.loop import Training
     from vllm_medusa.training.report import write_heads
     from vllm_medusa.training.run_directory import RunDirectory
@@ -49,8 +49,14 @@ def train(
     if not directory.is_finished(training.identity):
         outcome = training.run(directory)
         if training.is_main:
-            write_heads(training, outcome, directory.staging(), out)
-            directory.finish()
+            try:
+                write_heads(training, outcome, directory.staging(), out)
+                directory.finish()
+            except OSError as exc:
+                raise TrainingError(
+                    f"{out}: cannot be written ({exc.strerror or exc}); the state stays in "
+                    f"{directory.path}, so make room and give the same command again"
+                ) from None
         training.wait()
     elif training.is_main:
         directory.discard()

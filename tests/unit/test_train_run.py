@@ -1,0 +1,297 @@
+"""Whole runs on a tiny model: what they write, and that cut short they end the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training import counting_rows, make_settings, save_llama, write_rows
+from vllm_medusa.data.errors import DataError
+from vllm_medusa.heads import load_heads
+from vllm_medusa.training import run_directory
+from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.training.loop import Training
+from vllm_medusa.training.run import train
+from vllm_medusa.training.settings import TrainSettings
+
+Train = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("train")
+    model = save_llama(directory / "model")
+    data = write_rows(directory / "data", counting_rows(60))
+    return {"model": str(model), "data": str(data)}
+
+
+def settings_of(inputs: dict[str, str], **changes: Any) -> TrainSettings:
+    return make_settings(**{**inputs, **changes})
+
+
+def weights(heads: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(heads.glob("*.safetensors")))
+
+
+def result(heads: Path) -> tuple[bytes, dict[str, Any]]:
+    report = json.loads((heads / "report.json").read_text())
+    return next(heads.glob("*.safetensors")).read_bytes(), report
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of ours may catch it."""
+
+
+def test_heads_learn_and_all_files_are_there(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(inputs, loss="ce", steps=60, eval_every=20, num_heads=2, lr=2e-2)
+    report = train(settings, tmp_path / "heads")
+    losses = [sum(point["heads"]) for point in report["loss"]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert {path.name for path in (tmp_path / "heads").iterdir()} == {
+        "config.json",
+        "medusa_lm_head.safetensors",
+        "medusa_tree.json",
+        "provenance.json",
+        "report.json",
+        "report.md",
+        "report.png",
+    }
+    assert not (tmp_path / "heads.partial").exists()
+    heads = load_heads(tmp_path / "heads", target_hidden_size=32, target_vocab_size=50)
+    assert (heads.spec.num_heads, heads.spec.lm_head) == (2, "target")
+    assert heads.base_model == inputs["model"]
+    assert heads.tree_paths is not None
+    provenance = json.loads((tmp_path / "heads" / "provenance.json").read_text())
+    assert provenance["rows_held_out"] == 6
+    assert provenance["identity"]["steps"] == 60
+    assert (tmp_path / "heads" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "heads" / "report.md").read_text()
+    assert "| top-1 accuracy, head by head |" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "lm_head"),
+    [
+        ({"lm_head": "own"}, "medusa_lm_head.safetensors", "own"),
+        ({"lm_head": "low-rank", "rank": 4}, "medusa_heads.safetensors", "low_rank"),
+        ({"num_layers": 2}, "medusa_heads.safetensors", "target"),
+        ({"dtype": "bfloat16"}, "medusa_lm_head.safetensors", "target"),
+    ],
+)
+def test_kinds_of_heads_are_written_and_load(
+    inputs: dict[str, str], tmp_path: Path, kind: dict[str, Any], file: str, lm_head: str
+) -> None:
+    settings = settings_of(inputs, steps=2, **kind)
+    train(settings, tmp_path / "heads")
+    assert (tmp_path / "heads" / file).exists()
+    spec = load_heads(tmp_path / "heads", target_vocab_size=50).spec
+    assert (spec.lm_head, spec.dtype) == (lm_head, getattr(torch, settings.dtype))
+    assert (spec.num_heads, spec.num_layers) == (3, settings.num_layers)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_run_cut_anywhere_ends_as_if_it_had_not_been(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+) -> None:
+    """Die at every write in turn, before and after it, and go on each time."""
+    settings = settings_of(inputs, optimizer=optimizer, steps=8, grad_accumulation=2)
+    train(settings, tmp_path / "undisturbed", save_every=1)
+    write, deaths = run_directory.write_atomically, iter(range(100))
+    fatal, num_writes = 0, 0
+
+    def dying_write(*arguments: Any) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == fatal // 2 + 1 and fatal % 2 == 0:
+            raise Killed
+        write(*arguments)
+        if num_writes == fatal // 2 + 1:
+            raise Killed
+
+    monkeypatch.setattr(run_directory, "write_atomically", dying_write)
+    for fatal in deaths:  # noqa: B007
+        num_writes = 0
+        try:
+            train(settings, tmp_path / "killed", save_every=1)
+            break
+        except Killed:
+            assert not (tmp_path / "killed").exists()
+    assert next(deaths) > 5
+    assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
+
+
+def test_resumed_run_does_not_start_anew(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(inputs, steps=6, eval_every=6)
+    step, steps = Training._step, []
+
+    def counted(self: Training, number: int, *arguments: Any) -> Any:
+        if number == 4 and 4 not in steps:
+            steps.append(number)
+            raise Killed
+        steps.append(number)
+        return step(self, number, *arguments)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    with pytest.raises(Killed):
+        train(settings, tmp_path / "heads", save_every=3)
+    train(settings, tmp_path / "heads", save_every=3)
+    assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
+
+
+def test_finished_run_is_left_alone(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(inputs, steps=2)
+    report = train(settings, tmp_path / "heads")
+    before = result(tmp_path / "heads")
+    (tmp_path / "heads.partial").mkdir()  # killed between the last two acts
+    assert train(settings, tmp_path / "heads") == report
+    assert result(tmp_path / "heads") == before
+    assert not (tmp_path / "heads.partial").exists()
+
+
+def test_other_settings_are_refused_by_name(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(inputs, steps=3)
+    train(settings, tmp_path / "done")
+    with pytest.raises(TrainingError, match=r"done: .* with lr 0\.01, this one has 0\.02"):
+        train(dataclasses.replace(settings, lr=0.02), tmp_path / "done")
+    monkeypatch.setattr(Training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        train(settings, tmp_path / "cut")
+    with pytest.raises(TrainingError, match=r"cut\.partial: .* with steps 3, this one has 4"):
+        train(dataclasses.replace(settings, steps=4), tmp_path / "cut")
+    other = write_rows(tmp_path / "data", counting_rows(60, seed=1))
+    with pytest.raises(TrainingError, match="with data fingerprint"):
+        train(dataclasses.replace(settings, data=str(other)), tmp_path / "cut")
+    model = save_llama(tmp_path / "model", seed=1)
+    with pytest.raises(TrainingError, match="with target fingerprint"):
+        train(dataclasses.replace(settings, model=str(model)), tmp_path / "cut")
+
+
+def test_moved_inputs_are_the_same_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(inputs, steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(settings, tmp_path / "heads")
+    moved = write_rows(tmp_path / "moved", counting_rows(60), per_shard=7)
+    train(dataclasses.replace(settings, data=str(moved)), tmp_path / "heads")
+
+
+def test_foreign_directory_and_damaged_checkpoint_are_refused(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(inputs, steps=3)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(TrainingError, match="was not made by vllm-medusa train"):
+        train(settings, tmp_path / "foreign")
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(settings, tmp_path / "heads")
+    (tmp_path / "heads.partial" / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: is damaged .*; remove"):
+        train(settings, tmp_path / "heads")
+
+
+def test_full_disk_leaves_the_last_checkpoint(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(inputs, steps=6, eval_every=2)
+    train(settings, tmp_path / "undisturbed")
+    save, saved = torch.save, []
+
+    def full(value: object, file: Any) -> None:
+        saved.append(file)
+        if len(saved) in (1, 5):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(value, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"cannot be written .*No space left on device"):
+            train(settings, tmp_path / "heads")
+        assert not (tmp_path / "heads").exists()
+        assert not list((tmp_path / "heads.partial").glob(".*"))
+    train(settings, tmp_path / "heads")
+    assert result(tmp_path / "heads") == result(tmp_path / "undisturbed")
+
+
+def test_best_heads_are_kept_not_the_last(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_medusa.training import loop
+
+    lengths = iter([1.2, 1.9, 1.5])
+    monkeypatch.setattr(loop, "expected_acceptance", lambda _: next(lengths))
+    report = train(settings_of(inputs, steps=9), tmp_path / "heads")
+    assert report["best_step"] == 6
+    # The same six steps, of a run that then loses its way.
+    lengths = iter([1.2, 1.9, 2.5])
+    train(settings_of(inputs, steps=9), tmp_path / "last")
+    best, last = (weights(tmp_path / name) for name in ("heads", "last"))
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_epochs_count_the_rows(inputs: dict[str, str]) -> None:
+    one, three = (Training(settings_of(inputs, epochs=epochs)).num_steps for epochs in (1, 3))
+    rows = 54
+    per_step = make_settings().batch_tokens // 30
+    assert rows / per_step / 2 < one <= rows / per_step + 1
+    assert three == pytest.approx(3 * one, abs=3)
+
+
+def test_loss_positions_learn_from_a_share(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(inputs, loss_positions=0.25)
+    train(settings, tmp_path / "some")
+    train(dataclasses.replace(settings, loss_positions=1.0), tmp_path / "all")
+    assert not torch.equal(
+        weights(tmp_path / "some")["0.0.linear.weight"],
+        weights(tmp_path / "all")["0.0.linear.weight"],
+    )
+
+
+def test_full_disk_at_the_very_end(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_medusa.training import report
+
+    settings = settings_of(inputs, steps=3)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "plot_report", full)
+        with pytest.raises(TrainingError, match="No space left on device.* give the same command"):
+            train(settings, tmp_path / "heads")
+    assert not (tmp_path / "heads").exists()
+    train(settings, tmp_path / "heads")
+    assert (tmp_path / "heads" / "report.png").exists()
+
+
+def test_missing_package_is_said_before_training(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_medusa.training import run
+
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(TrainingError, match=r"needs matplotlib: pip install"):
+        train(settings_of(inputs), tmp_path / "heads")
+    assert not list(tmp_path.iterdir())
