@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -85,3 +86,15 @@ def answer_without_engine(
         rows = answer_prompts(prompts, make_model(), generate, settings.seed)
         report(sum(row.num_answers for row in rows), sum(row.num_answer_tokens for row in rows))
         yield index, rows
+
+
+def fork(function: Callable[[], object]) -> int:
+    """Run a function in a child process that ends with it, whatever happens; return its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.close(2)
+        function()
+    finally:  # an exception would otherwise carry on with the tests in both processes
+        os._exit(1)

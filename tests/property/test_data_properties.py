@@ -19,6 +19,7 @@ from tests.data_fakes import (
     EchoTokenizer,
     answer_without_engine,
     echo_answer,
+    fork,
     make_model,
 )
 from vllm_medusa.data import distill as module
@@ -150,12 +151,7 @@ def run(directory: Path) -> None:
 
 
 def run_killed(directory: Path, num_calls: int, before: bool) -> None:
-    """Run in a process that is killed before or after its n-th call that touches the disk."""
-    process = os.fork()
-    if process:
-        os.waitpid(process, 0)
-        return
-    os.close(2)
+    """Run in this process, killed before or after its n-th call that touches the disk."""
     calls = 0
 
     def deadly(function: Any) -> Any:
@@ -177,7 +173,6 @@ def run_killed(directory: Path, num_calls: int, before: bool) -> None:
         patch.object(Path, "mkdir", deadly(Path.mkdir)),
     ):
         run(directory)
-    os._exit(0)
 
 
 def shards(directory: Path) -> dict[str, bytes]:
@@ -195,7 +190,7 @@ def test_killed_anywhere_any_number_of_times_the_rows_are_the_same(
             Path(directory, "prompts.jsonl").write_text("".join(lines))
         run(Path(first))
         for num_calls, before in kills:
-            run_killed(Path(second), num_calls, before)
+            os.waitpid(fork(lambda n=num_calls, b=before: run_killed(Path(second), n, b)), 0)
         run(Path(second))
         assert len(shards(Path(first))) == 3
         assert shards(Path(first)) == shards(Path(second))

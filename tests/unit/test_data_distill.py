@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.data_fakes import DEMO_TEXTS, answer_without_engine, make_model
+from tests.data_fakes import DEMO_TEXTS, answer_without_engine, fork, make_model
 from vllm_medusa.data import distill as module
 from vllm_medusa.data import files
 from vllm_medusa.data.distill import Distilled, DistillSettings, distill
@@ -137,11 +137,7 @@ def test_killed_at_random_points_the_result_is_the_same(tmp_path: Path, run: Run
     rng = random.Random(0)
     num_partial = 0
     for _ in range(10):
-        process = os.fork()
-        if not process:
-            os.close(2)
-            run("killed", shard_size=1)
-            os._exit(0)
+        process = fork(lambda: run("killed", shard_size=1))
         time.sleep(rng.uniform(0, seconds / 3))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)

@@ -5,13 +5,14 @@ import os
 import resource
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data_fakes import fork
 from vllm_medusa.data.errors import DataError
 from vllm_medusa.data.files import remove_temporary_files, write_atomically
 from vllm_medusa.data.rows import (
@@ -160,13 +161,13 @@ def test_no_directory_to_write_to(tmp_path: Path) -> None:
 
 def test_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    process = os.fork()
-    if not process:  # a child that is killed while it writes
-        write_atomically(
-            path,
-            lambda file: (file.write(b"x" * 99), file.flush(), os.kill(os.getpid(), 9)),
-        )
-    os.waitpid(process, 0)
+
+    def die(file: BinaryIO) -> None:
+        file.write(b"x" * 99)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork(lambda: write_atomically(path, die)), 0)
     (left,) = tmp_path.iterdir()
     assert (left.name, left.stat().st_size) == (".file.medusa-tmp", 99)
     remove_temporary_files(tmp_path)
