@@ -13,25 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_medusa.bench.compare import compare_runs, is_beyond_spread
-from vllm_medusa.bench.display import START, TimeLeft, with_starts
-from vllm_medusa.bench.engines import EnginePool, VariantState, has_room
+from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.figures import categories_of, figures_of
-from vllm_medusa.bench.offline import Measurement, schedule
+from vllm_medusa.bench.offline import Measurement
 from vllm_medusa.bench.plots import plot_offline
 from vllm_medusa.bench.process import (
     EngineInfo,
-    EngineProcessError,
     RequestTimes,
     Run,
     last_exception,
 )
 from vllm_medusa.bench.prompts import BenchPrompt
 from vllm_medusa.bench.report import Report, markdown
-from vllm_medusa.bench.results import FORMAT, read_results, to_json, write_results
+from vllm_medusa.bench.results import FORMAT, prepare_out, read_results, to_json, write_results
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
 from vllm_medusa.bench.spread import ratios, spread
-from vllm_medusa.bench.variants import Variant
 
 numbers = st.floats(min_value=0.1, max_value=1e6)
 
@@ -209,7 +206,9 @@ def test_report_says_it_all(tmp_path: Path, measurements: list[Measurement]) -> 
         "time": "now",
         "git_revision": "abc",
     }
-    text = markdown(report.tables(), report.notes, plots, provenance, {"model": "M"})
+    text = markdown(
+        [t for t in report.tables() if t.rows], report.notes, plots, provenance, {"model": "M"}
+    )
     for part in (
         "| eagle | unavailable | no such file or directory: x |",
         "| tree | broke off | ValueError: no |",
@@ -274,86 +273,27 @@ def test_no_results_file(tmp_path: Path, text: str) -> None:
         read_results(tmp_path / "none.json")
 
 
+def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+    prepare_out(tmp_path, overwrite=False)
+    run_file(tmp_path / "a", [1.0])
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / "a" / "speedup_by_batch.png").touch()
+    with pytest.raises(BenchError, match="holds the results of a run"):
+        prepare_out(tmp_path / "a", overwrite=False)
+    assert (tmp_path / "a" / "results.json").exists()
+    prepare_out(tmp_path / "a", overwrite=True)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchError, match="name another directory"):
+        prepare_out(tmp_path / "file" / "out", overwrite=False)
+
+
 def test_compare_needs_runs_of_one_mode(tmp_path: Path) -> None:
     first = run_file(tmp_path / "a", [1.0])
     other = run_file(tmp_path / "b", [1.0], mode="online")
     assert json.loads(other.read_text())["format"] == FORMAT
     with pytest.raises(BenchError, match="one mode"):
         compare_runs(first, other)
-
-
-def test_schedule_interleaves() -> None:
-    assert list(schedule(2, [1, 2], ["A", "B"], keeps_all=True)) == [
-        (1, 1, "A"), (1, 1, "B"), (1, 2, "A"), (1, 2, "B"),
-        (2, 1, "A"), (2, 1, "B"), (2, 2, "A"), (2, 2, "B"),
-    ]  # fmt: skip
-    alone = [name for _, _, name in schedule(2, [1, 2], ["A", "B"], keeps_all=False)]
-    assert alone == ["A", "A", "B", "B"] * 2
-
-
-def test_time_left() -> None:
-    left = TimeLeft()
-    assert left.estimate() is None
-    left.expect([("A", "x"), ("A", "x"), ("B", "x"), ("B", "y"), ("C", START)])
-    left.done(("A", "x"), 2.0)
-    # A again 2, B doing the same 2, y and the start like anything so far 2.
-    assert left.estimate() == 8.0
-    assert left.num_pending == 3
-    left.done(("B", "x"), 4.0)
-    left.drop("C")
-    assert left.estimate() == 2.0 + 3.0
-
-
-def test_starts_to_come() -> None:
-    turns = [("A", "x"), ("B", "x"), ("A", "x"), ("B", "x")]
-    assert with_starts(turns, kept_all=True)[4:] == [("B", START)]
-    assert with_starts(turns, kept_all=False)[4:] == [("B", START), ("A", START), ("B", START)]
-
-
-class FakeEngine:
-    alive: list[str] = []  # noqa: RUF012
-
-    def __init__(self, variant: Variant) -> None:
-        self.name = variant.name
-        if variant.name != "broken":
-            FakeEngine.alive.append(self.name)
-
-    def wait(self) -> EngineInfo:
-        if self.name == "broken":
-            raise EngineProcessError("Traceback\nValueError: no heads\n")
-        return EngineInfo(1.0, "cpu", None, 100)
-
-    def close(self, patience_s: float = 20) -> None:
-        if self.name in FakeEngine.alive:
-            FakeEngine.alive.remove(self.name)
-
-
-@pytest.mark.parametrize("alive", ["all", "one"])
-def test_engine_pool(alive: Any) -> None:
-    FakeEngine.alive.clear()
-    variants = {name: Variant(name=name) for name in ("baseline", "broken", "tree")}
-    started = []
-    with EnginePool(
-        variants, FakeEngine, alive, lambda name, engine, info: started.append(name)
-    ) as pool:
-        for name in [*variants] * 2:
-            engine = pool.get(name)
-            assert (engine is None) == (name == "broken")
-            assert name in FakeEngine.alive or engine is None
-        assert pool.states["broken"].unavailable == "ValueError: no heads"
-        assert len(FakeEngine.alive) == (2 if alive == "all" else 1)
-        assert started == ["baseline", "tree"] * (1 if alive == "all" else 2)
-        pool.give_up("tree", EngineProcessError("MemoryError: gone"))
-        assert pool.get("tree") is None
-        assert pool.states["tree"].failed == "MemoryError: gone"
-    assert FakeEngine.alive == []
-
-
-def test_room_for_engines() -> None:
-    info = EngineInfo(1.0, "cpu", None, 1000)
-    assert has_room(info, others=3, available=3250)
-    assert not has_room(info, others=3, available=3249)
-    assert not has_room(EngineInfo(1.0, "cuda", "GPU", 1), others=1, available=1e12)
 
 
 @pytest.mark.parametrize(

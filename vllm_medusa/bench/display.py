@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -76,6 +77,7 @@ class Display:
         self._console = console or rich.console.Console(stderr=True)
         self._table = table
         self._time_left = TimeLeft()
+        self._since = time.monotonic()
         self._live: rich.live.Live | None = None
         if self._console.is_terminal:
             self._live = rich.live.Live(console=self._console, auto_refresh=False, transient=True)
@@ -86,11 +88,14 @@ class Display:
 
     def begin(self, variant: str) -> None:
         """Say whose turn it is."""
+        self._since = time.monotonic()
         self._show(f"now: {variant}")
 
-    def done(self, turn: Turn, seconds: float, line: str) -> None:
-        """Say that a turn has ended, and what it gave."""
-        self._time_left.done(turn, seconds)
+    def done(self, turn: Turn, line: str) -> None:
+        """Say that what began last has ended, and what it gave."""
+        now = time.monotonic()
+        self._time_left.done(turn, now - self._since)
+        self._since = now
         self._say(f"{line}{self._left()}")
 
     def drop(self, variant: str, reason: str) -> None:

@@ -12,8 +12,8 @@ from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.settings import Alive
 from vllm_medusa.bench.variants import Variant
 
-#: Memory that has to be left over, as a share of what the first engine takes.
-_MARGIN = 0.25
+#: Memory that has to be left over, in engines: compiling takes more than running.
+_MARGIN = 1
 
 
 @dataclass
@@ -84,33 +84,29 @@ class EnginePool(Generic[E]):
         """Whether all engines are alive at once; known once the baseline has been started."""
         return self._alive == "all"
 
-    def get(self, name: str) -> E | None:
-        """The variant's engine, started if need be; None if it does not take part (any more).
+    def require(self, name: str) -> E:
+        """The variant's engine, started if need be.
 
         Engines start one after the other: several that compile at once take too much memory.
+
+        Raises:
+            EngineProcessError: it does not come up.
         """
-        state = self.states[name]
-        if not state.is_running:
-            return None
         if name not in self._engines:
-            try:
-                self._engines[name] = self._start(name)
-            except EngineProcessError as exc:
-                self._end(name)
-                # One that ran before and does not start again has failed, not been unavailable.
-                if state.starts:
-                    state.failed = exc.reason
-                else:
-                    state.unavailable = exc.reason
-                return None
+            self._start(name)
         return self._engines[name]
 
     def give_up(self, name: str, error: EngineProcessError) -> None:
-        """Take a variant out whose engine broke off."""
-        self.states[name].failed = error.reason
+        """Take a variant out whose engine did not come up or broke off."""
+        state = self.states[name]
+        # One that was up before has failed, not been unavailable.
+        if state.starts:
+            state.failed = error.reason
+        else:
+            state.unavailable = error.reason
         self._end(name)
 
-    def _start(self, name: str) -> E:
+    def _start(self, name: str) -> None:
         if not self.keeps_all:
             for other in list(self._engines):
                 self._end(other)
@@ -122,7 +118,6 @@ class EnginePool(Generic[E]):
         if self._alive == "auto":
             others = sum(state.is_running for state in self.states.values()) - 1
             self._alive = "all" if has_room(info, others) else "one"
-        return engine
 
     def _end(self, name: str) -> None:
         if name in self._engines:

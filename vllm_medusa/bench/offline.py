@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
-from vllm_medusa.bench.process import EngineInfo, EngineProcess, EngineProcessError, Run
+from vllm_medusa.bench.process import EngineInfo, EngineProcess, Run
 from vllm_medusa.bench.prompts import BenchPrompt, PromptSet
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs
 from vllm_medusa.bench.settings import Settings
+from vllm_medusa.bench.turns import Watcher, take_turns
 from vllm_medusa.bench.variants import BASELINE, Variant
 
 #: Tokens of a warm-up, at most: enough for every code path to have run.
@@ -43,6 +45,57 @@ class Measurement:
         """Tokens of all requests over the time of all steps."""
         return self.run.num_tokens / self.run.seconds
 
+    @property
+    def load_name(self) -> str:
+        """The batch size in words."""
+        return batch_name(self.batch_size)
+
+    @property
+    def summary(self) -> str:
+        """What it gave, in a few words."""
+        return f"{self.tokens_per_s:.1f} tokens/s, {self.run.tokens_per_step:.2f} tokens/step"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON has it, but its steps summed up."""
+        run = self.run
+        steps = run.decode_step_ms
+        return {
+            "variant": self.variant,
+            "batch_size": self.batch_size,
+            "round": self.round,
+            "tokens_per_s": self.tokens_per_s,
+            "num_tokens": run.num_tokens,
+            "seconds": run.seconds,
+            "num_steps": len(run.step_ms),
+            "tokens_per_step": run.tokens_per_step,
+            "median_step_ms": statistics.median(steps),
+            "num_drafts": run.num_drafts,
+            "num_accepted": run.num_accepted,
+            "accepted_by_depth": run.accepted_by_depth,
+            "num_preemptions": run.num_preemptions,
+            "peak_memory_bytes": run.peak_memory_bytes,
+            "device_memory_bytes": run.device_memory_bytes,
+            "requests": [
+                {
+                    "prompt": prompt.id,
+                    "category": prompt.category,
+                    "num_prompt_tokens": len(prompt.token_ids),
+                    "num_tokens": len(token_ids),
+                    "num_steps": times.num_steps,
+                    "ttft_ms": times.ttft_ms,
+                    "tpot_ms": times.tpot_ms,
+                }
+                for prompt, token_ids, times in zip(
+                    self.prompts, run.token_ids, run.requests, strict=True
+                )
+            ],
+        }
+
+
+def batch_name(batch_size: int) -> str:
+    """A batch size in words."""
+    return f"batch {batch_size}"
+
 
 @dataclass(frozen=True)
 class OfflineResult:
@@ -61,49 +114,6 @@ class OfflineResult:
     kept_all: bool
 
 
-class Watcher(Protocol):
-    """Is told what happens while it happens."""
-
-    def expect(
-        self,
-        turns: Sequence[tuple[str, int]],
-        states: Mapping[str, VariantState],
-        kept_all: bool,
-    ) -> None:
-        """The baseline is up; turns to come, as variant and batch size, starts left out."""
-
-    def turn_of(self, variant: str) -> None:
-        """A variant's turn begins."""
-
-    def started(self, variant: str, info: EngineInfo) -> None:
-        """A variant's engine is up."""
-
-    def measured(self, measurement: Measurement) -> None:
-        """A turn has ended."""
-
-    def dropped(self, variant: str, reason: str) -> None:
-        """A variant takes no part any more."""
-
-
-def schedule(
-    rounds: int, batch_sizes: Sequence[int], names: Sequence[str], keeps_all: bool
-) -> Iterator[tuple[int, int, str]]:
-    """Turns as (round, batch size, variant).
-
-    With all engines alive the variants take turns at every batch. One at a time they do so
-    round by round, each with all batch sizes, as every start takes long.
-    """
-    for number in range(1, rounds + 1):
-        if keeps_all:
-            for batch_size in batch_sizes:
-                for name in names:
-                    yield number, batch_size, name
-        else:
-            for name in names:
-                for batch_size in batch_sizes:
-                    yield number, batch_size, name
-
-
 def run_offline(
     settings: Settings,
     variants: Sequence[Variant],
@@ -111,7 +121,7 @@ def run_offline(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     unavailable: Mapping[str, str],
-    watcher: Watcher,
+    watcher: Watcher[int, Measurement],
 ) -> OfflineResult:
     """Measure all variants.
 
@@ -141,64 +151,22 @@ def run_offline(
             {**environment, **variant.environment},
         )
 
+    def measure(engine: EngineProcess, name: str, batch_size: int, number: int) -> Measurement:
+        batch = prompts.batch(number, batch_size)
+        token_ids = [prompt.token_ids for prompt in batch]
+        run = engine.run(token_ids, settings.max_tokens, **sampling)
+        return Measurement(name, batch_size, number, batch, run)
+
     by_name = {variant.name: variant for variant in variants}
-    measurements: list[Measurement] = []
     with EnginePool(by_name, start, settings.alive, on_start) as pool:
-        for name, reason in unavailable.items():
-            pool.states[name].unavailable = reason
-            watcher.dropped(name, reason)
-        watcher.turn_of(BASELINE)
-        _started(pool, BASELINE)
-        turns = list(schedule(settings.rounds, settings.batch_sizes, [*by_name], pool.keeps_all))
-        expected = [(name, size) for _, size, name in turns if pool.states[name].is_running]
-        watcher.expect(expected, pool.states, pool.keeps_all)
-        for number, batch_size, name in turns:
-            if not pool.states[name].is_running:
-                continue
-            watcher.turn_of(name)
-            batch = prompts.batch(number, batch_size)
-            run = _run(pool, name, batch, settings.max_tokens, sampling)
-            if run is None:
-                watcher.dropped(name, pool.states[name].reason or "")
-                continue
-            measurements.append(Measurement(name, batch_size, number, batch, run))
-            watcher.measured(measurements[-1])
+        measurements = take_turns(
+            pool, settings.rounds, settings.batch_sizes, unavailable, measure, watcher
+        )
         sameness = [
             explain(pool, settings, prompts, measurements, found)
             for found in _compare(by_name, measurements)
         ]
     return OfflineResult(measurements, pool.states, sameness, pool.keeps_all)
-
-
-def _started(pool: EnginePool[EngineProcess], name: str) -> EngineProcess:
-    """The engine of a variant that has to run."""
-    engine = pool.get(name)
-    if engine is None:
-        raise EngineProcessError(str(pool.states[name].reason))
-    return engine
-
-
-def _run(
-    pool: EnginePool[EngineProcess],
-    name: str,
-    batch: Sequence[BenchPrompt],
-    max_tokens: int,
-    sampling: Mapping[str, Any],
-) -> Run | None:
-    """One turn; None if the variant broke off, which only the baseline must not."""
-    if name == BASELINE:
-        engine: EngineProcess | None = _started(pool, name)
-    else:
-        engine = pool.get(name)
-    if engine is None:
-        return None
-    try:
-        return engine.run([prompt.token_ids for prompt in batch], max_tokens, **sampling)
-    except EngineProcessError as exc:
-        if name == BASELINE:
-            raise
-        pool.give_up(name, exc)
-        return None
 
 
 def _compare(
@@ -243,7 +211,7 @@ def explain(
         context = token_ids[mismatch.prompt_id] + outputs[key][: mismatch.position]
         sequences = [[*context, token] for token in tokens if token is not None]
         if len(sequences) == 2:
-            ours, theirs = _started(pool, BASELINE).score(sequences)
+            ours, theirs = pool.require(BASELINE).score(sequences)
             mismatch = dataclasses.replace(mismatch, baseline_logprob=ours, variant_logprob=theirs)
         explained.append(mismatch)
     rest = found.mismatches[MAX_EXPLAINED:]

@@ -9,10 +9,10 @@ import math
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
 from vllm_medusa.bench.errors import BenchError
@@ -20,7 +20,8 @@ from vllm_medusa.bench.process import EngineInfo, EngineProcessError, has_accele
 from vllm_medusa.bench.prompts import RANDOM, PromptSet
 from vllm_medusa.bench.server import VLLM, ServerProcess
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.variants import BASELINE, Variant
+from vllm_medusa.bench.turns import Watcher, take_turns
+from vllm_medusa.bench.variants import Variant
 
 #: Requests before each measurement that do not count.
 NUM_WARM_UPS = 2
@@ -86,6 +87,28 @@ class OnlineMeasurement:
         accepted = self.metrics.get("vllm:spec_decode_num_accepted_tokens", 0)
         return 1 + accepted / drafts if drafts else 1.0
 
+    @property
+    def load_name(self) -> str:
+        """The load in words."""
+        return str(self.load)
+
+    @property
+    def summary(self) -> str:
+        """What it gave, in a few words."""
+        speed, tpot_ms = self.result["output_throughput"], self.result["median_tpot_ms"]
+        return f"{speed:.1f} tokens/s, {tpot_ms:.1f} ms/token"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {
+            "variant": self.variant,
+            "load": self.load_name,
+            "round": self.round,
+            "result": dict(self.result),
+            "metrics": {name: value for name, value in self.metrics.items() if value},
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 @dataclass(frozen=True)
 class OnlineResult:
@@ -100,30 +123,6 @@ class OnlineResult:
     measurements: Sequence[OnlineMeasurement]
     states: Mapping[str, VariantState]
     kept_all: bool
-
-
-class OnlineWatcher(Protocol):
-    """Is told what happens while it happens."""
-
-    def expect(
-        self,
-        turns: Sequence[tuple[str, Load]],
-        states: Mapping[str, VariantState],
-        kept_all: bool,
-    ) -> None:
-        """The baseline is up; turns to come, as variant and load, starts left out."""
-
-    def turn_of(self, variant: str) -> None:
-        """A variant's turn begins."""
-
-    def started(self, variant: str, info: EngineInfo) -> None:
-        """A variant's server is up."""
-
-    def measured(self, measurement: OnlineMeasurement) -> None:
-        """A turn has ended."""
-
-    def dropped(self, variant: str, reason: str) -> None:
-        """A variant takes no part any more."""
 
 
 def loads_of(settings: Settings) -> list[Load]:
@@ -142,7 +141,7 @@ def run_online(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     unavailable: Mapping[str, str],
-    watcher: OnlineWatcher,
+    watcher: Watcher[Load, OnlineMeasurement],
     folder: Path,
 ) -> OnlineResult:
     """Measure all variants; whatever happens, no server stays behind.
@@ -177,38 +176,20 @@ def run_online(
     def on_start(name: str, server: ServerProcess, info: EngineInfo) -> None:
         watcher.started(name, info)
 
+    def measure(server: ServerProcess, name: str, load: Load, number: int) -> OnlineMeasurement:
+        before = server.metrics()
+        result = _drive(settings, server, load, number, data, folder)
+        after = server.metrics()
+        grown = {key: value - before.get(key, 0) for key, value in after.items()}
+        if not result.get("completed"):
+            raise server.failure()
+        return OnlineMeasurement(name, load, number, result, grown, server.peak_memory())
+
     by_name = {variant.name: variant for variant in variants}
-    measurements: list[OnlineMeasurement] = []
     with EnginePool(by_name, start, settings.alive, on_start) as pool:
-        for name, reason in unavailable.items():
-            pool.states[name].unavailable = reason
-            watcher.dropped(name, reason)
-        watcher.turn_of(BASELINE)
-        if pool.get(BASELINE) is None:
-            raise EngineProcessError(str(pool.states[BASELINE].reason))
-        turns = [*_schedule(settings, list(by_name), pool.keeps_all)]
-        watcher.expect(
-            [(name, load) for _, load, name in turns if pool.states[name].is_running],
-            pool.states,
-            pool.keeps_all,
+        measurements = take_turns(
+            pool, settings.rounds, loads_of(settings), unavailable, measure, watcher
         )
-        for number, load, name in turns:
-            if not pool.states[name].is_running:
-                continue
-            watcher.turn_of(name)
-            try:
-                server = pool.get(name)
-                if server is not None:
-                    measurements.append(
-                        _measure(settings, server, name, load, number, data, folder)
-                    )
-                    watcher.measured(measurements[-1])
-            except EngineProcessError as exc:
-                pool.give_up(name, exc)
-            if (why := pool.states[name].reason) is not None:
-                if name == BASELINE:
-                    raise EngineProcessError(why)
-                watcher.dropped(name, why)
     return OnlineResult(measurements, pool.states, pool.keeps_all)
 
 
@@ -221,18 +202,6 @@ def _thread_binding(settings: Settings) -> dict[str, str]:
         return {}
     cores = sorted(os.sched_getaffinity(0))[: settings.threads]
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-
-
-def _schedule(
-    settings: Settings, names: Sequence[str], keeps_all: bool
-) -> Iterator[tuple[int, Load, str]]:
-    """Turns as (round, load, variant), as `offline.schedule` orders them."""
-    loads = loads_of(settings)
-    for number in range(1, settings.rounds + 1):
-        if keeps_all:
-            yield from ((number, load, name) for load in loads for name in names)
-        else:
-            yield from ((number, load, name) for name in names for load in loads)
 
 
 def _dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list[str]:
@@ -251,24 +220,6 @@ def _dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list
     # The prompts are rendered already.
     flags = ["--dataset-name", "custom", "--dataset-path", str(path), "--skip-chat-template"]
     return [*flags, "--custom-output-len", str(settings.max_tokens)]
-
-
-def _measure(
-    settings: Settings,
-    server: ServerProcess,
-    name: str,
-    load: Load,
-    number: int,
-    data: Sequence[str],
-    folder: Path,
-) -> OnlineMeasurement:
-    before = server.metrics()
-    result = _drive(settings, server, load, number, data, folder)
-    after = server.metrics()
-    grown = {key: value - before.get(key, 0) for key, value in after.items()}
-    if not result.get("completed"):
-        raise server.failure()
-    return OnlineMeasurement(name, load, number, result, grown, server.peak_memory())
 
 
 def _drive(

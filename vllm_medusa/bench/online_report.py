@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.online import Load, OnlineMeasurement
@@ -172,18 +171,6 @@ def plot_online(out: Path, figures: Sequence[OnlineFigures]) -> list[tuple[str, 
             axes.annotate(row.load, at, (4, 4), textcoords="offset points", size=7)
     axes.set_ylim(bottom=0)
     return [save(figure, axes, out, "latency_by_throughput", "Latency against throughput")]
-
-
-def measurement_to_json(measurement: OnlineMeasurement) -> dict[str, Any]:
-    """One measurement as JSON has it."""
-    return {
-        "variant": measurement.variant,
-        "load": str(measurement.load),
-        "round": measurement.round,
-        "result": dict(measurement.result),
-        "metrics": {name: value for name, value in measurement.metrics.items() if value},
-        "peak_memory_bytes": measurement.peak_memory_bytes,
-    }
 
 
 def _spread(values: Sequence[float]) -> Spread:

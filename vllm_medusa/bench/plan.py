@@ -83,7 +83,7 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
         except UnavailableError as exc:
             unavailable[variant.name] = str(exc)
         ready.append(variant)
-    prepare_out(settings.out)
+    prepare_out(settings.out, settings.overwrite)
     return Plan(
         settings=settings,
         variants=ready,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.figures import Figures, by_batch_size
+from vllm_medusa.bench.results import PLOTS
 from vllm_medusa.bench.variants import BASELINE
 
 
@@ -94,9 +95,10 @@ def new_figure(x_label: str, y_label: str) -> tuple[Any, Any]:
 
 
 def save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
-    """Write a figure; return its file name and caption."""
+    """Write a figure under one of the names of `results.PLOTS`; return it and the caption."""
     axes.legend(fontsize=8)
     axes.set_title(caption, fontsize=9)
     file = f"{name}.png"
+    assert file in PLOTS
     figure.savefig(out / file, dpi=120, metadata={"Software": None})
     return file, caption

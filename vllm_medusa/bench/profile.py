@@ -9,7 +9,9 @@ from vllm_medusa.bench.engines import has_room
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.process import EngineProcess, EngineProcessError, has_accelerator
+from vllm_medusa.bench.results import STEP_COSTS
 from vllm_medusa.bench.spread import spread
+from vllm_medusa.bench.stages import measure_stages, stage_table
 from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
 from vllm_medusa.bench.tables import Table, as_text
 from vllm_medusa.calibration.costs import StepCosts
@@ -19,7 +21,6 @@ from vllm_medusa.tree.named import default_paths
 
 #: Draft nodes of the trees whose steps are timed, as far as the heads' own tree has so many.
 SIZES = (4, 8, 16, 32, 64)
-FILE = "step_costs.json"
 
 
 def profile_steps(plan: Plan) -> str:
@@ -43,13 +44,17 @@ def profile_steps(plan: Plan) -> str:
     paths = [tuple(path) for path in found]
     sizes = [size for size in SIZES if size <= len(paths)] or [len(paths)]
     trees = trees_to_measure(paths, sizes, num_heads)
+    speculative = {"method": "medusa", "model": heads}
+    token_ids = [token for prompt in plan.prompts.prompts for token in prompt.token_ids]
+    staged = [trees[1], trees[-1]]  # the chain and the largest tree
     turns = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
+    turns += 2 * len(staged) * len(settings.batch_sizes)
     with tqdm(total=turns, desc="step costs", unit="run") as bar:
         costs = measure_step_costs(
             plan.options,
-            {"method": "medusa", "model": heads},
+            speculative,
             trees,
-            [token for prompt in plan.prompts.prompts for token in prompt.token_ids],
+            token_ids,
             settings.batch_sizes,
             rounds=settings.rounds,
             engines_at_once=_engines_at_once(plan, len(trees)),
@@ -57,11 +62,20 @@ def profile_steps(plan: Plan) -> str:
             progress=bar.update,
             provenance=dict(plan.provenance),
         )
-    path = settings.out / FILE
+        stages = measure_stages(
+            plan.options,
+            speculative,
+            staged,
+            token_ids,
+            settings.batch_sizes,
+            environment=plan.environment,
+            progress=bar.update,
+        )
+    path = settings.out / STEP_COSTS
     part = path.with_suffix(".part")
     part.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-    return "\n".join([as_text([cost_table(costs)]), _written(path)])
+    return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])
 
 
 def _engines_at_once(plan: Plan, num_engines: int) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.figures import CategoryFigures, Figures
+from vllm_medusa.bench.plan import Plan
+from vllm_medusa.bench.results import REPORT, variant_to_json, write_results
 from vllm_medusa.bench.sameness import Sameness
 from vllm_medusa.bench.spread import Spread
-from vllm_medusa.bench.tables import Table
+from vllm_medusa.bench.tables import Table, as_text
 
 #: Mismatches shown one by one, of each variant.
 _SHOWN_MISMATCHES = 5
@@ -38,8 +40,8 @@ class Report:
     notes: Sequence[str]
 
     def tables(self) -> list[Table]:
-        """All tables that have rows."""
-        tables = [
+        """All tables, also those without rows."""
+        return [
             speed_table(self.figures, self.states),
             absence_table(self.states),
             depth_table(
@@ -49,7 +51,6 @@ class Report:
             sameness_table(self.sameness, self.dtype),
             mismatch_table(self.sameness, self.dtype),
         ]
-        return [table for table in tables if table.rows]
 
 
 def speed_table(figures: Sequence[Figures], states: Mapping[str, VariantState]) -> Table:
@@ -194,6 +195,39 @@ def mismatch_table(sameness: Sequence[Sameness], dtype: str) -> Table:
                 )
             )
     return table
+
+
+def write_report(
+    plan: Plan,
+    states: Mapping[str, VariantState],
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    plots: Sequence[tuple[str, str]],
+    results: Mapping[str, Any],
+) -> str:
+    """Write results.json and report.md; return the tables and notes as text.
+
+    Args:
+        plan: of the comparison.
+        states: by variant.
+        tables: in order; those without rows are left out.
+        notes: sentences.
+        plots: file name and caption of each.
+        results: what the JSON holds beside provenance, settings, variants and notes.
+    """
+    out, settings = plan.settings.out, plan.settings_json()
+    provenance = plan.provenance_json(states)
+    filled = [table for table in tables if table.rows]
+    common = {
+        "provenance": provenance,
+        "settings": settings,
+        "variants": [variant_to_json(v, states[v.name]) for v in plan.variants],
+        "notes": list(notes),
+    }
+    write_results(out, {**common, **results})
+    text = markdown(filled, notes, plots, provenance, settings)
+    (out / REPORT).write_text(text, encoding="utf-8")
+    return "\n".join([as_text(filled), *notes, f"written to {out}"])
 
 
 def markdown(

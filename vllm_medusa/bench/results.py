@@ -5,56 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.errors import BenchError
-from vllm_medusa.bench.offline import Measurement
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
 
 FORMAT = "vllm_medusa.bench/1"
-RESULTS, LINES = "results.json", "results.jsonl"
-
-
-def measurement_to_json(measurement: Measurement) -> dict[str, Any]:
-    """One measurement, its steps summed up."""
-    run = measurement.run
-    steps = run.decode_step_ms
-    return {
-        "variant": measurement.variant,
-        "batch_size": measurement.batch_size,
-        "round": measurement.round,
-        "tokens_per_s": measurement.tokens_per_s,
-        "num_tokens": run.num_tokens,
-        "seconds": run.seconds,
-        "num_steps": len(run.step_ms),
-        "tokens_per_step": run.tokens_per_step,
-        "median_step_ms": statistics.median(steps),
-        "num_drafts": run.num_drafts,
-        "num_accepted": run.num_accepted,
-        "accepted_by_depth": run.accepted_by_depth,
-        "num_preemptions": run.num_preemptions,
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "device_memory_bytes": run.device_memory_bytes,
-        "requests": [
-            {
-                "prompt": prompt.id,
-                "category": prompt.category,
-                "num_prompt_tokens": len(prompt.token_ids),
-                "num_tokens": len(token_ids),
-                "num_steps": times.num_steps,
-                "ttft_ms": times.ttft_ms,
-                "tpot_ms": times.tpot_ms,
-            }
-            for prompt, token_ids, times in zip(
-                measurement.prompts, run.token_ids, run.requests, strict=True
-            )
-        ],
-    }
+RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
+STEP_COSTS = "step_costs.json"
+PLOTS = (
+    "speedup_by_batch.png",
+    "speedup_by_tokens_per_step.png",
+    "acceptance_by_depth.png",
+    "latency_by_throughput.png",
+)
+_OURS = {RESULTS, LINES, REPORT, STEP_COSTS, *PLOTS}
 
 
 def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
@@ -139,13 +108,21 @@ def read_results(path: Path) -> dict[str, Any]:
     return document
 
 
-def prepare_out(out: Path) -> None:
-    """Make the directory of the results.
+def prepare_out(out: Path, overwrite: bool) -> None:
+    """Make the directory of the results, without those of an earlier run.
 
     Raises:
-        BenchError: it cannot be made.
+        BenchError: it holds such and is not to be overwritten, or it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        earlier = [path for path in out.iterdir() if path.name in _OURS]
+        if earlier and not overwrite:
+            raise BenchError(
+                f"--out {out}: holds the results of a run; name another directory, or overwrite "
+                "them with --overwrite"
+            )
+        for path in earlier:
+            path.unlink()
     except OSError as exc:
         raise BenchError(f"--out {out}: {exc.strerror}; name another directory") from None

@@ -5,85 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm_medusa.bench.display import START, Display, started_line, with_starts
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.figures import categories_of, figures_of
-from vllm_medusa.bench.offline import Measurement, OfflineResult, run_offline
+from vllm_medusa.bench.offline import Measurement, OfflineResult, batch_name, run_offline
 from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.plots import plot_offline
-from vllm_medusa.bench.process import EngineInfo
-from vllm_medusa.bench.report import Report, markdown, speed_table
+from vllm_medusa.bench.report import Report, speed_table, write_report
 from vllm_medusa.bench.results import (
-    LINES,
-    LineWriter,
-    measurement_to_json,
     sameness_to_json,
     to_json,
-    variant_to_json,
-    write_results,
 )
 from vllm_medusa.bench.sameness import TIE_LOGPROB
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.tables import Table, as_text
-
-
-class _Watcher:
-    """Shows the turns of an offline comparison and writes their lines."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._states: Mapping[str, VariantState] = {}
-        self._lines: LineWriter | None = None
-        self._measurements: list[Measurement] = []
-        self.display = Display(self._table)
-
-    def _table(self) -> Table:
-        return speed_table(figures_of(self._measurements), self._states)
-
-    def expect(
-        self,
-        turns: Sequence[tuple[str, int]],
-        states: Mapping[str, VariantState],
-        kept_all: bool,
-    ) -> None:
-        """See `offline.Watcher`."""
-        self._states = states
-        self._lines = LineWriter(
-            self._plan.settings.out / LINES,
-            {
-                "provenance": self._plan.provenance_json(states),
-                "settings": self._plan.settings_json(),
-            },
-        )
-        batches = [(name, f"batch {size}") for name, size in turns]
-        self.display.expect(with_starts(batches, kept_all))
-
-    def turn_of(self, variant: str) -> None:
-        """See `offline.Watcher`."""
-        self.display.begin(variant)
-
-    def started(self, variant: str, info: EngineInfo) -> None:
-        """See `offline.Watcher`."""
-        self.display.done((variant, START), info.startup_s, started_line(variant, info))
-
-    def measured(self, measurement: Measurement) -> None:
-        """See `offline.Watcher`."""
-        self._measurements.append(measurement)
-        if self._lines:
-            self._lines.add(measurement_to_json(measurement))
-        batch = f"batch {measurement.batch_size}"
-        self.display.done(
-            (measurement.variant, batch),
-            measurement.run.seconds,
-            f"round {measurement.round}, {batch}, {measurement.variant}: "
-            f"{measurement.tokens_per_s:.1f} tokens/s, "
-            f"{measurement.run.tokens_per_step:.2f} tokens/step",
-        )
-
-    def dropped(self, variant: str, reason: str) -> None:
-        """See `offline.Watcher`."""
-        self.display.drop(variant, reason)
+from vllm_medusa.bench.tables import Table
+from vllm_medusa.bench.watcher import ShowingWatcher
 
 
 def compare_offline(plan: Plan) -> str:
@@ -93,7 +29,11 @@ def compare_offline(plan: Plan) -> str:
         BenchError: with ``strict``, outputs that differ.
         EngineProcessError: the baseline does not run.
     """
-    watcher = _Watcher(plan)
+
+    def table(measurements: Sequence[Measurement], states: Mapping[str, VariantState]) -> Table:
+        return speed_table(figures_of(measurements), states)
+
+    watcher = ShowingWatcher[int, Measurement](plan, table, batch_name)
     settings = plan.settings
     with watcher.display:
         result = run_offline(
@@ -115,28 +55,23 @@ def compare_offline(plan: Plan) -> str:
         dtype=tie_dtype(settings),
         notes=notes,
     )
-    tables = report.tables()
-    write_results(
-        settings.out,
+    printed = write_report(
+        plan,
+        result.states,
+        report.tables(),
+        notes,
+        plot_offline(settings.out, figures),
         {
             "mode": "offline",
-            "provenance": plan.provenance_json(result.states),
-            "settings": plan.settings_json(),
-            "variants": [variant_to_json(v, result.states[v.name]) for v in plan.variants],
             "figures": to_json(figures),
             "categories": to_json(report.categories),
             "sameness": [sameness_to_json(found, report.dtype) for found in result.sameness],
-            "notes": notes,
         },
     )
-    plots = plot_offline(settings.out, figures)
-    text = markdown(tables, notes, plots, plan.provenance_json(result.states), plan.settings_json())
-    (settings.out / "report.md").write_text(text, encoding="utf-8")
-    printed = as_text(tables)
     if settings.strict:
         watcher.display.say(printed)
         check_sameness(result, report.dtype, settings.out)
-    return "\n".join([printed, *notes, f"written to {settings.out}"])
+    return printed
 
 
 def check_sameness(result: OfflineResult, dtype: str, out: Path) -> None:

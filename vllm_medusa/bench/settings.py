@@ -44,6 +44,7 @@ class Settings:
         alive: keep all engines alive, or one at a time; auto: all if the memory suffices.
         strict: fail if an output of a lossless variant is not the baseline's.
         out: directory of the results.
+        overwrite: replace the results of an earlier run there.
         profile_steps: time engine steps by draft nodes and batch size, and nothing else.
         online: measure servers instead of offline engines.
         request_rates: requests per second (online).
@@ -67,6 +68,7 @@ class Settings:
     alive: Alive = "auto"
     strict: bool = False
     out: Path = Path("bench-results")
+    overwrite: bool = False
     profile_steps: bool = False
     online: bool = False
     request_rates: tuple[float, ...] = (1.0, 2.0, math.inf)

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="of random prompts and engines (0)")
     add("--strict", action="store_true", default=None, help="fail if lossless outputs differ")
     add("--out", type=Path, metavar="DIR", help="directory of the results (bench-results)")
+    add("--overwrite", action="store_true", default=None, help="replace results there")
     offline = parser.add_argument_group("offline (default)").add_argument
     offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
     parser.add_argument(

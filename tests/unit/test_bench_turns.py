@@ -1,0 +1,155 @@
+"""Turns, the pool of engines and the time left, with engines that are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_medusa.bench.display import START, TimeLeft, with_starts
+from vllm_medusa.bench.engines import EnginePool, has_room
+from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.turns import schedule, take_turns
+from vllm_medusa.bench.variants import Variant
+
+
+def test_schedule_interleaves() -> None:
+    assert list(schedule(2, [1, 2], ["A", "B"], keeps_all=True)) == [
+        (1, 1, "A"), (1, 1, "B"), (1, 2, "A"), (1, 2, "B"),
+        (2, 1, "A"), (2, 1, "B"), (2, 2, "A"), (2, 2, "B"),
+    ]  # fmt: skip
+    alone = [name for _, _, name in schedule(2, [1, 2], ["A", "B"], keeps_all=False)]
+    assert alone == ["A", "A", "B", "B"] * 2
+
+
+def test_time_left() -> None:
+    left = TimeLeft()
+    assert left.estimate() is None
+    left.expect([("A", "x"), ("A", "x"), ("B", "x"), ("B", "y"), ("C", START)])
+    left.done(("A", "x"), 2.0)
+    # A again 2, B doing the same 2, y and the start like anything so far 2.
+    assert left.estimate() == 8.0
+    assert left.num_pending == 3
+    left.done(("B", "x"), 4.0)
+    left.drop("C")
+    assert left.estimate() == 2.0 + 3.0
+
+
+def test_starts_to_come() -> None:
+    turns = [("A", "x"), ("B", "x"), ("A", "x"), ("B", "x")]
+    assert with_starts(turns, kept_all=True)[4:] == [("B", START)]
+    assert with_starts(turns, kept_all=False)[4:] == [("B", START), ("A", START), ("B", START)]
+
+
+class FakeEngine:
+    """Counts itself among the living; named ``broken`` it does not come up."""
+
+    def __init__(self, name: str, living: set[str]) -> None:
+        self.name, self.living = name, living
+        assert name not in living
+        living.add(name)
+
+    def wait(self) -> EngineInfo:
+        if self.name == "broken":
+            raise EngineProcessError("Traceback\nValueError: no heads\n")
+        return EngineInfo(1.0, "cpu", None, 100)
+
+    def close(self, patience_s: float = 20) -> None:
+        self.living.remove(self.name)
+
+
+class Recorder:
+    """A watcher that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.expected: list[tuple[str, int]] = []
+
+    def expect(self, turns: Any, states: Any, kept_all: bool) -> None:
+        self.expected = list(turns)
+
+    def turn_of(self, variant: str) -> None: ...
+
+    def started(self, variant: str, info: EngineInfo) -> None:
+        self.told.append(("started", variant))
+
+    def measured(self, measurement: str) -> None:
+        self.told.append(measurement)
+
+    def dropped(self, variant: str, reason: str) -> None:
+        self.told.append((variant, reason))
+
+
+@pytest.mark.parametrize("alive", ["all", "one"])
+def test_turns(alive: Any) -> None:
+    """One variant does not start, one fails in round 2, one is known to be unavailable."""
+    living: set[str] = set()
+    names = ("baseline", "broken", "failing", "suffix", "tree")
+    watcher = Recorder()
+
+    def measure(engine: FakeEngine, name: str, load: int, number: int) -> str:
+        assert engine.name == name
+        assert living == ({"baseline", "failing", "tree"} & living if alive == "all" else {name})
+        if (name, number) == ("failing", 2):
+            raise EngineProcessError("MemoryError: gone")
+        return f"{number} {name}"
+
+    with EnginePool(
+        {name: Variant(name=name) for name in names},
+        lambda variant: FakeEngine(variant.name, living),
+        alive,
+        lambda name, engine, info: watcher.started(name, info),
+    ) as pool:
+        measured = take_turns(pool, 3, [1], {"suffix": "no package"}, measure, watcher)
+        assert len(living) == (2 if alive == "all" else 1)
+    assert living == set()
+    assert measured == [
+        *("1 baseline", "1 failing", "1 tree"),
+        *("2 baseline", "2 tree", "3 baseline", "3 tree"),
+    ]
+    assert measured == [told for told in watcher.told if isinstance(told, str)]
+    dropped = [("suffix", "no package"), ("broken", "ValueError: no heads")]
+    dropped += [("failing", "MemoryError: gone")]
+    assert [told for told in watcher.told if told in dropped] == dropped
+    assert watcher.expected == [(name, 1) for name in names if name != "suffix"] * 3
+    states = pool.states
+    assert states["suffix"].unavailable == "no package"
+    assert states["broken"].unavailable == "ValueError: no heads"
+    assert states["failing"].failed == "MemoryError: gone"
+    assert states["failing"].unavailable is None
+    starts = {name: len(state.starts) for name, state in states.items()}
+    times = 1 if alive == "all" else 3
+    assert starts == {
+        "baseline": times, "tree": times, "broken": 0, "suffix": 0,
+        "failing": 1 if alive == "all" else 2,
+    }
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_without_the_baseline_there_is_nothing(number: int) -> None:
+    living: set[str] = set()
+
+    def measure(engine: FakeEngine, name: str, load: int, now: int) -> str:
+        if (name, now) == ("baseline", number):
+            raise EngineProcessError("ValueError: no")
+        return ""
+
+    variants = {name: Variant(name=name) for name in ("baseline", "tree")}
+    with (
+        pytest.raises(EngineProcessError, match="ValueError: no"),
+        EnginePool(
+            variants,
+            lambda variant: FakeEngine(variant.name, living),
+            "all",
+            lambda name, engine, info: None,
+        ) as pool,
+    ):
+        take_turns(pool, 3, [1], {}, measure, Recorder())
+    assert living == set()
+
+
+def test_room_for_engines() -> None:
+    info = EngineInfo(1.0, "cpu", None, 1000)
+    assert has_room(info, others=3, available=4000)
+    assert not has_room(info, others=3, available=3999)
+    assert not has_room(EngineInfo(1.0, "cuda", "GPU", 1), others=1, available=1e12)
