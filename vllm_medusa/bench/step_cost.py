@@ -70,7 +70,7 @@ def measure_step_costs(
         with ExitStack() as stack:
             engines = [
                 stack.enter_context(
-                    start_engine(_with_tree(options, heads, tree, max(batch_sizes)), environment)
+                    start_engine(with_tree(options, heads, tree, max(batch_sizes)), environment)
                 )
                 for tree in group
             ]
@@ -110,12 +110,13 @@ def _time_rounds(
     return times
 
 
-def _with_tree(
+def with_tree(
     options: Mapping[str, Any],
     heads: Mapping[str, Any],
     tree: tuple[TreePath, ...],
     max_batch_size: int,
 ) -> dict[str, Any]:
+    """Return the options of an engine with a tree, given by its paths, or without speculation."""
     if not tree:
         return dict(options)
     # Every request of the largest batch is to have its forks, else it would draft a chain.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.errors import CalibrationError
-from vllm_medusa.tree.draft_tree import TreePath
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 if TYPE_CHECKING:
     from vllm_medusa.calibration.report import Findings
@@ -74,7 +74,7 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
     paths = sorted(findings.drawn_tree())
     probabilities = findings.probabilities
     places = _places(paths)
-    num_leaves = sum(x == int(x) for x, _ in places.values()) or 1
+    num_leaves = len(DraftTree.from_paths(paths).leaves)
     figure, axes = _figure("", "", (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads))
     for path, (x, y) in places.items():
         if not path:
@@ -95,16 +95,21 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
         )
         axes.annotate(f"{path[-1]}", (x, y), ha="center", va="center", fontsize=7, zorder=3)
         axes.annotate(
-            f"{100 * probability:.1f}", (x, y - 0.24), ha="center", va="center", fontsize=6
+            f"{100 * probability:.1f}",
+            (x, y - 0.24),
+            ha="center",
+            va="center",
+            fontsize=6,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
         )
+    axes.set_ylim(-findings.num_heads - 0.45, 0.3)
     axes.set_axis_off()
     return _save(
         figure,
         axes,
         out,
         "calibration-tree",
-        f"The tree of {len(paths)} nodes: ranks in the circles, below them the share of positions "
-        "(in %) at which the path up to there is right",
+        f"Tree of {len(paths)} nodes: the rank of each, and how often its path is right (%)",
     )
 
 
