@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -117,6 +117,8 @@ class Run:
         num_preemptions: requests that had to make room in the KV cache and start again.
         peak_memory_bytes: largest resident memory of the engine's processes so far.
         device_memory_bytes: largest memory reserved by PyTorch on the accelerator; None on a CPU.
+        stage_ms: milliseconds in each stage of each step, if the plugin runs with
+            ``VLLM_MEDUSA_TIMERS=1`` (`engine.timers`); else empty.
 
     """
 
@@ -131,6 +133,7 @@ class Run:
     num_preemptions: int
     peak_memory_bytes: int
     device_memory_bytes: int | None
+    stage_ms: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any]) -> Run:

@@ -65,6 +65,7 @@ def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
         output_kind=RequestOutputKind.DELTA,
     )
     requests = [_Request() for _ in command["prompts"]]
+    _take_stages(llm)
     before = _counts(llm)
     start = time.perf_counter()
     for index, prompt in enumerate(command["prompts"]):
@@ -88,6 +89,7 @@ def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
         "token_ids": [request.token_ids for request in requests],
         "texts": [request.text for request in requests],
         "step_ms": step_ms,
+        "stage_ms": _take_stages(llm),
         "full_steps": [
             max(request.first_step for request in requests) + 1,
             min(request.last_step for request in requests) + 1,
@@ -130,6 +132,18 @@ class _Request:
             "tpot_ms": (self.last_ms - self.first_ms) / further if further > 0 else None,
             "emitted": self.emitted,
         }
+
+
+def _take_stages(llm: Any) -> list[dict[str, float]]:
+    """Milliseconds in each stage of each step since the last call; none unless timers are on."""
+    from vllm_medusa.engine import timers
+    from vllm_medusa.engine.arguments import WORKER_CLASS
+
+    worker_cls = llm.llm_engine.vllm_config.parallel_config.worker_cls
+    if not timers.are_wanted() or worker_cls != WORKER_CLASS:
+        return []
+    times: list[dict[str, float]] = llm.collective_rpc("medusa_step_times")[0]
+    return times
 
 
 def _score(llm: Any, sequences: list[list[int]]) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_medusa.engine import timers
 from vllm_medusa.engine.compat import replaced
 
 
@@ -31,12 +32,22 @@ def _build_worker() -> type:
     return _build_cpu_worker() if current_platform.is_cpu() else _build_gpu_worker()
 
 
-class _CountersMixin:
+class _MeasurementsMixin:
     model_runner: Any
+    _timers: timers.StepTimers | None = None
 
     def medusa_counters(self) -> dict[str, int]:
         """Return the plugin's counters, for ``LLM.collective_rpc("medusa_counters")``."""
         return self.model_runner.counters.to_dict()
+
+    def medusa_step_times(self) -> list[dict[str, float]]:
+        """Return the stages of every step since the last call, in milliseconds (`timers`).
+
+        The first call begins to time; without ``VLLM_MEDUSA_TIMERS=1`` there never is anything.
+        """
+        if self._timers is None and timers.are_wanted():
+            self._timers = timers.StepTimers(self.model_runner)
+        return [] if self._timers is None else self._timers.take()
 
 
 def _build_cpu_worker() -> type:
@@ -48,7 +59,7 @@ def _build_cpu_worker() -> type:
     class MedusaCPUModelRunner(MedusaRunnerMixin, CPUModelRunner):
         pass
 
-    class MedusaWorker(_CountersMixin, cpu_worker.CPUWorker):
+    class MedusaWorker(_MeasurementsMixin, cpu_worker.CPUWorker):
         def init_device(self) -> None:
             # The CPU worker names its runner's class inside init_device (cpu_worker.py).
             with replaced(cpu_worker, "CPUModelRunner", MedusaCPUModelRunner):
@@ -66,7 +77,7 @@ def _build_gpu_worker() -> type:
     class MedusaGPUModelRunner(MedusaRunnerMixin, GPUModelRunner):
         pass
 
-    class MedusaWorker(_CountersMixin, Worker):
+    class MedusaWorker(_MeasurementsMixin, Worker):
         def _make_model_runner(self) -> GPUModelRunner:
             return MedusaGPUModelRunner(self.vllm_config, self.device)
 
