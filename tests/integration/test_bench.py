@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_files_of_a_run(offline: tuple[Path, Any], results: dict[str, Any]) -> N
     order = [(line["round"], line["batch_size"], line["variant"]) for line in lines]
     names = list(dict.fromkeys(name for _, _, name in order))
     assert order == [(r, b, name) for r in (1, 2) for b in (1, 2) for name in names]
-    assert "turns left, about" in run.stderr
+    assert re.search(r"turns left: \d+, about \d+ s", run.stderr)
     assert "tree=cpu-8" not in names  # the file's name for it holds
 
 

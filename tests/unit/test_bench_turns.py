@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from vllm_medusa.bench.display import START, TimeLeft, with_starts
+from vllm_medusa.bench.display import START, Display, TimeLeft, with_starts
 from vllm_medusa.bench.engines import EnginePool, has_room
 from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.turns import schedule, take_turns
 from vllm_medusa.bench.variants import Variant
 
@@ -33,6 +37,26 @@ def test_time_left() -> None:
     left.done(("B", "x"), 4.0)
     left.drop("C")
     assert left.estimate() == 2.0 + 3.0
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_display(is_terminal: bool) -> None:
+    table = Table("[title]", ("variant", "tokens/s"))
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120, color_system=None)
+    display = Display(lambda: table, console)
+    with display:
+        display.expect([("A", "batch 1"), ("B", "batch 1")])
+        display.begin("A")
+        table.rows.append(("A[x]", "2.0"))
+        display.done(("A", "batch 1"), "A: 2.0 tokens/s")
+        display.drop("B", "[none]")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"A: 2.0 tokens/s \(turns left: 1, about 0 s\)", shown)
+    assert "B: left out: [none]" in shown
+    assert shown.count("turns left") == (1 if not is_terminal else shown.count("A: 2.0 tokens/s"))
+    if is_terminal:  # the table, with nothing read as markup
+        assert "[title]" in shown
+        assert "A[x]" in shown
 
 
 def test_starts_to_come() -> None:
@@ -120,7 +144,10 @@ def test_turns(alive: Any) -> None:
     starts = {name: len(state.starts) for name, state in states.items()}
     times = 1 if alive == "all" else 3
     assert starts == {
-        "baseline": times, "tree": times, "broken": 0, "suffix": 0,
+        "baseline": times,
+        "tree": times,
+        "broken": 0,
+        "suffix": 0,
         "failing": 1 if alive == "all" else 2,
     }
 

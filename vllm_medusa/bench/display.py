@@ -96,7 +96,7 @@ class Display:
         now = time.monotonic()
         self._time_left.done(turn, now - self._since)
         self._since = now
-        self._say(f"{line}{self._left()}")
+        self._say(line)
 
     def drop(self, variant: str, reason: str) -> None:
         """Expect nothing of a variant any more, and say why."""
@@ -109,13 +109,16 @@ class Display:
             return ""
         minutes, rest = divmod(round(seconds), 60)
         left = f"{minutes} min {rest} s" if minutes else f"{rest} s"
-        return f" ({self._time_left.num_pending} turns left, about {left})"
+        return f" (turns left: {self._time_left.num_pending}, about {left})"
 
     def _show(self, now: str) -> None:
         if self._live:
             progress = rich.text.Text(f"{now}{self._left()}")
             table = self._table()
-            self._live.update(rich.console.Group(table.title, table.rich(), progress), refresh=True)
+            self._live.update(
+                rich.console.Group(rich.text.Text(table.title), table.rich(), progress),
+                refresh=True,
+            )
 
     def say(self, text: str) -> None:
         """Print a text that stays."""
@@ -125,7 +128,7 @@ class Display:
         if self._live:
             self._show(line)
         else:
-            self.say(line)
+            self.say(f"{line}{self._left()}")
 
     def __enter__(self) -> Display:
         if self._live:

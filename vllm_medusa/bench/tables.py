@@ -40,6 +40,7 @@ class Table:
         """The table for a terminal, without its title."""
         import rich.box
         import rich.table
+        import rich.text
 
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for column in self.columns:
@@ -48,7 +49,7 @@ class Table:
                 column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
             )
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(rich.text.Text, row))  # no markup in what users named
         return table
 
 
