@@ -9,7 +9,7 @@ from vllm_medusa.bench.engines import has_room
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.process import EngineProcess, EngineProcessError, has_accelerator
-from vllm_medusa.bench.results import STEP_COSTS
+from vllm_medusa.bench.results import STEP_COSTS, to_json
 from vllm_medusa.bench.spread import spread
 from vllm_medusa.bench.stages import measure_stages, stage_table
 from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
@@ -24,7 +24,7 @@ SIZES = (4, 8, 16, 32, 64)
 
 
 def profile_steps(plan: Plan) -> str:
-    """Time the engine's steps by draft nodes and batch size; write and describe the result.
+    """Time the engine's steps by draft nodes and batch size, and where they go; write and tell.
 
     The file is what ``vllm-medusa calibrate --step-costs`` takes.
 
@@ -71,9 +71,10 @@ def profile_steps(plan: Plan) -> str:
             environment=plan.environment,
             progress=bar.update,
         )
+    values = {**costs.to_dict(), "stages": to_json(stages)}
     path = settings.out / STEP_COSTS
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
     return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])
 
