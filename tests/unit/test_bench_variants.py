@@ -208,6 +208,10 @@ def test_unusable_config_file(tmp_path: Path, text: str, message: str) -> None:
     [
         ("rounds", 0),
         ("rounds", True),
+        ("heads", 7),
+        ("prompts", None),
+        ("strict", "yes"),
+        ("seed", "1"),
         ("max_tokens", -1),
         ("batch_sizes", ()),
         ("batch_sizes", (1, 1)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
-from vllm_medusa.bench.process import EngineInfo, EngineProcess, Run
+from vllm_medusa.bench.process import EngineInfo, EngineProcess, EngineProcessError, Run
 from vllm_medusa.bench.prompts import BenchPrompt, PromptSet
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs
 from vllm_medusa.bench.settings import Settings
@@ -163,8 +163,7 @@ def run_offline(
             pool, settings.rounds, settings.batch_sizes, unavailable, measure, watcher
         )
         sameness = [
-            explain(pool, settings, prompts, measurements, found)
-            for found in _compare(by_name, measurements)
+            explain(pool, prompts, measurements, found) for found in _compare(by_name, measurements)
         ]
     return OfflineResult(measurements, pool.states, sameness, pool.keeps_all)
 
@@ -188,14 +187,14 @@ def _compare(
 
 def explain(
     pool: EnginePool[EngineProcess],
-    settings: Settings,
     prompts: PromptSet,
     measurements: Sequence[Measurement],
     found: Sameness,
 ) -> Sameness:
     """Second pass: ask the baseline for the logprobs of both tokens of each mismatch.
 
-    The baseline gets the prompt, its own output up to the mismatch, and either token.
+    The baseline gets the prompt, its own output up to the mismatch, and either token. If it has to
+    be started for that and does not come up, the mismatches stay without logprobs.
     """
     outputs = {
         (measurement.batch_size, measurement.round, prompt.id): tokens
@@ -211,7 +210,10 @@ def explain(
         context = token_ids[mismatch.prompt_id] + outputs[key][: mismatch.position]
         sequences = [[*context, token] for token in tokens if token is not None]
         if len(sequences) == 2:
-            ours, theirs = pool.require(BASELINE).score(sequences)
+            try:
+                ours, theirs = pool.require(BASELINE).score(sequences)
+            except EngineProcessError:
+                return found
             mismatch = dataclasses.replace(mismatch, baseline_logprob=ours, variant_logprob=theirs)
         explained.append(mismatch)
     rest = found.mismatches[MAX_EXPLAINED:]

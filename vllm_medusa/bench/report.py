@@ -11,7 +11,7 @@ from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.figures import CategoryFigures, Figures
 from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.results import REPORT, variant_to_json, write_results
-from vllm_medusa.bench.sameness import Sameness
+from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.spread import Spread
 from vllm_medusa.bench.tables import Table, as_text
 
@@ -191,7 +191,7 @@ def mismatch_table(sameness: Sequence[Sameness], dtype: str) -> Table:
                     _token(mismatch.baseline_token),
                     _token(mismatch.variant_token),
                     " ".join("" if value is None else f"{value:.4f}" for value in logprobs),
-                    "near-tie" if mismatch.is_near_tie(dtype) else "not a tie",
+                    _verdict(mismatch, dtype),
                 )
             )
     return table
@@ -272,6 +272,12 @@ def _memory(figure: Figures) -> str:
 
 def _format(figure: Spread | None, digits: int) -> str:
     return "" if figure is None else figure.format(digits)
+
+
+def _verdict(mismatch: Mismatch, dtype: str) -> str:
+    if mismatch.gap is None:
+        return "unknown"
+    return "near-tie" if mismatch.is_near_tie(dtype) else "not a tie"
 
 
 def _token(token: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_medusa.bench.memory import peak_memory
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.process import EngineInfo, EngineProcessError, has_accelerator
 
 #: The `vllm` command.
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -89,8 +90,8 @@ class ServerProcess:
             time.sleep(_POLL_S)
         return EngineInfo(
             startup_s=time.monotonic() - self._started,
-            device="cpu" if _device_name() is None else "cuda",
-            device_name=_device_name(),
+            device="cuda" if has_accelerator() else "cpu",
+            device_name=accelerator_name(),
             peak_memory_bytes=self.peak_memory(),
         )
 
@@ -99,30 +100,16 @@ class ServerProcess:
         return peak_memory(self.pid)
 
     def metrics(self) -> dict[str, float]:
-        """Its counters of now: those of ``/metrics``, summed over labels.
-
-        Accepted tokens are also given by depth, as ``NAME/0``, ``NAME/1``, ...
+        """Its counters of now, as `read_counters` reads them from ``/metrics``.
 
         Raises:
             EngineProcessError: it does not answer.
         """
-        from prometheus_client.parser import text_string_to_metric_families
-
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-                text = answer.read().decode()
+                return read_counters(answer.read().decode())
         except OSError:
             raise self.failure() from None
-        totals: dict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(text):
-            if family.type != "counter" or not family.name.startswith("vllm:"):
-                continue
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    totals[family.name] += sample.value
-                    if "position" in sample.labels:
-                        totals[f"{family.name}/{sample.labels['position']}"] += sample.value
-        return totals
 
     def failure(self) -> EngineProcessError:
         """What its log says went wrong."""
@@ -148,6 +135,25 @@ class ServerProcess:
         self.close(patience_s=20 if error is None else 0)
 
 
+def read_counters(text: str) -> dict[str, float]:
+    """Read vLLM's counters from a page of ``/metrics``, summed over labels.
+
+    Accepted tokens are also given by depth, as ``NAME/0``, ``NAME/1``, ...
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    totals: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        if family.type != "counter" or not family.name.startswith("vllm:"):
+            continue
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                totals[family.name] += sample.value
+                if "position" in sample.labels:
+                    totals[f"{family.name}/{sample.labels['position']}"] += sample.value
+    return totals
+
+
 def as_flags(options: Mapping[str, Any]) -> list[str]:
     """Arguments of ``vllm.LLM`` as flags of ``vllm serve``."""
     flags = []
@@ -171,7 +177,13 @@ def free_port() -> int:
         return port
 
 
-def _device_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+@functools.cache
+def accelerator_name() -> str | None:
+    """The GPU's name, None without one; asked in another process, as CUDA takes its memory."""
+    if not has_accelerator():
+        return None
+    program = "import torch; print(torch.cuda.get_device_name())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"

@@ -21,6 +21,13 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 #: A CPU engine's KV cache unless told otherwise: by default vLLM takes most of the memory, which
 #: leaves none for the other engines of a comparison.
 CPU_KV_CACHE_BYTES = 2**30
+#: By annotation: what a YAML file may give, and its name.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text"),
+    "str | None": ((str, type(None)), "a text"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,10 @@ class Settings:
     num_requests: int = 32
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            if (kind := _KINDS.get(str(setting.type))) and not isinstance(value, kind[0]):
+                raise BenchError(f"{setting.name}: {value!r} given; give {kind[1]}")
         for name in ("max_tokens", "rounds", "random_len", "num_requests"):
             if not _is_count(getattr(self, name)):
                 raise BenchError(f"{name}: {getattr(self, name)!r} given; give a positive integer")
