@@ -279,7 +279,7 @@ def test_full_disk_at_the_very_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(report, "plot_report", full)
-        with pytest.raises(TrainingError, match="No space left on device.* give the same command"):
+        with pytest.raises(TrainingError, match=r"No space left on device.* give the same command"):
             train(settings, tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
     train(settings, tmp_path / "heads")

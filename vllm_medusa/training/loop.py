@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from vllm_medusa.training.packing import Batches
 from vllm_medusa.training.run_directory import RunDirectory
 from vllm_medusa.training.settings import TrainSettings
 from vllm_medusa.training.target import load_target
+
+_LOGGER = logging.getLogger(__name__)
 
 # What a run may find under another name and still be the same run: fingerprints stand for them.
 _NAMES = ("model", "revision", "data")
@@ -108,6 +111,12 @@ class Training:
             max_tokens=self.target.max_tokens,
             held_out=settings.held_out,
         )
+        if self.dataset.num_cut and self.is_main:
+            _LOGGER.warning(
+                "%d rows are longer than the target's %d positions and were cut",
+                self.dataset.num_cut,
+                self.target.max_tokens,
+            )
         if compile_target:
             self.target.compile()
         self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
@@ -247,6 +256,7 @@ class Training:
 
     def _finish(self, directory: RunDirectory) -> Outcome:
         """Take the best heads as they will be written, and measure those."""
+        self.wait()  # for the main process to write them
         best = directory.load_best(self._history.best_step)
         self._heads.load_state_dict(best["heads"])
         with torch.no_grad():

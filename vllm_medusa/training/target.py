@@ -71,8 +71,8 @@ class FrozenTarget:
 
     def fingerprint(self) -> str:
         """Return a hash of the lm_head, which tells two targets of the same sizes apart."""
-        data = self.weight.detach().cpu().view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(data).hexdigest()[:16]
+        weight = self.weight.detach().cpu().contiguous().view(torch.uint8)
+        return hashlib.sha256(weight.numpy().data).hexdigest()[:16]
 
     @torch.no_grad()
     def check(self, needs_distribution: bool) -> None:
