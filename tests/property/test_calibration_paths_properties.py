@@ -72,7 +72,7 @@ def test_simulation_is_the_slow_walk(texts: Continuations, data: st.DataObject) 
 
 @given(continuations())
 def test_every_prefix_is_a_tree(texts: Continuations) -> None:
-    for find in (P.best_paths, P.product_paths):
+    for find in (P.best_paths, P.step_paths, P.product_paths):
         paths = find(texts, 40)
         for size in range(1, len(paths) + 1):
             assert DraftTree.from_paths(paths[:size]).num_draft_tokens == size
@@ -121,6 +121,46 @@ def test_product_paths_are_the_most_probable_products(texts: Continuations) -> N
         for path in P.product_paths(texts, 40)
     ]
     assert np.allclose(found, products)
+
+
+def slow_density(texts: Continuations, paths: list[TreePath]) -> list[list[float]]:
+    """Walk from each of the first positions; average the visits over windows."""
+    longest = texts[0].shape[1] + 1
+    densities = []
+    for ranks in texts:
+        visits = [0.0] * len(ranks)
+        for start in range(longest):
+            position = start
+            while position < len(ranks):
+                visits[position] += 1 / longest
+                position += 1 + slow_accepted(ranks[position].tolist(), set(paths))
+        windows = [
+            visits[max(0, p - longest // 2) : p - longest // 2 + longest] for p in range(len(ranks))
+        ]
+        densities.append([sum(window) / len(window) for window in windows])
+    return densities
+
+
+@settings(max_examples=60)
+@given(continuations(), st.integers(1, 12))
+def test_step_paths_grow_by_the_density_of_steps(texts: Continuations, size: int) -> None:
+    grown = P.step_paths(texts, size)
+    assert len(grown) == min(size, len(P.path_probabilities(texts)))
+    chosen: list[TreePath] = []
+    for path in grown:
+        weights = slow_density(texts, chosen)
+        counts: dict[TreePath, float] = {}
+        for ranks, row_weights in zip(texts, weights, strict=True):
+            for row, weight in zip(ranks.tolist(), row_weights, strict=True):
+                right = slow_accepted(row, set(P.path_probabilities(texts)))
+                for depth in range(1, right + 1):
+                    key = tuple(row[:depth])
+                    counts[key] = counts.get(key, 0.0) + weight
+        fitting = [
+            c for p, c in counts.items() if p not in chosen and (len(p) == 1 or p[:-1] in chosen)
+        ]
+        assert np.isclose(counts[path], max(fitting))
+        chosen.append(path)
 
 
 @given(st.lists(st.integers(0, 2), max_size=60))

@@ -28,6 +28,18 @@ def test_steps_begin_after_what_the_last_one_emitted() -> None:
     assert P.simulate([ranks], []) == 1
 
 
+def test_paths_count_where_steps_begin() -> None:
+    # Looping text: all right, everywhere. Other text: head 0 is right with rank 1, and no more.
+    looping = np.zeros((60, 4), dtype=np.int64)
+    other = np.array([[1, MISS, MISS, MISS]] * 40)
+    texts = [looping, other]
+    # Over all positions the chain is right more often than (1,): 60 to 40.
+    assert P.best_paths(texts, 4) == [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]
+    # But once (0,) is drafted, only 30 of the 60 begin a step.
+    assert P.step_paths(texts, 2) == [(0,), (1,)]
+    assert P.simulate(texts, P.step_paths(texts, 4)) > P.simulate(texts, P.best_paths(texts, 4))
+
+
 def test_equally_frequent_paths_are_ordered_by_their_products() -> None:
     # (0, 5) and (1, 0) were right once each, but rank 0 of head 1 is the usual one.
     ranks = np.array([[0, 5], [1, 0], [2, 0], [0, 0], [0, 0]])
@@ -37,7 +49,8 @@ def test_equally_frequent_paths_are_ordered_by_their_products() -> None:
 
 def test_without_positions_nothing_is_known() -> None:
     for texts in ([], [np.zeros((0, 3), dtype=np.int64)]):
-        assert P.best_paths(texts, 4) == P.product_paths(texts, 4) == []
+        for find in (P.best_paths, P.step_paths, P.product_paths):
+            assert find(texts, 4) == []
         assert P.simulate(texts, [(0,)]) == P.position_average(texts, [(0,)]) == 1
 
 

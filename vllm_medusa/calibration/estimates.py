@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from vllm_medusa.calibration.paths import (
     Ranks,
-    best_paths,
     position_average,
     product_paths,
     simulate,
     step_counts,
+    step_paths,
 )
 from vllm_medusa.calibration.ranks import Continuation
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
@@ -31,7 +31,7 @@ _NUM_RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
 
 FindPaths = Callable[[Sequence[Ranks], int], list[TreePath]]
-METHODS: dict[str, FindPaths] = {"joint": best_paths, "product": product_paths}
+METHODS: dict[str, FindPaths] = {"joint": step_paths, "product": product_paths}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ position of the text at which a step could begin, the rank that each head gave t
 came. Position p's root is text token p, and head k guesses token p + 1 + k. A rank of `RANK_CAP`
 or more is a miss; so is a token beyond the end of the text (write `RANK_CAP` there).
 
-The probability that a path is right is counted for the path as a whole. The paper (arXiv
+The probability that a path is right is counted for the path as a whole: over all positions
+(`best_paths`), or over those at which steps begin (`step_paths`). The paper (arXiv
 2401.10774, section 2.3.3) multiplies the heads' separate accuracies instead, `product_paths`: as
 if a head's rank said nothing about the next head's.
 """
@@ -34,21 +35,9 @@ def path_probabilities(continuations: Sequence[Ranks]) -> dict[TreePath, float]:
 
     Paths that never were are left out. Where a path is, its parent is too, at least as probable.
     """
-    ranks = _joined(continuations)
-    counts: dict[TreePath, float] = {}
-    # Group the positions by the path they have in common so far, one depth after the other.
-    alive = np.arange(len(ranks))
-    group = np.zeros(len(ranks), dtype=np.int64)
-    paths: list[TreePath] = [()]
-    for depth in range(ranks.shape[1]):
-        hit = ranks[alive, depth] < RANK_CAP
-        alive, group = alive[hit], group[hit]
-        keys, group, sizes = np.unique(
-            group * RANK_CAP + ranks[alive, depth], return_inverse=True, return_counts=True
-        )
-        paths = [(*paths[key // RANK_CAP], int(key % RANK_CAP)) for key in keys.tolist()]
-        counts.update(zip(paths, (sizes / len(ranks)).tolist(), strict=True))
-    return counts
+    table = _PathTable(_joined(continuations))
+    shares = table.count(np.ones(len(table.right))) / max(1, len(table.right))
+    return dict(zip(table.paths, shares.tolist(), strict=True))
 
 
 def rank_probabilities(continuations: Sequence[Ranks]) -> NDArray[np.float64]:
@@ -80,6 +69,29 @@ def best_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
         return -probabilities[path], -products[path], len(path), path
 
     return heapq.nsmallest(num_paths, probabilities, key=order)
+
+
+def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+    """Return the paths most often right where steps begin, the most probable first.
+
+    As `best_paths`, but what counts are the positions at which steps begin: few in text that is
+    easy to guess, where each step goes far, and many in text that is not. Where steps begin depends
+    on the tree, so the tree is grown path by path, each the most probable one that fits, by the
+    density of the steps of the tree so far (`_StepStarts`).
+    """
+    table = _PathTable(_joined(continuations))
+    starts = _StepStarts([len(ranks) for ranks in continuations], table.right.shape[1])
+    emitted = np.ones(len(table.right), dtype=np.int64)
+    is_open = table.parents < 0
+    chosen: list[TreePath] = []
+    while len(chosen) < min(num_paths, len(table.paths)):
+        counts = np.where(is_open, table.count(starts.density(emitted)), -1.0)
+        best = int(np.argmax(counts))
+        chosen.append(table.paths[best])
+        is_open[best] = False
+        is_open |= table.parents == best
+        emitted += (table.right == best).any(axis=1)
+    return chosen
 
 
 def product_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
@@ -193,6 +205,82 @@ def loop_start(tokens: Sequence[int]) -> int:
             return start
         seen.add(run)
     return len(tokens)
+
+
+class _PathTable:
+    """All paths that were ever right.
+
+    Attributes:
+        right: [positions, heads] index of the path of that depth that is right; -1 for none.
+        paths: by index, parents before their children.
+        parents: [paths] index of each path's parent; -1 is the root.
+
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.right = np.full(ranks.shape, -1, dtype=np.int64)
+        self.paths: list[TreePath] = []
+        parents: list[int] = []
+        # Group the positions by the path they have in common so far, one depth after the other.
+        alive = np.arange(len(ranks))
+        group = np.full(len(ranks), -1, dtype=np.int64)
+        for depth in range(ranks.shape[1]):
+            hit = ranks[alive, depth] < RANK_CAP
+            alive, group = alive[hit], group[hit]
+            keys, group = np.unique(
+                (group + 1) * RANK_CAP + ranks[alive, depth], return_inverse=True
+            )
+            group = group + len(self.paths)
+            for parent, rank in zip(
+                (keys // RANK_CAP - 1).tolist(), (keys % RANK_CAP).tolist(), strict=True
+            ):
+                self.paths.append((*(self.paths[parent] if parent >= 0 else ()), rank))
+                parents.append(parent)
+            self.right[alive, depth] = group
+        self.parents = np.array(parents, dtype=np.int64)
+
+    def count(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return [paths]: sum of the weights [positions] of the positions where each is right."""
+        places = np.where(self.right < 0, len(self.paths), self.right).ravel()
+        each = np.repeat(weights, self.right.shape[1])
+        return np.bincount(places, weights=each, minlength=len(self.paths) + 1)[:-1]
+
+
+class _StepStarts:
+    """How densely steps begin along the texts.
+
+    One walk visits few positions, and its luck decides which. So walks begin at each of the first
+    positions, and what they visit is averaged over windows as long as the longest step.
+    """
+
+    def __init__(self, lengths: Sequence[int], num_heads: int) -> None:
+        sizes = np.array(lengths, dtype=np.int64)
+        self._width = max(lengths, default=0)
+        self._longest = num_heads + 1
+        self._text = np.repeat(np.arange(len(sizes)), sizes)
+        self._place = np.arange(len(self._text)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        self._num_texts = len(lengths)
+        self._in_window = self._window_sums(np.ones(len(self._text)))
+
+    def density(self, emitted: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return [positions], from what a step beginning there emits [positions]."""
+        stride = np.ones((self._num_texts, self._width), dtype=np.int64)
+        stride[self._text, self._place] = emitted
+        visits = np.zeros((self._num_texts, self._width + self._longest))
+        visits[:, : self._longest] = 1 / self._longest
+        texts = np.arange(self._num_texts)
+        for place in range(self._width):
+            visits[texts, place + stride[:, place]] += visits[:, place]
+        return self._window_sums(visits[self._text, self._place]) / self._in_window
+
+    def _window_sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum [positions] over the windows around them, as far as the texts go."""
+        before = self._longest // 2
+        behind = self._longest - before
+        padded = np.zeros((self._num_texts, before + self._width + behind))
+        padded[self._text, before + self._place] = values
+        sums = np.cumsum(np.pad(padded, ((0, 0), (1, 0))), axis=1)
+        return sums[self._text, self._place + self._longest] - sums[self._text, self._place]
 
 
 def _joined(continuations: Sequence[Ranks]) -> Ranks:
