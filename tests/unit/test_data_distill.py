@@ -132,18 +132,18 @@ def test_only_missing_shards_are_made(tmp_path: Path, run: Run, num_made: list[i
 def test_killed_at_random_points_the_result_is_the_same(tmp_path: Path, run: Run) -> None:
     """Ten runs in processes of their own are killed, from their first moment to their last."""
     begin = time.monotonic()
-    run("undisturbed", shard_size=1)
+    run("undisturbed", shard_size=1, shard_format="jsonl")
     seconds = time.monotonic() - begin
     rng = random.Random(0)
     num_partial = 0
     for _ in range(10):
-        process = fork(lambda: run("killed", shard_size=1))
+        process = fork(lambda: run("killed", shard_size=1, shard_format="jsonl"))
         time.sleep(rng.uniform(0, seconds / 3))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         if (tmp_path / "killed").exists():
             num_partial += 0 < len(list((tmp_path / "killed").glob("part-*"))) < len(DEMO_TEXTS)
-    run("killed", shard_size=1)
+    run("killed", shard_size=1, shard_format="jsonl")
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
     assert num_partial  # else nothing was tried
 
@@ -322,6 +322,7 @@ def test_shard_with_lost_or_doubled_rows_is_noticed(
         ({"batch_size": 0}, "--batch-size 0"),
         ({"shard_size": 0}, "--shard-size 0"),
         ({"num_workers": 2}, "--num-workers 2: only with --ray"),
+        ({"llm_options": {"tensor_parallel_size": "2"}}, "tensor_parallel_size is '2'"),
         ({"llm_options": {"seed": 1}}, "--llm-options: 'seed' is set by --seed"),
     ],
 )

@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from vllm_medusa.data.errors import DataError
@@ -119,6 +121,8 @@ def answer_on_ray(
     Raises:
         DataError: Ray or an engine does not start, or fails.
     """
+    if Path(settings.model).exists():
+        settings = replace(settings, model=str(Path(settings.model).absolute()))
     ray = _start_ray(address, num_workers)
     try:
         from ray.data import ActorPoolStrategy, DataContext, from_items

@@ -58,6 +58,12 @@ class AnswerSettings:
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
             _require(value is None or value >= 1, f"{option} {value}: give a positive number")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            size = self.llm_options.get(name, 1)
+            _require(
+                isinstance(size, int) and size >= 1,
+                f"--llm-options: {name} is {size!r}; give a positive integer",
+            )
         for name, option in _OWN_OPTIONS.items():
             _require(name not in self.llm_options, f"--llm-options: {name!r} is set by {option}")
 
@@ -65,9 +71,9 @@ class AnswerSettings:
     def world_size(self) -> int:
         """Number of devices that one engine is split over."""
         options = self.llm_options
-        return int(
-            options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
-        )
+        tensor_parallel: int = options.get("tensor_parallel_size", 1)
+        pipeline_parallel: int = options.get("pipeline_parallel_size", 1)
+        return tensor_parallel * pipeline_parallel
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON values; `AnswerSettings(**d)` reads it back."""
