@@ -95,8 +95,8 @@ class OnlineMeasurement:
     @property
     def summary(self) -> str:
         """What it gave, in a few words."""
-        speed, tpot_ms = self.result["output_throughput"], self.result["median_tpot_ms"]
-        return f"{speed:.1f} tokens/s, {tpot_ms:.1f} ms/token"
+        speed, latency_ms = self.result["output_throughput"], self.result["median_e2el_ms"]
+        return f"{speed:.1f} tokens/s, {latency_ms / 1000:.2f} s a request"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON has it."""

@@ -159,13 +159,13 @@ def online_table(figures: Sequence[OnlineFigures], states: Mapping[str, VariantS
 
 def plot_online(out: Path, figures: Sequence[OnlineFigures]) -> list[tuple[str, str]]:
     """Draw latency against throughput; return file name and caption."""
-    figure, axes = new_figure("tokens per second, of all requests", "time per output token, ms")
+    figure, axes = new_figure("tokens per second, of all requests", "median time of a request, s")
     by_variant: dict[str, list[OnlineFigures]] = defaultdict(list)
     for row in figures:
         by_variant[row.variant].append(row)
     for name, rows in by_variant.items():
         throughput = [row.tokens_per_s.median for row in rows]
-        latency = [row.tpot_ms.median for row in rows]
+        latency = [row.e2e_ms.median / 1000 for row in rows]
         axes.plot(throughput, latency, marker="o", linewidth=0.8, label=name)
         for row, *at in zip(rows, throughput, latency, strict=True):
             axes.annotate(row.load, at, (4, 4), textcoords="offset points", size=7)
