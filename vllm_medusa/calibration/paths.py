@@ -80,7 +80,7 @@ def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     density of the steps of the tree so far (`_StepStarts`).
     """
     table = _PathTable(_joined(continuations))
-    starts = _StepStarts([len(ranks) for ranks in continuations], table.right.shape[1])
+    starts = _StepStarts([len(ranks) for ranks in continuations], table.num_heads)
     emitted = np.ones(len(table.right), dtype=np.int64)
     is_open = table.parents < 0
     chosen: list[TreePath] = []
@@ -214,11 +214,13 @@ class _PathTable:
         right: [positions, heads] index of the path of that depth that is right; -1 for none.
         paths: by index, parents before their children.
         parents: [paths] index of each path's parent; -1 is the root.
+        num_heads: of the ranks.
 
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.right = np.full(ranks.shape, -1, dtype=np.int64)
+        self.right: NDArray[np.int64] = np.full(ranks.shape, -1, dtype=np.int64)
+        self.num_heads: int = ranks.shape[1]
         self.paths: list[TreePath] = []
         parents: list[int] = []
         # Group the positions by the path they have in common so far, one depth after the other.
@@ -242,8 +244,11 @@ class _PathTable:
     def count(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return [paths]: sum of the weights [positions] of the positions where each is right."""
         places = np.where(self.right < 0, len(self.paths), self.right).ravel()
-        each = np.repeat(weights, self.right.shape[1])
-        return np.bincount(places, weights=each, minlength=len(self.paths) + 1)[:-1]
+        each = np.repeat(weights, self.num_heads)
+        counts: NDArray[np.float64] = np.bincount(
+            places, weights=each, minlength=len(self.paths) + 1
+        ).astype(np.float64)
+        return counts[:-1]
 
 
 class _StepStarts:
@@ -279,8 +284,11 @@ class _StepStarts:
         behind = self._longest - before
         padded = np.zeros((self._num_texts, before + self._width + behind))
         padded[self._text, before + self._place] = values
-        sums = np.cumsum(np.pad(padded, ((0, 0), (1, 0))), axis=1)
-        return sums[self._text, self._place + self._longest] - sums[self._text, self._place]
+        sums: NDArray[np.float64] = np.cumsum(np.pad(padded, ((0, 0), (1, 0))), axis=1)
+        windows: NDArray[np.float64] = (
+            sums[self._text, self._place + self._longest] - sums[self._text, self._place]
+        )
+        return windows
 
 
 def _joined(continuations: Sequence[Ranks]) -> Ranks:
