@@ -42,8 +42,7 @@ class TrainableHeads(nn.Module):
         )
         self._shared = lm_head.detach()  # a plain tensor: no parameter of this module
         if settings.lm_head == "own":
-            copies = lm_head.float().expand(settings.num_heads, -1, -1)
-            self.weight = nn.Parameter(copies.clone())
+            self.weight = _copies(lm_head.float(), settings.num_heads)
         elif settings.lm_head == "low-rank":
             assert settings.rank is not None
             if settings.rank > lm_head.shape[1]:
@@ -51,10 +50,9 @@ class TrainableHeads(nn.Module):
                     f"--rank {settings.rank}: the target's hidden size is {lm_head.shape[1]}, and "
                     "no lm_head has a larger rank; give a smaller one, or --lm-head own"
                 )
-            factors = low_rank_factors(lm_head, settings.rank)
-            for name, factor in zip(("down", "up"), factors, strict=True):
-                copies = factor.expand(settings.num_heads, -1, -1)
-                self.register_parameter(name, nn.Parameter(copies.clone()))
+            down, up = low_rank_factors(lm_head, settings.rank)
+            self.down = _copies(down, settings.num_heads)
+            self.up = _copies(up, settings.num_heads)
 
     @property
     def num_heads(self) -> int:
@@ -74,7 +72,7 @@ class TrainableHeads(nn.Module):
             return [self._shared]
         if self.lm_head_kind == "own":
             return [self.weight[head]]
-        return [self.get_parameter("down")[head], self.get_parameter("up")[head]]
+        return [self.down[head], self.up[head]]
 
     def logits(self, features: Tensor, head: int) -> Tensor:
         """Project one head's features onto the vocabulary: [N, H] to [N, V]."""
@@ -86,10 +84,10 @@ class TrainableHeads(nn.Module):
         """Return the heads as they are written, in `dtype`."""
         tensors = dict(self.blocks.canonical_tensors())
         if self.lm_head_kind == "own":
-            tensors["lm_head.weight"] = self.weight.detach()
+            tensors["lm_head.weight"] = torch.stack(list(self.weight)).detach()
         elif self.lm_head_kind == "low-rank":
-            for name in ("down", "up"):
-                tensors[f"lm_head.{name}"] = self.get_parameter(name).detach()
+            tensors["lm_head.down"] = torch.stack(list(self.down)).detach()
+            tensors["lm_head.up"] = torch.stack(list(self.up)).detach()
         vocab_size, hidden_size = self._shared.shape
         spec = HeadsSpec(
             source_format="native",
@@ -112,6 +110,11 @@ def write_format_of(checkpoint: HeadsCheckpoint) -> WriteFormat:
     if checkpoint.spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
         return "native"
     return "tgi"
+
+
+def _copies(tensor: Tensor, count: int) -> nn.ParameterList:
+    """One parameter per head: the gradient of a slice would be as large as all of them."""
+    return nn.ParameterList(nn.Parameter(tensor.clone()) for _ in range(count))
 
 
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
