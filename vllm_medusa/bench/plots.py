@@ -91,6 +91,7 @@ def new_figure(x_label: str, y_label: str) -> tuple[Any, Any]:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
+    axes.margins(x=0.1)  # room for the points' labels
     return figure, axes
 
 
