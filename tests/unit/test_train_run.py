@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import counting_rows, make_settings, save_llama, write_rows
+from vllm_medusa import cli
 from vllm_medusa.data.errors import DataError
 from vllm_medusa.heads import load_heads
 from vllm_medusa.training import run_directory
@@ -295,3 +296,36 @@ def test_missing_package_is_said_before_training(
     with pytest.raises(TrainingError, match=r"needs matplotlib: pip install"):
         train(settings_of(inputs), tmp_path / "heads")
     assert not list(tmp_path.iterdir())
+
+
+def test_command_line_and_relative_target(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The heads name a target given by a relative path relative to themselves."""
+    monkeypatch.chdir(Path(inputs["model"]).parent)
+    out = tmp_path / "deep" / "heads"
+    options = ["--num-heads", "2", "--dtype", "float32", "--batch-tokens", "96", "--steps", "2"]
+    command = ["train", "--model", "model", "--data", "data", "--out", str(out), *options]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote heads to {out}")
+    assert "without looping text: chain of 2 " in said
+    base_model = load_heads(out).base_model
+    assert base_model is not None
+    assert (out / base_model).resolve() == Path(inputs["model"]).resolve()
+
+
+def test_rows_that_are_cut_are_said(
+    inputs: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_llama(tmp_path / "model", max_position_embeddings=20)
+    training = Training(settings_of(inputs, model=str(model)))
+    num_cut = training.dataset.num_cut
+    assert num_cut > 5
+    assert f"{num_cut} rows are longer than the target's 20 positions" in caplog.text
+    caplog.clear()
+    Training(settings_of(inputs))
+    assert not caplog.records

@@ -88,7 +88,10 @@ def run(arguments: argparse.Namespace) -> str:
 def describe(out: Path, report: dict[str, Any]) -> str:
     """Say in a few lines what the report says."""
     lines = [f"wrote heads to {out}; on held-out answers, tokens per step:"]
-    for label, key in (("with looping text", "with_loops"), ("without", "without_loops")):
+    for label, key in (
+        ("with looping text", "with_loops"),
+        ("without looping text", "without_loops"),
+    ):
         lengths = report["held_out"][key]["acceptance_length"].items()
         lines.append(f"  {label}: " + ", ".join(f"{name} {value:.2f}" for name, value in lengths))
     return "\n".join(lines)
