@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from vllm_medusa.bench.process import EngineProcess
+from vllm_medusa.bench.process import EngineProcess, default_threads
 from vllm_medusa.calibration.costs import StepCost, StepCosts
 from vllm_medusa.calibration.texts import Progress, start_engine
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
@@ -81,7 +81,14 @@ def measure_step_costs(
                     StepCost(batch_size, len(tree), _num_leaves(tree), tuple(tree_times))
                     for tree, tree_times in zip(group, times, strict=True)
                 ]
-    facts = {"prompt_tokens": PROMPT_TOKENS, "rounds": rounds, "engines_at_once": at_once}
+    facts = {
+        "prompt_tokens": PROMPT_TOKENS,
+        "max_tokens": MAX_TOKENS,
+        "rounds": rounds,
+        "engines_at_once": at_once,
+        "options": dict(options),
+        "environment": {"OMP_NUM_THREADS": str(default_threads()), **(environment or {})},
+    }
     return StepCosts(rows, {**facts, **(provenance or {})})
 
 

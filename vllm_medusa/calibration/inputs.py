@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,13 +153,16 @@ def _engine_options(settings: CalibrateSettings) -> dict[str, Any]:
 
 
 def _out(settings: CalibrateSettings) -> Path:
-    if settings.out is not None:
-        return settings.out
-    heads = Path(settings.heads).expanduser()
-    if heads.is_file():
-        return heads.parent
-    if not heads.is_dir():
-        raise CalibrationError(
-            f"{settings.heads} is a hub name, so nothing can be written there; give --out DIR"
-        )
-    return heads
+    """Return the directory to write to, of which an hour later nothing bad is to be found."""
+    out = settings.out
+    if out is None:
+        heads = Path(settings.heads).expanduser()
+        if not heads.exists():
+            raise CalibrationError(
+                f"{settings.heads} is a hub name, where nothing can be written; give --out DIR"
+            )
+        out = heads.parent if heads.is_file() else heads
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise CalibrationError(f"--out {out}: {there} is no directory to write to; choose another")
+    return out

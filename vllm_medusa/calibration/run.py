@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
+from vllm_medusa.bench.process import EngineProcessError
 from vllm_medusa.bench.provenance import provenance
 from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
 from vllm_medusa.calibration.check import Checked, check_trees
@@ -23,7 +24,7 @@ from vllm_medusa.calibration.paths import Ranks, head_accuracy, path_probabiliti
 from vllm_medusa.calibration.plots import check_matplotlib
 from vllm_medusa.calibration.ranks import Continuation, RankMeter
 from vllm_medusa.calibration.report import Findings, Section, summary, write_report
-from vllm_medusa.calibration.settings import CalibrateSettings
+from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
 from vllm_medusa.calibration.texts import Progress, continue_requests, start_engine
 from vllm_medusa.data.files import write_atomically
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
@@ -42,14 +43,37 @@ def calibrate(settings: CalibrateSettings) -> str:
     """
     check_matplotlib()
     inputs = read_inputs(settings)
-    costs = read_step_costs(settings.step_costs) if settings.step_costs else None
+    costs = _costs_of_file(settings)
+    try:
+        findings = _find(settings, inputs, costs)
+    except EngineProcessError as error:
+        raise CalibrationError(
+            f"the engine of vLLM ended ({error.reason}); correct --llm-options"
+        ) from None
+    _write(findings, inputs.out)
+    return summary(findings, inputs.out)
+
+
+def _costs_of_file(settings: CalibrateSettings) -> StepCosts | None:
+    if settings.step_costs is None:
+        return None
+    costs = read_step_costs(settings.step_costs)
+    if costs.max_drafts < max(settings.sizes):
+        raise CalibrationError(
+            f"--step-costs {settings.step_costs}: the costs go up to {costs.max_drafts} draft "
+            f"tokens, but --sizes up to {max(settings.sizes)}; measure larger trees or calibrate "
+            "smaller ones"
+        )
+    return costs
+
+
+def _find(settings: CalibrateSettings, inputs: Inputs, costs: StepCosts | None) -> Findings:
     continuations = measure_ranks(settings, inputs)
-    fit = CrossFit(continuations, max(settings.sizes), settings.seed)
-    _check_enough(settings, fit, continuations)
+    fit = _fit(settings, continuations)
     sections = _sections(settings, fit, continuations)
     if settings.with_step_costs and costs is None:
         costs = _measure_costs(settings, inputs, fit)
-    findings = Findings(
+    return Findings(
         settings=settings,
         provenance=provenance(_device_name()),
         num_heads=inputs.num_heads,
@@ -61,8 +85,6 @@ def calibrate(settings: CalibrateSettings) -> str:
         costs=costs,
         choice=None if costs is None else choose(_candidates(settings, fit, sections), costs),
     )
-    _write(findings, inputs.out)
-    return summary(findings, inputs.out)
 
 
 def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuation]:
@@ -86,12 +108,15 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     with _bar("ranks", "text", len(texts)) as progress:
-        return RankMeter(target, inputs.checkpoint).measure(texts, progress)
+        continuations = RankMeter(target, inputs.checkpoint).measure(texts, progress)
+    del target
+    # What PyTorch keeps for itself, the engines that follow could not have.
+    torch.cuda.empty_cache()
+    return continuations
 
 
-def _check_enough(
-    settings: CalibrateSettings, fit: CrossFit, continuations: Sequence[Continuation]
-) -> None:
+def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> CrossFit:
+    """Make the trees, if there is enough to make them of."""
     num_positions = sum(len(item.ranks) for item in continuations)
     num_prompts = len({item.prompt_id for item in continuations})
     if num_prompts < NUM_FOLDS:
@@ -100,6 +125,7 @@ def _check_enough(
             f"too few to check the trees against each other; give {NUM_FOLDS} at least, and "
             "better a hundred"
         )
+    fit = CrossFit(continuations, max(settings.sizes), settings.seed)
     found = len(fit.paths["joint"])
     if found < max(settings.sizes):
         raise CalibrationError(
@@ -107,6 +133,7 @@ def _check_enough(
             f"{num_positions} positions of {num_prompts} prompts; give more prompts, a larger "
             "--max-tokens or smaller sizes"
         )
+    return fit
 
 
 def _sections(
@@ -153,14 +180,15 @@ def _candidates(
 def _measure_costs(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> StepCosts:
     trees = trees_to_measure(fit.paths["joint"], settings.timed_sizes(), inputs.num_heads)
     at_once = settings.engines_at_once or (1 if torch.cuda.is_available() else len(trees))
-    runs = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
+    batch_sizes = settings.batch_sizes or BATCH_SIZES
+    runs = len(trees) * len(batch_sizes) * (settings.rounds + 1)
     with _bar("step costs", "run", runs) as progress:
         return measure_step_costs(
             inputs.options,
             inputs.speculative,
             trees,
             inputs.cost_tokens(),
-            settings.batch_sizes,
+            batch_sizes,
             rounds=settings.rounds,
             engines_at_once=at_once,
             progress=progress,
@@ -191,7 +219,6 @@ def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[C
 
 def _write(findings: Findings, out: Path) -> None:
     """Write all files, or none if one of them cannot be made."""
-    out.mkdir(parents=True, exist_ok=True)
     schedule = findings.choice.schedule() if findings.choice else None
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name)
@@ -199,6 +226,10 @@ def _write(findings: Findings, out: Path) -> None:
         write_tree_file(staged / TREE_FILE, findings.paths["joint"])
         if schedule is not None:
             write_schedule_file(staged / SCHEDULE_FILE, schedule)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalibrationError(f"--out {out}: {error.strerror}; choose another") from None
         for path in sorted(staged.iterdir()):
             write_atomically(out / path.name, _copier(path))
     if schedule is None:
@@ -206,9 +237,13 @@ def _write(findings: Findings, out: Path) -> None:
         (out / SCHEDULE_FILE).unlink(missing_ok=True)
 
 
-def _copier(path: Path) -> Any:
+def _copier(path: Path) -> Callable[[BinaryIO], None]:
     content = path.read_bytes()
-    return lambda file: file.write(content)
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write
 
 
 def _device_name() -> str | None:

@@ -36,7 +36,8 @@ class CalibrateSettings:
         max_tokens: of a continuation.
         temperature: also sample continuations at it; None is greedy ones only.
         sizes: draft nodes of the trees.
-        batch_sizes: to measure step costs at and to choose trees for.
+        batch_sizes: to measure step costs at and to choose trees for; None is `BATCH_SIZES`, or
+            those of the file of step costs.
         cost_sizes: draft nodes of the trees whose steps are timed; None is four of `sizes`.
         step_costs: file of step costs measured before; None is to measure them.
         with_step_costs: whether to choose trees by step costs at all.
@@ -61,7 +62,7 @@ class CalibrateSettings:
     max_tokens: int = 128
     temperature: float | None = None
     sizes: tuple[int, ...] = SIZES
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    batch_sizes: tuple[int, ...] | None = None
     cost_sizes: tuple[int, ...] | None = None
     step_costs: Path | None = None
     with_step_costs: bool = True
@@ -90,9 +91,14 @@ class CalibrateSettings:
                     f"{_option(name)} {size}: a tree has 1 to {MAX_DRAFT_TOKENS} draft nodes",
                 )
         _require(bool(self.sizes), "--sizes: give at least one")
-        _require(bool(self.batch_sizes), "--batch-sizes: give at least one")
-        for size in self.batch_sizes:
+        for size in self.batch_sizes or ():
             _require(size >= 1, f"--batch-sizes {size}: give 1 or more")
+        for name in ("batch_sizes", "cost_sizes"):
+            _require(
+                getattr(self, name) is None or (self.with_step_costs and self.step_costs is None),
+                f"{_option(name)}: says what to measure, but no step costs are to be measured; "
+                "leave it out",
+            )
         largest = max(self.sizes)
         for name in ("cost_sizes", "check_sizes"):
             _require(

@@ -59,7 +59,6 @@ def _add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     costs(
         "--batch-sizes",
         type=_numbers,
-        default=_BATCH_SIZES,
         metavar="N,N",
         help=f"batch sizes to choose trees for ({_BATCH_SIZES})",
     )
