@@ -42,6 +42,7 @@ class Answerer:
         options = dict(self._settings.llm_options)
         backend = "uni" if self._settings.world_size == 1 else "mp"
         options.setdefault("distributed_executor_backend", backend)
+        options.setdefault("tokenizer_revision", self._settings.revision)
         if self._settings.batch_size is not None:
             options["max_num_seqs"] = self._settings.batch_size
         self._llm = LLM(
@@ -62,7 +63,8 @@ class Answerer:
         Returns:
             Records of `Row.as_record`.
         """
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache cannot be emptied: blocks of it are still in use")
         rows = answer_prompts(
             [Prompt.from_record(record) for record in prompts],
             self._model,
@@ -122,7 +124,7 @@ class _Progress:
 
 
 def main(reply_fd: int) -> None:
-    """Be the other end of `data.local.LocalAnswerer`.
+    """Be the other end of `data.answerers.answer_locally`.
 
     Standard input gives the settings, then a shard's prompts a line. The replies are, a line each:
     `{}` when the engine is up, `{"num_answers", "num_tokens"}` as a shard goes on, `{"rows"}` at
