@@ -20,6 +20,7 @@ import yaml
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
 from vllm_medusa.bench.process import EngineProcessError
 from vllm_medusa.bench.server import ServerProcess
+from vllm_medusa.calibration.costs import read_step_costs
 
 pytestmark = pytest.mark.engine
 
@@ -275,3 +276,21 @@ def test_servers_end_with_a_run_that_is_stopped(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     assert_gone(servers)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
+def test_profile_of_steps(tmp_path: Path) -> None:
+    run = bench("--profile-steps", "--batch-sizes", "1", "--rounds", "1", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Where a step goes" in run.stdout
+    costs = read_step_costs(tmp_path / "step_costs.json")
+    rows = {(row.num_drafts, row.num_leaves): row.round_ms for row in costs.rows}
+    # No speculation, the chain of 4, and trees of 4 to 64 nodes.
+    assert [drafts for drafts, _ in sorted(rows)] == [0, 4, 4, 8, 16, 32, 64]
+    assert all(step_ms > 0 for times in rows.values() for step_ms in times)
+    stages = json.loads((tmp_path / "step_costs.json").read_text())["stages"]
+    assert {stage["num_drafts"] for stage in stages} == {4, 64}
+    for stage in stages:
+        assert stage["stage_ms"]["heads"] > 0
+        assert sum(stage["stage_ms"].values()) <= stage["step_ms"]
