@@ -14,13 +14,14 @@ that into a guess at token t + 2. Features:
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from common import write_json
-from safetensors.torch import save_file
+from common import require, write_json
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -158,6 +159,17 @@ def build_head(target: PreTrainedModel, method: Method, intermediate_size: int) 
     config.num_hidden_layers = 1
     config.intermediate_size = intermediate_size
     return EagleHead(config, method)
+
+
+def load_head(path: Path, target: PreTrainedModel) -> EagleHead:
+    """A head as stored, in float32."""
+    require(path / "config.json", "train_eagle.py")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    method: Method = "eagle3" if "eagle_config" in config else "eagle"
+    head = build_head(target, method, config["intermediate_size"])
+    weights = load_file(path / "model.safetensors")
+    head.load_state_dict({key: value.float() for key, value in weights.items()})
+    return head.eval().requires_grad_(False)
 
 
 @torch.no_grad()
