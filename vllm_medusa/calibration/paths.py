@@ -26,6 +26,8 @@ Ranks: TypeAlias = NDArray[np.integer[Any]]
 
 #: Ranks from here on are misses: no tree of 127 nodes has use for them.
 RANK_CAP = 32
+#: Paths that `step_paths` tries for each place in the tree.
+_NUM_TRIED = 4
 #: A text loops from the first run of so many tokens that it has already written before.
 LOOP_TOKENS = 16
 
@@ -77,7 +79,9 @@ def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     As `best_paths`, but what counts are the positions at which steps begin: few in text that is
     easy to guess, where each step goes far, and many in text that is not. Where steps begin depends
     on the tree, so the tree is grown path by path, each the most probable one that fits, by the
-    density of the steps of the tree so far (`_StepStarts`).
+    density of the steps of the tree so far (`_StepStarts`). As a path also moves the steps that
+    follow it, the next most probable ones are tried too, and one of them is taken if it saves more
+    steps by more than chance explains (one standard deviation of their numbers).
     """
     table = _PathTable(_joined(continuations))
     starts = _StepStarts([len(ranks) for ranks in continuations], table.num_heads)
@@ -85,12 +89,19 @@ def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     is_open = table.parents < 0
     chosen: list[TreePath] = []
     while len(chosen) < min(num_paths, len(table.paths)):
-        counts = np.where(is_open, table.count(starts.density(emitted)), -1.0)
-        best = int(np.argmax(counts))
+        visits = starts.visits(emitted)
+        counts = np.where(is_open, table.count(starts.smoothed(visits)), -1.0)
+        order = np.argsort(-counts, kind="stable")[:_NUM_TRIED]
+        tried = [order[0], *(path for path in order[1:] if counts[path] > counts[order[0]] / 2)]
+        longer = [emitted + (table.right == path).any(axis=1) for path in tried]
+        saved = [visits.sum() - starts.visits(after).sum() for after in longer]
+        most = int(np.argmax(saved))
+        chance = np.sqrt(abs(saved[most]) + abs(saved[0]))
+        place = most if saved[most] - saved[0] > chance else 0
+        best, emitted = tried[place], longer[place]
         chosen.append(table.paths[best])
         is_open[best] = False
         is_open |= table.parents == best
-        emitted += (table.right == best).any(axis=1)
     return chosen
 
 
@@ -267,8 +278,13 @@ class _StepStarts:
         self._num_texts = len(lengths)
         self._in_window = self._window_sums(np.ones(len(self._text)))
 
-    def density(self, emitted: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return [positions], from what a step beginning there emits [positions]."""
+    def visits(self, emitted: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return [positions]: the share of the walks that visit each.
+
+        Args:
+            emitted: [positions], by a step that begins there.
+
+        """
         stride = np.ones((self._num_texts, self._width), dtype=np.int64)
         stride[self._text, self._place] = emitted
         visits = np.zeros((self._num_texts, self._width + self._longest))
@@ -276,7 +292,12 @@ class _StepStarts:
         texts = np.arange(self._num_texts)
         for place in range(self._width):
             visits[texts, place + stride[:, place]] += visits[:, place]
-        return self._window_sums(visits[self._text, self._place]) / self._in_window
+        found: NDArray[np.float64] = visits[self._text, self._place]
+        return found
+
+    def smoothed(self, visits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return [positions]: the mean of the visits over the window around each."""
+        return self._window_sums(visits) / self._in_window
 
     def _window_sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum [positions] over the windows around them, as far as the texts go."""
