@@ -192,6 +192,9 @@ def test_prediction_is_what_the_engine_measures(tmp_path: Path) -> None:
         ),
         (["--prompts", "{rows}", "--no-step-costs"], "4 prompts (424 positions) are too few"),
         (["--prompts", "{rows}", "--temperature", "1"], "leave the temperature out"),
+        (["--prompts", "{prompts}", "--no-step-costs", "--batch-sizes", "1"], "leave it out"),
+        (["--prompts", "{prompts}", "--step-costs", "{costs}", "--sizes", "16"], "go up to 8"),
+        (["--prompts", "{prompts}", "--out", "{prompts}/deep"], "no directory to write to"),
         (["--prompts", "{rows}", "--max-prompts", "0"], "--max-prompts 0: give 1 or more"),
     ],
 )
@@ -201,12 +204,13 @@ def test_mistakes_are_one_line_and_write_nothing(
     places = {
         "prompts": write_prompts(tmp_path / "prompts.jsonl", 0, 4),
         "rows": write_rows(tmp_path / "rows", 4),
+        "costs": write_costs(tmp_path / "costs.json"),
     }
     given = [
         text.format(**places) if text[0] == "{" and text[1] != '"' else text for text in arguments
     ]
     out = tmp_path / "out"
-    assert calibrate(*given, "--out", out) == 2
+    assert calibrate("--out", out, *given) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vllm-medusa calibrate: error: ")
     assert message in error
