@@ -179,8 +179,8 @@ def mismatch(ours: float | None, theirs: float | None) -> Mismatch:
 
 def test_report_says_it_all(tmp_path: Path, measurements: list[Measurement]) -> None:
     states = {
-        "baseline": VariantState(starts=[EngineInfo(2.0, "cpu", None, 1)]),
-        "tree": VariantState(starts=[EngineInfo(3.0, "cpu", None, 1)], failed="ValueError: no"),
+        "baseline": VariantState(starts=[EngineInfo(2.0, "cpu", None, 1, 1)]),
+        "tree": VariantState(starts=[EngineInfo(3.0, "cpu", None, 1, 1)], failed="ValueError: no"),
         "eagle": VariantState(unavailable="no such file or directory: x"),
     }
     figures = figures_of(measurements)

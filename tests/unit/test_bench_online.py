@@ -107,7 +107,7 @@ def test_figures_and_their_picture(tmp_path: Path) -> None:
     assert baseline.acceptance_by_depth == ()
     assert (tree.num_failed, tree.num_preemptions) == (2, 4)
     states = {name: VariantState() for name in ("baseline", "tree")}
-    states["tree"].starts.append(EngineInfo(12.0, "cpu", None, 1))
+    states["tree"].starts.append(EngineInfo(12.0, "cpu", None, 1, 1))
     table = online_table([baseline, tree], states)
     assert table.rows[1][:2] == ("tree", "2/s")
     assert "2.00 (2.00 to 2.00)" in table.rows[1]
@@ -126,7 +126,7 @@ class FakeServer:
         self.living.add(self.name)
 
     def wait(self) -> EngineInfo:
-        return EngineInfo(1.0, "cpu", None, 1)
+        return EngineInfo(1.0, "cpu", None, 1, 1)
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+import time
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
 from vllm_medusa.bench.display import START, Display, TimeLeft, with_starts
 from vllm_medusa.bench.engines import EnginePool, has_room
+from vllm_medusa.bench.memory import peak_memory, private_memory
 from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.turns import schedule, take_turns
@@ -76,7 +81,7 @@ class FakeEngine:
     def wait(self) -> EngineInfo:
         if self.name == "broken":
             raise EngineProcessError("Traceback\nValueError: no heads\n")
-        return EngineInfo(1.0, "cpu", None, 100)
+        return EngineInfo(1.0, "cpu", None, 100, 100)
 
     def close(self, patience_s: float = 20) -> None:
         self.living.remove(self.name)
@@ -176,7 +181,20 @@ def test_without_the_baseline_there_is_nothing(number: int) -> None:
 
 
 def test_room_for_engines() -> None:
-    info = EngineInfo(1.0, "cpu", None, 1000)
+    info = EngineInfo(1.0, "cpu", None, 5000, 1000)
     assert has_room(info, others=3, available=4000)
     assert not has_room(info, others=3, available=3999)
-    assert not has_room(EngineInfo(1.0, "cuda", "GPU", 1), others=1, available=1e12)
+    assert not has_room(EngineInfo(1.0, "cuda", "GPU", 1, 1), others=1, available=1e12)
+
+
+def test_memory_of_a_process_and_its_children() -> None:
+    program = "import subprocess, sys; held = bytearray(50_000_000); subprocess.run(['cat'])"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:
+        while not psutil.Process(process.pid).children():
+            time.sleep(0.05)
+        private, peak = private_memory(process.pid), peak_memory(process.pid)
+        alone = psutil.Process(process.pid).memory_info().rss
+        process.communicate()
+    assert 50_000_000 < private < peak
+    assert peak > alone  # the child counts
+    assert peak_memory(process.pid) == 0  # it has ended

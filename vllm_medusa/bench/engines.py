@@ -150,4 +150,4 @@ def has_room(info: EngineInfo, others: int, available: float | None = None) -> b
         return False
     if available is None:
         available = available_memory()
-    return info.peak_memory_bytes * (others + _MARGIN) <= available
+    return info.private_memory_bytes * (others + _MARGIN) <= available

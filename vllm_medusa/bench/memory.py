@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 
 def peak_memory(pid: int) -> int:
     """Largest resident memory so far of a process and what it started, in bytes.
 
-    The sum of each process's own peak, without those that have ended.
+    The sum of each process's own peak, files that they map included, without those that have ended.
     """
+    return _sum_over_tree(pid, ("VmHWM",))
+
+
+def private_memory(pid: int) -> int:
+    """Memory now of a process and what it started that is not files, in bytes.
+
+    What one more such process takes: mapped files, libraries above all, are in memory but once.
+    """
+    return _sum_over_tree(pid, ("RssAnon", "RssShmem"))
+
+
+def _sum_over_tree(pid: int, fields: Sequence[str]) -> int:
     import psutil
 
     try:
@@ -25,8 +38,8 @@ def peak_memory(pid: int) -> int:
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         except OSError:
             continue  # it has ended
-        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, re.M):
-            total += 1024 * int(match[1])
+        found = re.findall(rf"^(?:{'|'.join(fields)}):\s+(\d+) kB", status, re.M)
+        total += 1024 * sum(map(int, found))
     return total
 
 

@@ -90,6 +90,7 @@ class EngineInfo:
         device: the processor's kind in PyTorch's words (``cpu``, ``cuda``, ...).
         device_name: the accelerator's name; None on a CPU.
         peak_memory_bytes: largest resident memory so far, all its processes.
+        private_memory_bytes: resident memory that is not files, all its processes.
 
     """
 
@@ -97,6 +98,7 @@ class EngineInfo:
     device: str
     device_name: str | None
     peak_memory_bytes: int
+    private_memory_bytes: int
 
 
 @dataclass(frozen=True)

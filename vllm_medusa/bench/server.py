@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_medusa.bench.memory import peak_memory
+from vllm_medusa.bench.memory import peak_memory, private_memory
 from vllm_medusa.bench.process import EngineInfo, EngineProcessError, has_accelerator
 
 #: The `vllm` command.
@@ -93,6 +93,7 @@ class ServerProcess:
             device="cuda" if has_accelerator() else "cpu",
             device_name=accelerator_name(),
             peak_memory_bytes=self.peak_memory(),
+            private_memory_bytes=private_memory(self.pid),
         )
 
     def peak_memory(self) -> int:

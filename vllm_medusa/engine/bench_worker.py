@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from vllm_medusa.bench.memory import peak_memory
+from vllm_medusa.bench.memory import peak_memory, private_memory
 
 
 def main(reply_fd: int) -> None:
@@ -47,6 +47,7 @@ def _describe() -> dict[str, Any]:
         "device": current_platform.device_type,
         "device_name": None if is_cpu else current_platform.get_device_name(),
         "peak_memory_bytes": peak_memory(os.getpid()),
+        "private_memory_bytes": private_memory(os.getpid()),
     }
 
 
