@@ -87,7 +87,7 @@ def test_adamw_decays_matrices_and_spares_biases() -> None:
     )
 
 
-def test_gradients_are_clipped_and_their_norm_returned() -> None:
+def test_gradients_are_clipped() -> None:
     settings = make_settings(clip=1.0, optimizer="adamw")
     heads, optimizers = make(settings)
     set_gradients(heads)
@@ -104,7 +104,7 @@ def test_gradients_are_clipped_and_their_norm_returned() -> None:
         for parameter in heads.parameters():
             assert parameter.grad is not None
             parameter.grad *= 100 / norm
-        assert optimizers.step(1.0) == pytest.approx(100, rel=1e-4)
+        optimizers.step(1.0)
     assert seen == [pytest.approx(1.0, rel=1e-3)]
 
 

@@ -38,14 +38,12 @@ class History:
 
     Attributes:
         losses: [steps][heads], each head's loss.
-        norms: [steps], norms of the gradients before they were clipped.
         evaluations: [(steps done, expected acceptance length)].
         best_step: steps done when the best heads were measured.
         seconds: of training, in all runs together.
     """
 
     losses: list[list[float]] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
     seconds: float = 0.0
@@ -212,8 +210,7 @@ class Training:
             losses = accelerator.reduce(losses, "sum")
             for gradient in self._optimizer.gradients:
                 gradient.copy_(accelerator.reduce(gradient, "sum"))
-        norm = self._optimizer.step(rate_factor(step, self.num_steps, settings.warmup))
-        self._history.norms.append(norm)
+        self._optimizer.step(rate_factor(step, self.num_steps, settings.warmup))
         values: list[float] = losses.tolist()
         return values
 

@@ -38,21 +38,18 @@ class HeadsOptimizer:
 
     def __init__(self, heads: TrainableHeads, settings: TrainSettings) -> None:
         self._parameters = list(heads.parameters())
-        self._clip = settings.clip
-        muon: list[nn.Parameter] = []
+        self._clip, self._peak = settings.clip, settings.lr
+        self._blocks = heads.blocks.weight
+        self._muon_views: list[nn.Parameter] = []
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
-        for name, parameter in heads.named_parameters():
-            if name == "blocks.weight" and settings.optimizer == "muon":
-                for index in range(parameter.shape[0] * parameter.shape[1]):
-                    view = nn.Parameter(parameter.data.flatten(0, 1)[index])
-                    muon.append(view)
-                self._stacked = parameter
-            elif name == "blocks.bias":
+        for parameter in self._parameters:
+            if parameter is heads.blocks.bias:
                 vectors.append(parameter)
+            elif parameter is self._blocks and settings.optimizer == "muon":
+                self._muon_views = [nn.Parameter(view) for view in parameter.data.flatten(0, 1)]
             else:
                 matrices.append(parameter)
-        self._views = muon
         decay = settings.weight_decay
         groups: list[dict[str, Any]] = [
             {"params": group, "weight_decay": rate}
@@ -60,42 +57,41 @@ class HeadsOptimizer:
             if group
         ]
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=settings.lr, betas=_BETAS)
+            torch.optim.AdamW(groups, lr=self._peak, betas=_BETAS)
         ]
-        if muon:
+        if self._muon_views:
             self._optimizers.append(
                 torch.optim.Muon(
-                    muon, lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                    self._muon_views,
+                    lr=self._peak,
+                    weight_decay=decay,
+                    adjust_lr_fn="match_rms_adamw",
                 )
             )
-        self._peak = settings.lr
 
     @property
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients."""
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def step(self, factor: float) -> float:
+    def step(self, factor: float) -> None:
         """Clip the gradients, change the parameters, forget the gradients.
 
         Args:
             factor: on the peak learning rate.
-
-        Returns:
-            the gradients' norm before they were clipped.
         """
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip).item()
-        if self._views:
-            assert self._stacked.grad is not None
-            for view, grad in zip(self._views, self._stacked.grad.flatten(0, 1), strict=True):
-                view.grad = grad
+        nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if self._muon_views:
+            assert self._blocks.grad is not None
+            gradients = self._blocks.grad.flatten(0, 1)
+            for view, gradient in zip(self._muon_views, gradients, strict=True):
+                view.grad = gradient
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._peak * factor
             optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
-        return norm
 
     def state(self) -> list[dict[str, Any]]:
         """Return all that a resumed run needs."""
