@@ -73,6 +73,7 @@ def test_heads_learn_and_all_files_are_there(inputs: dict[str, str], tmp_path: P
     assert provenance["rows_held_out"] == 6
     assert provenance["identity"]["steps"] == 60
     assert (tmp_path / "heads" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert len({path.stat().st_mode for path in (tmp_path / "heads").iterdir()}) == 1
     page = (tmp_path / "heads" / "report.md").read_text()
     assert "| top-1 accuracy, head by head |" in page
 

@@ -17,6 +17,7 @@ One lm_head common to all heads is written as each head's own where the format h
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,8 @@ def save_heads(
             _write_weights(tensors, staged / _WEIGHTS_FILE[write_format])
             text = json.dumps(config, indent=2)
             (staged / "config.json").write_text(text + "\n", encoding="utf-8")
+            # safetensors lets the owner alone read its files; others may have to serve them.
+            shutil.copymode(staged / "config.json", staged / _WEIGHTS_FILE[write_format])
             if checkpoint.tree_paths is not None:
                 write_tree_file(staged / TREE_FILE, checkpoint.tree_paths)
             if checkpoint.tree_schedule is not None:

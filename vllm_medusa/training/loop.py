@@ -127,6 +127,7 @@ class Training:
             "target_fingerprint": self.target.fingerprint(),
             "data_fingerprint": self.dataset.fingerprint,
             "num_processes": self._accelerator.num_processes,
+            "compile": compile_target,
         }
         self._heads = TrainableHeads(settings, self.target.weight)
         self._optimizer = HeadsOptimizer(self._heads, settings)
