@@ -11,7 +11,7 @@ from typing import Any
 from vllm_medusa.bench.tables import Table
 from vllm_medusa.calibration.check import Checked
 from vllm_medusa.calibration.choice import Choice
-from vllm_medusa.calibration.costs import StepCosts
+from vllm_medusa.calibration.costs import StepCost, StepCosts
 from vllm_medusa.calibration.estimates import NUM_FOLDS, Curve, Estimate, SizeEstimate
 from vllm_medusa.calibration.paths import LOOP_TOKENS
 from vllm_medusa.calibration.plots import draw_acceptance, draw_speedup, draw_tree
@@ -256,14 +256,18 @@ def _cost_table(costs: StepCosts) -> Table:
         for n, leaves in drafts
     ]
     table = Table("Step time in ms: median over rounds (quartiles)", ("batch size", *names))
-    by_key = {(row.batch_size, row.num_drafts, row.num_leaves): row for row in costs.rows}
+    cells_by_key = {
+        (row.batch_size, row.num_drafts, row.num_leaves): _ms(row) for row in costs.rows
+    }
     for batch_size in costs.batch_sizes:
-        cells = []
-        for key in drafts:
-            low, middle, high = by_key[(batch_size, *key)].quartiles_ms
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        cells = [cells_by_key.get((batch_size, *key), "") for key in drafts]
         table.rows.append((str(batch_size), *cells))
     return table
+
+
+def _ms(row: StepCost) -> str:
+    low, middle, high = row.quartiles_ms
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _choice_table(findings: Findings, choice: Choice) -> Table:
