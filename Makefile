@@ -40,7 +40,7 @@ bench-online: venv $(INFLATED)/config.json ## the same as servers under load; ta
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_online.yaml $(BENCH_ARGS)
 
 $(INFLATED)/config.json: | venv
-	@$(VENV)/bin/python examples/inflate.py demo/model $(INFLATED) --parameters 150e6
+	@$(VENV)/bin/python examples/inflate.py demo/model $(INFLATED) --parameters 152e6
 
 lint: venv ## check format, lint and types
 	@$(VENV)/bin/ruff format --check
