@@ -14,6 +14,9 @@ from vllm_medusa.calibration.paths import loop_start
 from vllm_medusa.calibration.texts import Progress, Request, batches, start_engine
 from vllm_medusa.tree.draft_tree import TreePath
 
+#: Requests that run at once: each is to have its forks, or it would draft a chain.
+_REQUESTS_AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -62,8 +65,14 @@ def check_trees(
     checked = []
     for method, size, paths in trees:
         counts = []
-        config = {**heads, "tree": [list(path) for path in paths]}
-        with start_engine({**options, "speculative_config": config}) as engine:
+        config = {
+            **heads,
+            "tree": [list(path) for path in paths],
+            "max_tree_requests": _REQUESTS_AT_ONCE,
+        }
+        at_once = min(_REQUESTS_AT_ONCE, options.get("max_num_seqs", _REQUESTS_AT_ONCE))
+        given = {**options, "max_num_seqs": at_once, "speculative_config": config}
+        with start_engine(given) as engine:
             for batch in batches(requests):
                 run = engine.run([r.token_ids for r in batch], max_tokens + num_heads)
                 counts += steps_of(run, max_tokens, num_heads)
