@@ -16,8 +16,6 @@ from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.turns import Watcher, take_turns
 from vllm_medusa.bench.variants import BASELINE, Variant
 
-#: Tokens of a warm-up, at most: enough for every code path to have run.
-WARM_UP_TOKENS = 16
 #: Mismatches of a variant that the second pass asks logprobs for.
 MAX_EXPLAINED = 50
 
@@ -143,7 +141,8 @@ def run_offline(
         watcher.started(name, info)
         for batch_size in settings.batch_sizes:
             batch = [prompt.token_ids for prompt in prompts.batch(1, batch_size)]
-            engine.run(batch, min(settings.max_tokens, WARM_UP_TOKENS), **sampling)
+            # All of it: what drafts only when the text repeats has to have drafted.
+            engine.run(batch, settings.max_tokens, **sampling)
 
     def start(variant: Variant) -> EngineProcess:
         return EngineProcess(
