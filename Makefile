@@ -1,13 +1,16 @@
 # Every target sets up what it needs first; that takes minutes the first time and no time after.
 # PYTHON: the Python 3.11 to build with.  VENV, VENV_NEXT: where the environments go.
+# DEMO: where demo-model writes the model it makes; DEMO_BUILD: its training data.
 
 PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
 INFLATED := out/inflated-150M
+DEMO ?= demo
+DEMO_BUILD ?= build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-slow test-next bench bench-ab bench-online lint format clean distclean
+.PHONY: help venv venv-next demo demo-model test test-slow test-next bench bench-ab bench-online lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,6 +23,24 @@ venv-next: venv ## set up a second environment with vLLM 0.33
 
 demo: venv ## generate text with a draft tree, beside the same without
 	@$(VENV)/bin/python examples/demo.py
+
+demo-model: export OMP_NUM_THREADS = 1
+demo-model: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo-model: venv ## make the demo's model, heads and trees anew; takes three quarters of an hour
+	python examples/demo_model/train_base.py --compile --tokens 7400000 --out $(DEMO)/model
+	python examples/demo_model/make_prompts.py --model $(DEMO)/model --out $(DEMO)/prompts.jsonl \
+	    --calibration $(DEMO_BUILD)/calibration.jsonl --check $(DEMO_BUILD)/check.jsonl \
+	    --training $(DEMO_BUILD)/training.jsonl
+	vllm-medusa distill --model $(DEMO)/model --prompts $(DEMO_BUILD)/training.jsonl \
+	    --out $(DEMO_BUILD)/answers --max-tokens 128 --batch-size 128 \
+	    --llm-options '{"max_model_len": 512, "gpu_memory_utilization": 0.3}'
+	rm -rf $(DEMO)/heads
+	vllm-medusa train --model $(DEMO)/model --data $(DEMO_BUILD)/answers --out $(DEMO)/heads \
+	    --num-layers 3 --kl-temperature 0.5 --optimizer muon --lr 1.2e-2 --steps 1350 \
+	    --batch-tokens 4096 --dtype bfloat16 --compile
+	vllm-medusa calibrate $(DEMO)/heads --model $(DEMO)/model \
+	    --prompts $(DEMO_BUILD)/calibration.jsonl --dtype float32 \
+	    --check --check-prompts $(DEMO_BUILD)/check.jsonl
 
 test: venv ## all tests but the slow ones, with lint and types among them
 	@$(VENV)/bin/python -m pytest

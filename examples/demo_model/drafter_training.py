@@ -21,7 +21,7 @@ from common import (
     learning_rate_factor,
     read_corpus,
 )
-from heads import greedy_continue
+from target import greedy_continue
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 

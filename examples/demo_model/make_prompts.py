@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cut prompts from the corpus: the demo's, more held-out ones to calibrate on, others to train on.
+"""Cut prompts from the corpus: the demo's, held-out ones to calibrate on, others to train on.
 
 A prompt starts at a function or class and is cut at the end of a line, so that its continuation
 starts with a line break, as in the training text. No two prompts overlap.
@@ -31,8 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo/prompts.jsonl"))
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument(
-        "--calibration", type=Path, help="file for all other prompts of the held-out files"
+        "--calibration", type=Path, help="file for two thirds of the other held-out prompts"
     )
+    parser.add_argument("--check", type=Path, help="file for the rest of them")
     parser.add_argument("--training", type=Path, help="file for prompts of the training files")
     parser.add_argument("--training-count", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,8 +95,14 @@ def run(arguments: argparse.Namespace) -> None:
     if len(prompts) < arguments.count:
         raise DemoError(f"--count {arguments.count}: the held-out files give {len(prompts)}")
     write(arguments.out, prompts[: arguments.count], len(prompts))
-    if arguments.calibration:
-        write(arguments.calibration, prompts[arguments.count :], len(prompts))
+    # Of what is left the same share of every file to calibrate on and to check with.
+    rest = prompts[arguments.count :]
+    for path, chosen in (
+        (arguments.calibration, [p for i, p in enumerate(rest) if i % 3]),
+        (arguments.check, rest[::3]),
+    ):
+        if path:
+            write(path, chosen, len(prompts))
     if arguments.training:
         rng.shuffle(training)
         found: list[str] = []

@@ -23,7 +23,7 @@ from drafter_training import (
     train,
     training_text,
 )
-from heads import load_model
+from target import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 

@@ -25,7 +25,7 @@ from drafter_training import (
     training_text,
 )
 from eagle import EagleHead, build_head, save_head, target_states
-from heads import load_model
+from target import load_model
 from transformers import PreTrainedModel
 
 DEPTH_WEIGHT = 0.8  # a draft counts only when all before it are right
