@@ -36,11 +36,11 @@ demo-model: venv ## make the demo's model, heads and trees anew; takes three qua
 	    --llm-options '{"max_model_len": 512, "gpu_memory_utilization": 0.3}'
 	rm -rf $(DEMO)/heads
 	vllm-medusa train --model $(DEMO)/model --data $(DEMO_BUILD)/answers --out $(DEMO)/heads \
-	    --num-layers 3 --kl-temperature 0.5 --optimizer muon --lr 1.2e-2 --steps 1350 \
+	    --num-layers 3 --kl-temperature 0.5 --optimizer muon --lr 6e-3 --steps 1350 \
 	    --batch-tokens 4096 --dtype bfloat16 --compile
 	vllm-medusa calibrate $(DEMO)/heads --model $(DEMO)/model \
-	    --prompts $(DEMO_BUILD)/calibration.jsonl --dtype float32 \
-	    --check --check-prompts $(DEMO_BUILD)/check.jsonl
+	    --prompts $(DEMO_BUILD)/calibration.jsonl --check --check-prompts $(DEMO_BUILD)/check.jsonl \
+	    --dtype float32 --llm-options '{"enforce_eager": true}'
 
 test: venv ## all tests but the slow ones, with lint and types among them
 	@$(VENV)/bin/python -m pytest

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-_SECONDS_TO_END = 20
+#: Time that a process has to end by itself when it is closed.
+_PATIENCE_S = 20
 
 
 class ProcessEndedError(RuntimeError):
@@ -48,6 +51,8 @@ class WorkerProcess:
             stdout=self._log,
             stderr=self._log,
             pass_fds=[write],
+            # Ctrl-C is for the caller, who closes the process.
+            start_new_session=True,
             env={**os.environ, **environment},
             text=True,
             encoding="utf-8",
@@ -79,14 +84,22 @@ class WorkerProcess:
             raise self._failure()
         return json.loads(line)
 
-    def close(self) -> None:
-        """End the process; it is killed if it takes its time."""
-        if self._process.stdin:
+    @property
+    def pid(self) -> int:
+        """Process id, also that of its session and process group."""
+        return self._process.pid
+
+    def close(self, patience_s: float | None = None) -> None:
+        """End the process, which may finish what it does for so long, and all that it started."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_PATIENCE_S if patience_s is None else patience_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._messages.close()
         self._log.close()
@@ -100,7 +113,7 @@ class WorkerProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(patience_s=None if error is None else 0)
 
     def _failure(self) -> ProcessEndedError:
         status = self._process.wait()

@@ -13,6 +13,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import sequential_tensors
+from vllm_medusa.heads import load_heads
+
 REPO = Path(__file__).parents[2]
 DEMO_MODEL = REPO / "demo" / "model"
 DEMO_HEADS = REPO / "demo" / "heads"
@@ -53,7 +56,7 @@ def merge_heads(model: Path, heads: Path, directory: Path, prefix: str | None) -
 
     Args:
         model: directory of the target model.
-        heads: directory with ``medusa_lm_head.safetensors``.
+        heads: heads that use the target's lm_head, in any format.
         directory: where to write.
         prefix: of the heads' tensors among the model's own; None: heads in a file beside it.
 
@@ -62,13 +65,12 @@ def merge_heads(model: Path, heads: Path, directory: Path, prefix: str | None) -
     tree = heads / "medusa_tree.json"
     if tree.exists():
         shutil.copy(tree, directory)
+    own = sequential_tensors(load_heads(heads), prefix or "")
     if prefix is None:
-        shutil.copy(heads / "medusa_lm_head.safetensors", directory)
+        save_file(own, directory / "medusa_lm_head.safetensors")
         return directory
     tensors = load_file(model / "model.safetensors")
-    for name, tensor in load_file(heads / "medusa_lm_head.safetensors").items():
-        tensors[prefix + name] = tensor
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    save_file({**tensors, **own}, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 

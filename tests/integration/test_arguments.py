@@ -26,7 +26,7 @@ from vllm_medusa.engine.memory import medusa_config_of
 from vllm_medusa.engine.sampling_params import PROPOSER_CLASS
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.named import default_paths, named_tree, tree_names
-from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
+from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file, write_schedule_file
 
 pytestmark = pytest.mark.engine
 
@@ -104,6 +104,7 @@ def test_command_line_with_a_number_of_tokens() -> None:
 def test_heads_in_the_model_on_the_command_line(merged: Path, argv: list[str]) -> None:
     config = resolved(serve_arguments(merged, *argv).create_engine_config())
     assert config.heads == str(merged)
+    # The heads' tree came along, their schedule did not.
     assert config.tree == DraftTree.from_paths(DEMO_TREE[:16])
 
 
@@ -179,7 +180,8 @@ def test_tree_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_automatic_tree(tmp_path: Path, tiny_model: Path) -> None:
-    assert tree_of(demo()) == tree_of(demo(tree="auto")) == DraftTree.from_paths(DEMO_TREE[:16])
+    schedule = read_schedule_file(DEMO_HEADS / "medusa_tree_schedule.json")
+    assert tree_of(demo()) == tree_of(demo(tree="auto")) == schedule.tree()
     heads = tiny.make_heads(tmp_path / "heads", num_heads=2)
     spec = {"method": "medusa", "model": str(heads)}
     config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
@@ -230,7 +232,7 @@ def test_other_keys() -> None:
     spec = demo(acceptance="lossless", max_tree_requests=3, revision="main", tree=None)
     config = resolved(engine_config(DEMO_MODEL, spec))
     assert (config.max_tree_requests, config.revision) == (3, "main")
-    assert config.tree.num_draft_tokens == 16
+    assert config.tree_name == "auto: the heads' tree schedule"
 
 
 # Engines that are asked for in these ways.

@@ -25,11 +25,12 @@ from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, engine_config
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.engine import proposer
+from vllm_medusa.heads import load_heads
 from vllm_medusa.tree.named import named_tree
 
 pytestmark = pytest.mark.engine
 
-SPEC = {"method": "medusa", "model": str(DEMO_HEADS), "tree": "auto"}
+SPEC = {"method": "medusa", "model": str(DEMO_HEADS), "tree": "cpu-16"}
 NUM_PROMPTS = 6
 MAX_TOKENS = 48
 
@@ -197,7 +198,7 @@ def own_lm_heads(directory: Path) -> Path:
     """Write the demo heads with lm_heads of their own, which are the target's."""
     directory.mkdir()
     shutil.copy(DEMO_HEADS / "medusa_tree.json", directory)
-    tensors = load_file(DEMO_HEADS / "medusa_lm_head.safetensors")
+    tensors = checkpoints.sequential_tensors(load_heads(DEMO_HEADS))
     num_layers = 1 + max(int(name.split(".")[1]) for name in tensors)
     embedding = load_file(DEMO_MODEL / "model.safetensors")["model.embed_tokens.weight"]
     for head in {name.split(".")[0] for name in tensors}:

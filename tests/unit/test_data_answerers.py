@@ -63,7 +63,7 @@ def test_module_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(process, "_PATIENCE_S", 0.2)
     rows, _ = answer("lingers")
     assert len(rows) == 2
 

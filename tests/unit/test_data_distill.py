@@ -129,6 +129,12 @@ def test_only_missing_shards_are_made(tmp_path: Path, run: Run, num_made: list[i
     assert content(tmp_path / "out") == before
 
 
+def wait_for_a_shard(folder: Path) -> None:
+    until = time.monotonic() + 30
+    while not list(folder.glob("part-*")) and time.monotonic() < until:
+        time.sleep(0.0005)
+
+
 def test_killed_at_random_points_the_result_is_the_same(tmp_path: Path, run: Run) -> None:
     """Ten runs in processes of their own are killed, from their first moment to their last."""
     begin = time.monotonic()
@@ -136,9 +142,12 @@ def test_killed_at_random_points_the_result_is_the_same(tmp_path: Path, run: Run
     seconds = time.monotonic() - begin
     rng = random.Random(0)
     num_partial = 0
-    for _ in range(10):
+    for number in range(10):
         process = fork(lambda: run("killed", shard_size=1, shard_format="jsonl"))
-        time.sleep(rng.uniform(0, seconds / 3))
+        if number == 0:  # one at least in the middle of its work
+            wait_for_a_shard(tmp_path / "killed")
+        else:
+            time.sleep(rng.uniform(0, seconds / 3))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         if (tmp_path / "killed").exists():

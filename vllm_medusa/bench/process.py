@@ -6,20 +6,16 @@ so that a machine whose speed drifts does not decide. The other end is `engine.b
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from vllm_medusa.process import ProcessEndedError, WorkerProcess
 
 _WORKER = "vllm_medusa.engine.bench_worker"
 
@@ -202,9 +198,6 @@ class EngineProcess:
         environment: Mapping[str, str] | None = None,
         prepare: Path | None = None,
     ) -> None:
-        # Unnamed temporary file: read for the error message, gone with the process.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        reply, write = os.pipe()
         quiet = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
@@ -212,24 +205,15 @@ class EngineProcess:
             "VLLM_NO_USAGE_STATS": "1",
         }
         self._started = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER, str(write)],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            pass_fds=[write],
-            # Ctrl-C is for the caller, who closes the engine.
-            start_new_session=True,
-            env={**os.environ, **quiet, **(environment or {})},
-            text=True,
-        )
-        os.close(write)
-        self._replies = os.fdopen(reply, encoding="utf-8")
-        start = {"options": dict(options), "prepare": str(prepare) if prepare else None}
+        self._worker = WorkerProcess(_WORKER, {**quiet, **(environment or {})})
         try:
-            self._call(start, wait=False)
-        except BaseException:
+            self._worker.send(
+                {"options": dict(options), "prepare": str(prepare) if prepare else None}
+            )
+        except BaseException as error:
             self.close(patience_s=0)
+            if isinstance(error, ProcessEndedError):
+                raise EngineProcessError(error.log) from None
             raise
 
     def wait(self) -> EngineInfo:
@@ -239,7 +223,7 @@ class EngineProcess:
             EngineProcessError: if it does not come up.
 
         """
-        reply = self._reply()
+        reply = self._receive()
         return EngineInfo(startup_s=time.monotonic() - self._started, **reply)
 
     def run(self, prompts: Sequence[str | Sequence[int]], max_tokens: int, **sampling: Any) -> Run:
@@ -255,22 +239,11 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         """Process id, also that of its session and process group."""
-        return self._process.pid
+        return self._worker.pid
 
-    def close(self, patience_s: float = 20) -> None:
+    def close(self, patience_s: float | None = None) -> None:
         """End the process, which may finish what it does for so long, and all that it started."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=patience_s)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._replies.close()
-        self._log.close()
+        self._worker.close(patience_s)
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -281,24 +254,17 @@ class EngineProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(patience_s=20 if error is None else 0)
+        self.close(patience_s=None if error is None else 0)
 
-    def _call(self, command: Mapping[str, Any], wait: bool = True) -> Any:
-        assert self._process.stdin is not None
+    def _call(self, command: Mapping[str, Any]) -> Any:
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure() from None
-        return self._reply() if wait else None
+            self._worker.send(command)
+        except ProcessEndedError as error:
+            raise EngineProcessError(error.log) from None
+        return self._receive()
 
-    def _reply(self) -> Any:
-        line = self._replies.readline()
-        if not line:
-            raise self._failure()
-        return json.loads(line)
-
-    def _failure(self) -> EngineProcessError:
-        self._process.wait()
-        self._log.seek(0)
-        return EngineProcessError(self._log.read().decode(errors="replace"))
+    def _receive(self) -> Any:
+        try:
+            return self._worker.receive()
+        except ProcessEndedError as error:
+            raise EngineProcessError(error.log) from None
