@@ -71,11 +71,20 @@ def test_programs(program: str, tmp_path: Path) -> None:
     assert run.stdout.strip()
 
 
+EAGER = ["--llm-options", '{"enforce_eager": true}']
 #: What makes the tools' commands quick: less work, the same path through the program.
 QUICKER = {
-    "train": ["--eval-every", "100"],
-    "calibrate": ["--sizes", "4,16", "--cost-sizes", "16", "--batch-sizes", "1", "--rounds", "1"],
-    "bench": ["--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16", "--out", "results"],
+    "distill": EAGER,
+    "train": ["--steps", "20"],
+    "calibrate": [
+        *EAGER,
+        *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),
+    ],
+    "bench": [
+        *EAGER,
+        *("--variants", "tree", "--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16"),
+        *("--out", "results"),
+    ],
 }
 
 
