@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.command_line import REPO
-from vllm_medusa.bench.process import EngineProcess, EngineProcessError, Run
+from tests.integration.command_line import REPO, run_python
+from vllm_medusa.bench.process import EngineProcess, EngineProcessError, Run, thread_environment
 
 pytestmark = pytest.mark.engine
 
@@ -150,3 +150,24 @@ def simulate(method: str, continuations: list[list[int]]) -> tuple[int, int]:
             num_drafts, num_accepted = num_drafts + 1, num_accepted + accepted
             root += accepted + 1
     return num_drafts, num_accepted
+
+
+THREADS = """
+import torch
+from vllm import LLM, SamplingParams
+
+llm = LLM({model!r}, enforce_eager=True, max_model_len=256, num_gpu_blocks_override=50,
+          distributed_executor_backend="uni", speculative_config={config!r})
+llm.generate(["def f(x):\\n    return x\\n\\ndef f(x):"], SamplingParams(max_tokens=8))
+print("threads:", torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+def test_ngram_takes_no_thread_more() -> None:
+    """Numba's threads are OpenMP's: without a bound the model would run on all cores."""
+    script = THREADS.format(model=str(DEMO / "model"), config=speculative_config("ngram"))
+    done = run_python(
+        script, VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", **thread_environment(1)
+    )
+    assert "threads: 1" in done.stdout, done.stderr[-2000:]

@@ -182,6 +182,15 @@ def default_threads() -> int:
     return 1 if has_accelerator() else len(os.sched_getaffinity(0))
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment variables that give an engine so many OpenMP threads.
+
+    vLLM's n-gram lookup sets the number of numba's threads, all cores by default. They are
+    OpenMP's, so that the model itself would run on them too.
+    """
+    return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+
+
 class EngineProcess:
     """Starts an engine; use as a context manager, or `close` it.
 
@@ -201,8 +210,8 @@ class EngineProcess:
         quiet = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
-            "OMP_NUM_THREADS": str(default_threads()),
             "VLLM_NO_USAGE_STATS": "1",
+            **thread_environment(default_threads()),
         }
         self._started = time.monotonic()
         self._worker = WorkerProcess(_WORKER, {**quiet, **(environment or {})})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_medusa.bench.errors import BenchError
-from vllm_medusa.bench.process import default_threads, has_accelerator
+from vllm_medusa.bench.process import default_threads, has_accelerator, thread_environment
 from vllm_medusa.bench.variants import Variant, parse_variants, variants_of_config
 
 Alive = Literal["auto", "all", "one"]
@@ -184,7 +184,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment variables of every engine."""
-    return {"OMP_NUM_THREADS": str(settings.threads or default_threads())}
+    return thread_environment(settings.threads or default_threads())
 
 
 def engine_options(settings: Settings) -> dict[str, Any]:
