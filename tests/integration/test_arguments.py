@@ -282,7 +282,7 @@ def first_drafts(llm: Any) -> list[int]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"speculative_config": demo()},
+        {"speculative_config": demo(tree="cpu-16")},
         {"spec_method": "medusa", "spec_model": H, "spec_tokens": 16},
     ],
     ids=["speculative_config", "spec_method"],

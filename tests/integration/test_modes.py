@@ -123,14 +123,14 @@ def test_bfloat16_in_processes_of_their_own(
 # Compilation.
 
 
-@pytest.mark.parametrize("tree", ["auto", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tree", ["cpu-16", pytest.param("chain", marks=pytest.mark.slow)])
 def test_compiled(prompts: list[str], reference: list[list[int]], tree: str) -> None:
     """vLLM's default mode, of which the graphs read token positions from one buffer."""
     spec = {**SPEC, "tree": tree}
     with demo_engine(enforce_eager=False, speculative_config=spec) as llm:
         compilation = llm.llm_engine.vllm_config.compilation_config
         assert compilation.mode.name != "NONE"
-        if tree == "auto":
+        if tree == "cpu-16":
             check(llm, prompts, reference)
         else:
             assert greedy(llm, prompts, MAX_TOKENS) == reference

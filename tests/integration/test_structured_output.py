@@ -89,4 +89,4 @@ def test_grammars(backend: str, tree: dict[str, Any]) -> None:
     assert token_ids(outputs) == token_ids(reference)
     # Trees, not chains: more drafts than a first path has.
     assert metrics["num_draft_tokens"] > 20 * metrics["num_drafts"]
-    assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
+    assert metrics["num_accepted_tokens"] > 0.2 * metrics["num_drafts"]
