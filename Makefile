@@ -30,7 +30,7 @@ demo-model: venv ## make the demo's model, heads and trees anew; takes three qua
 	python examples/demo_model/train_base.py --compile --tokens 7400000 --out $(DEMO)/model
 	python examples/demo_model/make_prompts.py --model $(DEMO)/model --out $(DEMO)/prompts.jsonl \
 	    --calibration $(DEMO_BUILD)/calibration.jsonl --check $(DEMO_BUILD)/check.jsonl \
-	    --training $(DEMO_BUILD)/training.jsonl
+	    --training $(DEMO_BUILD)/training.jsonl --training-count 7172
 	vllm-medusa distill --model $(DEMO)/model --prompts $(DEMO_BUILD)/training.jsonl \
 	    --out $(DEMO_BUILD)/answers --max-tokens 128 --batch-size 128 \
 	    --llm-options '{"max_model_len": 512, "gpu_memory_utilization": 0.3}'
