@@ -10,6 +10,7 @@ from vllm_medusa.tree.draft_tree import DraftTree, TreeError
 from vllm_medusa.tree.schedule import (
     SCHEDULE_FILE_FORMAT,
     TreeSchedule,
+    nodes_for_batch,
     read_schedule_file,
     write_schedule_file,
 )
@@ -24,6 +25,12 @@ def test_a_schedule_becomes_one_tree_and_sizes() -> None:
     assert tree.paths == ((0,), (1,), (0, 0), (0, 0, 0), (0, 1))
     assert schedule.sizes() == [(1, 1, 5), (2, 4, 2), (5, 9, 1), (10, 10, 0)]
     assert TreeSchedule.from_entries([(None, SMALL)]).sizes() == [(1, 1, 2)]
+
+
+def test_nodes_by_batch_size() -> None:
+    sizes = [(1, 2, 5), (5, 8, 3), (10, 10, 0)]
+    found = [nodes_for_batch(sizes, batch_size) for batch_size in (1, 2, 3, 4, 5, 8, 9, 10, 99)]
+    assert found == [5, 5, 5, 5, 3, 3, 3, 0, 0]
 
 
 def test_trees_may_grow_with_the_batch() -> None:

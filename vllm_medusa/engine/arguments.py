@@ -142,16 +142,12 @@ def _resolve(args: Any, request: MedusaRequest) -> MedusaConfig:
 
 def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
     """Return the values of ``EngineArgs`` that tell vLLM what to do."""
-    speculative_config = {
-        "method": "custom_class",
-        "model": PROPOSER_CLASS,
-        "num_speculative_tokens": config.tree.num_draft_tokens,
-    }
-    if config.sizes_by_batch is not None:
-        sizes = [list(size) for size in config.sizes_by_batch]
-        speculative_config["num_speculative_tokens_per_batch_size"] = sizes
     return {
-        "speculative_config": speculative_config,
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER_CLASS,
+            "num_speculative_tokens": config.tree.num_draft_tokens,
+        },
         "spec_method": None,
         "spec_model": None,
         "spec_tokens": None,

@@ -24,6 +24,7 @@ from vllm_medusa.engine.sampler import TreeSampler
 from vllm_medusa.engine.structured_output import masks_trees
 from vllm_medusa.engine.support import check_attention
 from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.schedule import nodes_for_batch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -161,9 +162,10 @@ class MedusaRunnerMixin(_Base):
         """Draft the next step's trees, for the requests that sampled a token in this one."""
         acceptance = self.rejection_sampler.acceptance
         self._count_acceptance(acceptance.node.tolist(), spec_decode_metadata.num_draft_tokens)
-        # Fewer than all where the tree schedule says so for this batch size.
-        num_nodes = scheduler_output.num_spec_tokens_to_schedule
-        if not num_nodes or not any(sampled_token_ids):
+        # Not by vLLM's own lookup, which 0.33 has for its V2 runner only.
+        sizes = self.drafter.config.sizes_by_batch
+        num_nodes = nodes_for_batch(sizes, len(sampled_token_ids)) if sizes else None
+        if num_nodes == 0 or not any(sampled_token_ids):
             return [[] for _ in sampled_token_ids]
         counts = spec_decode_metadata.cu_num_sampled_tokens
         roots = torch.nn.functional.pad(counts[:-1], (1, 0))

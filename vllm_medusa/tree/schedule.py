@@ -97,6 +97,15 @@ class TreeSchedule:
         return sizes
 
 
+def nodes_for_batch(sizes: Sequence[tuple[int, int, int]], batch_size: int) -> int:
+    """Return how many draft nodes ``sizes`` (`TreeSchedule.sizes`) has for a batch size.
+
+    As in vLLM's ``build_dynamic_sd_schedule_lookup``, a batch size between two ranges or behind the
+    last one belongs to the range before it.
+    """
+    return next(nodes for first, _, nodes in reversed(sizes) if first <= batch_size)
+
+
 def read_schedule_file(path: Path) -> TreeSchedule:
     """Read a schedule file.
 
