@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_medusa.heads.checkpoint import HeadsCheckpoint
@@ -45,3 +46,14 @@ def load_heads_and_model(arguments: argparse.Namespace) -> tuple[HeadsCheckpoint
         target_vocab_size=target.vocab_size,
     )
     return heads, target
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read an argument that is a JSON object; for ``type=``."""
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({exc})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value

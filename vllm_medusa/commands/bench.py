@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from vllm_medusa.commands.arguments import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, metavar="R", help="how often each variant has its turn (5)")
     add("--ignore-eos", action="store_true", default=None, help="always write --max-tokens tokens")
     add("--dtype", help="of the model: auto (default), bfloat16, float16, float32")
-    add("--llm-options", type=_json_object, metavar="JSON", help="further arguments of vllm.LLM")
+    add("--llm-options", type=json_object, metavar="JSON", help="further arguments of vllm.LLM")
     add(
         "--threads",
         type=int,
@@ -88,16 +89,6 @@ def run(arguments: argparse.Namespace) -> str:
     if given["variants"] is not None:
         given["variants"] = tuple(given["variants"])
     return run_bench(settings_from(given, arguments.config))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({exc})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+
+from vllm_medusa.commands.arguments import json_object
 
 _SIZES = "4,8,12,16,24,32,48,64"
 _BATCH_SIZES = "1,2,4,8,16,32"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add(
         "--llm-options",
-        type=_options,
+        type=json_object,
         default={},
         metavar="JSON",
         help="further arguments of vllm.LLM: those that you serve with",
@@ -101,13 +101,3 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 8,16,32") from None
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-    if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,16 @@ class TreeLayout:
     def first_path_length(self) -> int:
         """Number of draft nodes on the first fork path, which are the nodes ``1..length``."""
         return self.path_ends[0]
+
+    @cached_property
+    def depth_first_depths(self) -> Tensor:
+        """[N + 1] int64, depth of each node, in depth-first order."""
+        return self.depths[self.depth_first]
+
+    @cached_property
+    def depth_first_ancestors(self) -> Tensor:
+        """[N + 1, D + 1] int64, ancestors of each node, in depth-first order."""
+        return self.ancestors[self.depth_first]
 
     def num_live_paths(self, num_draft_tokens: int) -> int:
         """Return how many fork paths the tree of the first ``num_draft_tokens`` nodes has."""

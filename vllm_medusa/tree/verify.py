@@ -55,7 +55,7 @@ def accept_lossless(
 
     """
     matches = _matching_nodes(layout, target_tokens, draft_tokens, num_draft_tokens)
-    on_path = matches[:, layout.ancestors[layout.depth_first]].all(dim=-1)
+    on_path = matches[:, layout.depth_first_ancestors].all(dim=-1)
     node = _first_chain(layout, on_path)
     length = layout.depths[node]
     path = layout.ancestors[node]
@@ -82,8 +82,7 @@ def _first_chain(layout: TreeLayout, on_path: Tensor) -> Tensor:
     subtrees do not interleave. If it is not, the chain ends above it.
     """
     levels = torch.arange(1, layout.depth + 1, device=on_path.device)
-    depths = layout.depths[layout.depth_first]
-    candidates = on_path[:, None, :] & (depths == levels[:, None])
+    candidates = on_path[:, None, :] & (layout.depth_first_depths == levels[:, None])
     found, place = candidates.max(dim=-1)
     first = layout.depth_first[place]
     above = torch.nn.functional.pad(first[:, :-1], (1, 0))
