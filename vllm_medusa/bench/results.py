@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
+from vllm_medusa.data.files import write_atomically
 
 FORMAT = "vllm_medusa.bench/1"
 RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
@@ -81,9 +81,8 @@ class LineWriter:
 def write_results(out: Path, results: Mapping[str, Any]) -> Path:
     """Write the document, all of it or nothing; return its path."""
     path = out / RESULTS
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"format": FORMAT, **results}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps({"format": FORMAT, **results}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
     return path
 
 
