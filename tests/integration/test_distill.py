@@ -329,8 +329,6 @@ def no_context(model: Path) -> None:
         (None, ["--max-tokens", "3000"], "exceed the context of"),
         (None, ["--max-prompt-tokens", "2000", "--max-tokens", "49"], "exceed the context of"),
         (None, ["--max-prompt-tokens", "20"], "line 1: 169 tokens, over the limit of 20; "),
-        (None, ["--llm-options", "{"], "--llm-options '{': not JSON"),
-        (None, ["--llm-options", "[]"], "--llm-options '[]': not a JSON object"),
         (None, ["--llm-options", '{"max_model_len": "2k"}'], "max_model_len is '2k'"),
         (None, ["--prompts", "absent.jsonl"], "prompts 'absent.jsonl': No such file"),
         (None, ["--ray", "127.0.0.1:1"], "no Ray cluster to be had there"),

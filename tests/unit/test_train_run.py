@@ -152,6 +152,25 @@ def test_resumed_run_does_not_start_anew(
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
 
 
+def test_second_run_on_the_same_directory_is_refused(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, step, refused = settings_of(inputs, steps=2), Training._step, []
+
+    def disturbed(self: Training, *arguments: Any) -> Any:
+        if not refused:
+            refused.append(True)
+            with pytest.raises(DataError, match=r"heads\.partial: another train is writing it"):
+                train(settings, tmp_path / "heads")
+        return step(self, *arguments)
+
+    train(settings, tmp_path / "undisturbed")
+    monkeypatch.setattr(Training, "_step", disturbed)
+    train(settings, tmp_path / "heads")
+    assert refused
+    assert result(tmp_path / "heads") == result(tmp_path / "undisturbed")
+
+
 def test_finished_run_is_left_alone(inputs: dict[str, str], tmp_path: Path) -> None:
     settings = settings_of(inputs, steps=2)
     report = train(settings, tmp_path / "heads")

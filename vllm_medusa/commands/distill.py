@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from vllm_medusa.commands.arguments import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,8 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--llm-options",
-        default="{}",
+        type=json_object,
+        default={},
         metavar="JSON",
         help="""further arguments of vllm.LLM, such as '{"dtype": "float32"}'""",
     )
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> str:
         max_prompt_tokens=arguments.max_prompt_tokens,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        llm_options=_json_object("--llm-options", arguments.llm_options),
+        llm_options=arguments.llm_options,
     )
     done = distill(
         DistillSettings(
@@ -116,17 +118,3 @@ def run(arguments: argparse.Namespace) -> str:
     if done.num_left_out:
         text += f"; {done.num_left_out} lines left out"
     return text
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    import json
-
-    from vllm_medusa.data.errors import DataError
-
-    try:
-        value = json.loads(text)
-    except ValueError as exc:
-        raise DataError(f"{option} {text!r}: not JSON ({exc})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{option} {text!r}: not a JSON object")
-    return value

@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, in directories that one run writes at a time."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +50,41 @@ def remove_temporary_files(directory: Path) -> None:
     """Remove what killed calls of `write_atomically` left in a directory."""
     for path in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_directory(directory: Path, command: str) -> Iterator[None]:
+    """Take a directory for one run of a command, made if it is not there.
+
+    Args:
+        directory: to be written.
+        command: what an error calls the run that has taken it.
+
+    Raises:
+        DataError: it cannot be made, or another run has taken it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise DataError(f"{directory}: no directory that can be written ({exc.strerror})") from None
+    try:
+        _lock(directory, descriptor, command)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(directory: Path, descriptor: int, command: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES):
+            raise DataError(
+                f"{directory}: another {command} is writing it; wait for it or name another "
+                "directory"
+            ) from None
+        # Some network file systems lock no directories; then keeping runs apart is the user's.
 
 
 def _sync_directory(directory: Path) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.data.errors import DataError
-from vllm_medusa.data.files import remove_temporary_files, write_atomically
+from vllm_medusa.data.files import locked_directory, remove_temporary_files, write_atomically
 from vllm_medusa.data.rows import PROVENANCE_FILE
 
 PROVENANCE_FORMAT = "vllm_medusa.distill/1"
@@ -35,17 +32,11 @@ def open_output(directory: Path, made_from: Mapping[str, Any]) -> Iterator[dict[
     """
     is_new = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as exc:
-        raise DataError(f"{directory}: no directory that can be written ({exc.strerror})") from None
-    try:
-        _lock(directory, lock)
-        remove_temporary_files(directory)
-        yield _read_provenance(directory, made_from)
+        with locked_directory(directory, "distill"):
+            remove_temporary_files(directory)
+            yield _read_provenance(directory, made_from)
     finally:
-        os.close(lock)
-        if is_new and not any(directory.iterdir()):
+        if is_new and directory.exists() and not any(directory.iterdir()):
             directory.rmdir()
 
 
@@ -57,17 +48,6 @@ def write_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
     """
     text = json.dumps({"format": PROVENANCE_FORMAT, **provenance}, indent=2, ensure_ascii=False)
     write_atomically(directory / PROVENANCE_FILE, lambda file: file.write(text.encode() + b"\n"))
-
-
-def _lock(directory: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in (errno.EAGAIN, errno.EACCES):
-            raise DataError(
-                f"{directory}: another distill is writing it; wait for it or name another directory"
-            ) from None
-        # Some network file systems lock no directories; then keeping runs apart is the user's.
 
 
 def _read_provenance(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:

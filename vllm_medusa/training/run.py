@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_medusa.training.errors import TrainingError
 from vllm_medusa.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from vllm_medusa.training.loop import Training
+    from vllm_medusa.training.run_directory import RunDirectory
 
 
 def train(
@@ -41,24 +46,32 @@ def train(
         if find_spec(package) is None:
             raise TrainingError(f'training needs {package}: pip install "vllm-medusa[train]"')
     from vllm_medusa.training.loop import Training
-    from vllm_medusa.training.report import write_heads
     from vllm_medusa.training.run_directory import RunDirectory
 
     training = Training(settings, save_every=save_every, compile_target=compile_target)
     directory = RunDirectory(out)
-    if not directory.is_finished(training.identity):
-        outcome = training.run(directory)
+    if directory.is_finished(training.identity):
         if training.is_main:
-            try:
-                write_heads(training, outcome, directory.staging(), out)
-                directory.finish()
-            except OSError as exc:
-                raise TrainingError(
-                    f"{out}: cannot be written ({exc.strerror or exc}); the state stays in "
-                    f"{directory.path}, so make room and give the same command again"
-                ) from None
+            directory.discard()
+    else:
+        with directory.taken() if training.is_main else nullcontext():
+            _train_and_write(training, directory)
         training.wait()
-    elif training.is_main:
-        directory.discard()
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
+
+
+def _train_and_write(training: Training, directory: RunDirectory) -> None:
+    from vllm_medusa.training.report import write_heads
+
+    outcome = training.run(directory)
+    if not training.is_main:
+        return
+    try:
+        write_heads(training, outcome, directory.staging(), directory.out)
+        directory.finish()
+    except OSError as exc:
+        raise TrainingError(
+            f"{directory.out}: cannot be written ({exc.strerror or exc}); the state stays in "
+            f"{directory.path}, so make room and give the same command again"
+        ) from None

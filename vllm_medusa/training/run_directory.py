@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from vllm_medusa.data.files import remove_temporary_files, write_atomically
+from vllm_medusa.data.files import locked_directory, remove_temporary_files, write_atomically
 from vllm_medusa.training.errors import TrainingError
 from vllm_medusa.training.settings import check_same
 
@@ -60,20 +61,22 @@ class RunDirectory:
         check_same(identity, made, str(self.out))
         return True
 
+    def taken(self) -> AbstractContextManager[None]:
+        """Take the directory for this run's main process, made if it is not there.
+
+        Raises:
+            DataError: it cannot be made, or another run has taken it.
+        """
+        return locked_directory(self.path, "train")
+
     def open(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Make the directory, or return the last checkpoint of the run that left it.
+        """Return the last checkpoint of the run that left the directory, if one did.
 
         Raises:
             TrainingError: the directory belongs to a run with other settings, or its checkpoint
                 cannot be read.
             DataError: it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise TrainingError(
-                f"{self.path}: cannot be made ({exc.strerror}); name another --out"
-            ) from None
         remove_temporary_files(self.path)
         left = self.path / _IDENTITY
         if left.exists():
