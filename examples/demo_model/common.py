@@ -1,4 +1,4 @@
-"""What both demo scripts share: the corpus, its split, progress lines and provenance."""
+"""What the demo model's scripts share: the corpus, its split, progress lines and provenance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,13 @@ def provenance(**facts: Any) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def run_script(run: Callable[[], None]) -> int:
+    """Run a script, with errors in one line; returns its exit status."""
+    try:
+        run()
+    except (DemoError, OSError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        return 1
+    return 0

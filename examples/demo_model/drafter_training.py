@@ -19,7 +19,9 @@ from common import (
     build_optimizers,
     encode_stream,
     learning_rate_factor,
+    provenance,
     read_corpus,
+    write_json,
 )
 from target import greedy_continue
 from torch import nn
@@ -140,3 +142,23 @@ def train(
         average += (loss.item() - average) * max(0.02, 1 / (step + 1))
         progress.update(step + 1, f"loss {average:.3f}")
     return arguments.steps * per_step
+
+
+def write_provenance(
+    drafter: nn.Module,
+    text: torch.Tensor,
+    positions_seen: int,
+    seconds: float,
+    arguments: argparse.Namespace,
+) -> None:
+    """Write beside the drafter how it came to be."""
+    facts = provenance(
+        seed=arguments.seed,
+        greedy_sequences=arguments.greedy_sequences,
+        real_sequences=arguments.real_sequences,
+        text_positions=text.numel(),
+        positions_seen=positions_seen,
+        parameters=sum(parameter.numel() for parameter in drafter.parameters()),
+        seconds=round(seconds),
+    )
+    write_json(arguments.out / "provenance.json", facts)

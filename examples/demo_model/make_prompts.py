@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from common import DemoError, read_corpus, require
+from common import DemoError, read_corpus, require, run_script
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 BOUNDARY = re.compile(r"^[ ]*(?:async def|def|class) ", re.MULTILINE)
@@ -113,15 +113,5 @@ def run(arguments: argparse.Namespace) -> None:
         write(arguments.training, found[: arguments.training_count], len(found))
 
 
-def main() -> int:
-    """Run, with errors in one line."""
-    try:
-        run(parse_arguments())
-    except (DemoError, OSError) as error:
-        print(f"make_prompts: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(lambda: run(parse_arguments())))

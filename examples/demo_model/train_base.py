@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from common import (
     END_OF_TEXT,
-    DemoError,
     Progress,
     build_optimizers,
     encode_stream,
@@ -26,6 +25,7 @@ from common import (
     learning_rate_factor,
     provenance,
     read_corpus,
+    run_script,
     write_json,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -197,15 +197,5 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"held-out perplexity {held_out_perplexity:.2f}, written to {arguments.out}")
 
 
-def main() -> int:
-    """Run, with errors in one line."""
-    try:
-        run(parse_arguments())
-    except (DemoError, OSError) as error:
-        print(f"train_base: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(lambda: run(parse_arguments())))

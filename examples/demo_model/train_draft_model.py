@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from common import DemoError, keep_freed_memory, provenance, write_json
+from common import keep_freed_memory, run_script
 from drafter_training import (
     add_arguments,
     check_arguments,
@@ -22,6 +22,7 @@ from drafter_training import (
     target_distribution,
     train,
     training_text,
+    write_provenance,
 )
 from target import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -91,28 +92,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     positions_seen = train(draft, loss_of, text, arguments)
     save(draft, arguments)
-    facts = provenance(
-        seed=arguments.seed,
-        greedy_sequences=arguments.greedy_sequences,
-        real_sequences=arguments.real_sequences,
-        text_positions=text.numel(),
-        positions_seen=positions_seen,
-        parameters=draft.num_parameters(),
-        seconds=round(time.perf_counter() - started),
-    )
-    write_json(arguments.out / "provenance.json", facts)
+    seconds = time.perf_counter() - started
+    write_provenance(draft, text, positions_seen, seconds, arguments)
     print(f"draft model of {draft.num_parameters()} parameters written to {arguments.out}")
 
 
-def main() -> int:
-    """Run, with errors in one line."""
-    try:
-        run(parse_arguments())
-    except (DemoError, OSError) as error:
-        print(f"train_draft_model: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(lambda: run(parse_arguments())))

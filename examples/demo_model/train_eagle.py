@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DemoError, keep_freed_memory, provenance, write_json
+from common import keep_freed_memory, run_script
 from drafter_training import (
     add_arguments,
     check_arguments,
@@ -23,6 +23,7 @@ from drafter_training import (
     target_distribution,
     train,
     training_text,
+    write_provenance,
 )
 from eagle import EagleHead, build_head, save_head, target_states
 from target import load_model
@@ -86,28 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
         head, lambda tokens: unrolled_loss(head, target, tokens, arguments), text, arguments
     )
     save_head(head, (Path("..") / arguments.model.name).as_posix(), arguments.out)
-    facts = provenance(
-        seed=arguments.seed,
-        greedy_sequences=arguments.greedy_sequences,
-        real_sequences=arguments.real_sequences,
-        text_positions=text.numel(),
-        positions_seen=positions_seen,
-        parameters=sum(parameter.numel() for parameter in head.parameters()),
-        seconds=round(time.perf_counter() - started),
-    )
-    write_json(arguments.out / "provenance.json", facts)
+    seconds = time.perf_counter() - started
+    write_provenance(head, text, positions_seen, seconds, arguments)
     print(f"{arguments.method} head written to {arguments.out}")
 
 
-def main() -> int:
-    """Run, with errors in one line."""
-    try:
-        run(parse_arguments())
-    except (DemoError, OSError) as error:
-        print(f"train_eagle: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(lambda: run(parse_arguments())))
