@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.bench.results import variant_to_json
 from vllm_medusa.bench.settings import Settings, settings_from
 from vllm_medusa.bench.variants import (
     UnavailableError,
@@ -154,6 +156,8 @@ def test_heads_for_vllms_own_chain(tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert config["num_lookahead_tokens"] == 4
+    written = variant_to_json(ready, VariantState())["speculative_config"]
+    assert written == {**ready.speculative, "model": f"{heads}, converted"}
 
 
 def test_heads_that_are_not_there(tmp_path: Path) -> None:

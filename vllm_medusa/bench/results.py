@@ -28,9 +28,13 @@ _OURS = {RESULTS, LINES, REPORT, STEP_COSTS, *PLOTS}
 
 def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
     """A variant, and what became of it."""
+    speculative = variant.speculative
+    if speculative is not None and variant.converted_from is not None:
+        # Where they lay is gone when the run ends.
+        speculative = {**speculative, "model": f"{variant.converted_from}, converted"}
     return {
         "name": variant.name,
-        "speculative_config": variant.speculative,
+        "speculative_config": speculative,
         "llm_options": dict(variant.llm_options),
         "environment": dict(variant.environment),
         "is_lossless": variant.is_lossless,

@@ -49,6 +49,7 @@ class Variant:
         llm_options: arguments of ``vllm.LLM`` beside those common to all variants.
         environment: environment variables beside those common to all variants.
         is_lossless: whether its greedy outputs have to be the baseline's.
+        converted_from: the heads of which the run made the ones in ``speculative``, if it did.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Variant:
     llm_options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     is_lossless: bool = True
+    converted_from: str | None = None
 
 
 def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
@@ -156,7 +158,7 @@ def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) 
         "model": str(folder / "heads"),
         "num_speculative_tokens": num_heads,
     }
-    return dataclasses.replace(variant, speculative=speculative)
+    return dataclasses.replace(variant, speculative=speculative, converted_from=heads)
 
 
 def _parse(text: str, heads: str | None) -> Variant:
