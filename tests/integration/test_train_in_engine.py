@@ -44,9 +44,10 @@ def train(model: Path, directory: Path, **kind: Any) -> tuple[Training, Outcome]
         )
     )
     run_directory = RunDirectory(directory / "heads")
-    outcome = training.run(run_directory)
-    write_heads(training, outcome, run_directory.staging(), directory / "heads")
-    run_directory.finish()
+    with run_directory.taken():
+        outcome = training.run(run_directory)
+        write_heads(training, outcome, run_directory.staging(), directory / "heads")
+        run_directory.finish()
     return training, outcome
 
 
