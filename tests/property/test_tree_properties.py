@@ -134,13 +134,13 @@ class Simulation:
         computed = torch.tensor([len(tokens) for tokens in self.tokens])
         self._mirror(shape, computed)
         rows = expand_block_table(shape, self.geometry, self.block_table, computed, self.fork_base)
-        slots = write_slots(shape, self.geometry, rows, computed)
+        slots, commit_slots = write_slots(shape, self.geometry, rows, computed)
         new = [f"{self.rng.random():.9f}" for _ in range(sum(counts))]
         stash = [new[i] for i in shape.write_token.tolist()]
         self.cache.write(stash, slots.tolist())
         starts = [sum(counts[:i]) for i in range(self.num_reqs)]
         self._check_reads(shape, rows, starts, new, drafts, computed)
-        return self._commit(shape, stash, starts, new, drafts, counts, computed)
+        return self._commit(shape, commit_slots, stash, starts, new, drafts, counts)
 
     def _mirror(self, shape, computed: torch.Tensor) -> None:
         for req, num_paths in zip(
@@ -176,14 +176,12 @@ class Simulation:
                 assert seen[: length - back] == self.tokens[req] + own
                 assert computed[req] + shape.token_offset[query] == length - back - 1
 
-    def _commit(self, shape, stash, starts, new, drafts, counts, computed) -> int:
+    def _commit(self, shape, commit_slots, stash, starts, new, drafts, counts) -> int:
         node = torch.tensor([self.rng.randint(0, n) for n in drafts])
         path, length = self.layout.ancestors[node], self.layout.depths[node]
         if shape.is_forked:
-            source, slots = commit_writes(
-                shape, self.geometry, self.block_table, computed, self.fork_base, path, length
-            )
-            self.cache.write([stash[i] for i in source.tolist()], slots.tolist())
+            source, written = commit_writes(shape, commit_slots, path, length)
+            self.cache.write([stash[i] for i in source.tolist()], written.tolist())
         forked = dict(zip(shape.forked_reqs.tolist(), shape.num_paths.tolist(), strict=True))
         for req, start in enumerate(starts):
             if drafts[req]:

@@ -32,12 +32,11 @@ from vllm_medusa.tree.verify import Acceptance
 
 @dataclass
 class _GroupStep:
-    """What one KV-cache group needs in a step; the tensors are described in `tree.forks`."""
+    """What one KV-cache group needs in a step: block tables and slots (`tree.forks`)."""
 
-    block_table: Tensor
-    fork_base: Tensor
     rows: Tensor
     slots: Tensor
+    commit_slots: Tensor
 
 
 class _Layer:
@@ -183,8 +182,8 @@ class PathForks:
             if stale:
                 self._mirror_tails(group, geometry, table, base, stale, num_computed_tokens_cpu)
             rows = expand_block_table(shape, geometry, table, computed, base)
-            slots = write_slots(shape, geometry, rows, computed)
-            self._steps.append(_GroupStep(table, base, rows, slots))
+            slots, commit_slots = write_slots(shape, geometry, rows, computed)
+            self._steps.append(_GroupStep(rows, slots, commit_slots))
         self._computed = computed
         self.shape = shape
         return shape
@@ -198,17 +197,9 @@ class PathForks:
         shape = self.shape
         if shape is None:
             return
-        for step, geometry, layers in zip(
-            self._steps, self._pool.geometries, self._layers, strict=True
-        ):
+        for step, layers in zip(self._steps, self._layers, strict=True):
             source, slots = commit_writes(
-                shape,
-                geometry,
-                step.block_table,
-                self._computed,
-                step.fork_base,
-                acceptance.path,
-                acceptance.length,
+                shape, step.commit_slots, acceptance.path, acceptance.length
             )
             if self._device.type == "cpu":
                 # Nothing to wait for on the host: leave out what would be skipped.

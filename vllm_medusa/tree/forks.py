@@ -74,23 +74,25 @@ class StepShape:
     """The indices of one step that depend only on how many tokens each request runs.
 
     B requests run T tokens as Q pseudo-sequences and write K/V to E slots; R of the requests are
-    forked (run more than one fork path).
+    forked (run more than one fork path). A commit writes to C further slots at most.
 
     Attributes:
         token_req: [T] request of each token.
         token_offset: [T] position of each token, from the request's number of computed tokens.
         seq_req: [Q] request of each pseudo-sequence.
-        seq_path: [Q] its fork path; 0 for a request that is not forked.
         seq_length: [Q] its length, from the request's number of computed tokens.
         query_start_loc: [Q + 1] int32, first token of each pseudo-sequence.
         fork_seqs: [F] the pseudo-sequences of paths other than the first.
+        fork_req: [F] their requests.
+        fork_path: [F] their fork paths.
         write_token: [E] token whose K/V is written.
-        write_seq: [E] pseudo-sequence whose blocks it goes to.
-        write_offset: [E] its position, from the request's number of computed tokens.
+        slot_seq: [E + C] pseudo-sequence whose blocks a write goes to; the commit's writes follow
+            the step's own.
+        slot_req: [E + C] its request.
+        slot_offset: [E + C] the write's position, from the request's number of computed tokens.
+        node_write: [B, N + 1] a place among the E that holds each node; 0 for nodes not run.
         forked_reqs: [R] the forked requests.
-        node_write: [R, N + 1] a place among the E that holds each node; 0 for nodes not run.
-        num_paths: [R] fork paths that each forked request runs.
-        max_paths: the most of them.
+        num_paths: [R] fork paths that each of them runs.
         max_query_len: queries of the longest pseudo-sequence.
 
     """
@@ -98,23 +100,29 @@ class StepShape:
     token_req: Tensor
     token_offset: Tensor
     seq_req: Tensor
-    seq_path: Tensor
     seq_length: Tensor
     query_start_loc: Tensor
     fork_seqs: Tensor
+    fork_req: Tensor
+    fork_path: Tensor
     write_token: Tensor
-    write_seq: Tensor
-    write_offset: Tensor
-    forked_reqs: Tensor
+    slot_seq: Tensor
+    slot_req: Tensor
+    slot_offset: Tensor
     node_write: Tensor
+    forked_reqs: Tensor
     num_paths: Tensor
-    max_paths: int
     max_query_len: int
 
     @property
     def num_seqs(self) -> int:
         """Number of pseudo-sequences."""
         return self.seq_req.numel()
+
+    @property
+    def num_writes(self) -> int:
+        """Number of slots that the step writes, E."""
+        return self.write_token.numel()
 
     @property
     def is_forked(self) -> bool:
@@ -135,7 +143,8 @@ class _Parts:
             self.token_offset = list(range(num_tokens))
             self.query_lens, self.seq_length = [num_tokens], [num_tokens]
             self.writes = [(0, token, token) for token in range(num_tokens)]
-            self.node_write: list[int] = []
+            self.commits: list[tuple[int, int]] = []
+            self.node_write = [0] * layout.num_nodes
             return
         depths, ancestors = layout.depths.tolist(), layout.ancestors.tolist()
         self.token_offset = depths[: num_draft_tokens + 1]
@@ -150,6 +159,9 @@ class _Parts:
                 node = ancestors[last][depth]
                 self.node_write[node] = len(self.writes)
                 self.writes.append((path, node, depth))
+        # A step writes the root to all of its paths by itself.
+        offsets = range(1, max(self.seq_length))
+        self.commits = [(path, offset) for path in range(paths) for offset in offsets]
 
 
 class StepShapes:
@@ -185,41 +197,46 @@ class StepShapes:
         token_start = _exclusive_sums([parts.num_tokens for parts in requests])
         seq_start = _exclusive_sums([len(parts.query_lens) for parts in requests])
         write_start = _exclusive_sums([len(parts.writes) for parts in requests])
-        seq_path = [path for parts in requests for path in range(len(parts.query_lens))]
         query_lens = [length for parts in requests for length in parts.query_lens]
-        num_paths = [parts.num_paths for parts in requests if parts.is_forked]
         writes = [
-            (token_start[req] + token, seq_start[req] + path, offset)
+            (req, path, token_start[req] + token, offset)
             for req, parts in enumerate(requests)
             for path, token, offset in parts.writes
         ]
+        commits = [(req, *commit) for req, parts in enumerate(requests) for commit in parts.commits]
+        slots = [(req, path, offset) for req, path, _, offset in writes] + commits
+        seqs = [
+            (req, path)
+            for req, parts in enumerate(requests)
+            for path in range(len(parts.query_lens))
+        ]
+        forks = [(seq, req, path) for seq, (req, path) in enumerate(seqs) if path > 0]
+        forked = [req for req, parts in enumerate(requests) if parts.is_forked]
         return StepShape(
             token_req=self._indices(
                 [req for req, parts in enumerate(requests) for _ in range(parts.num_tokens)]
             ),
             token_offset=self._indices([o for parts in requests for o in parts.token_offset]),
-            seq_req=self._indices(
-                [req for req, parts in enumerate(requests) for _ in parts.query_lens]
-            ),
-            seq_path=self._indices(seq_path),
+            seq_req=self._indices([req for req, _ in seqs]),
             seq_length=self._indices([n for parts in requests for n in parts.seq_length]),
             query_start_loc=self._indices(
                 [*_exclusive_sums(query_lens), sum(query_lens)], torch.int32
             ),
-            fork_seqs=self._indices([seq for seq, path in enumerate(seq_path) if path > 0]),
-            write_token=self._indices([write[0] for write in writes]),
-            write_seq=self._indices([write[1] for write in writes]),
-            write_offset=self._indices([write[2] for write in writes]),
-            forked_reqs=self._indices([r for r, parts in enumerate(requests) if parts.is_forked]),
+            fork_seqs=self._indices([seq for seq, _, _ in forks]),
+            fork_req=self._indices([req for _, req, _ in forks]),
+            fork_path=self._indices([path for _, _, path in forks]),
+            write_token=self._indices([token for _, _, token, _ in writes]),
+            slot_seq=self._indices([seq_start[req] + path for req, path, _ in slots]),
+            slot_req=self._indices([req for req, _, _ in slots]),
+            slot_offset=self._indices([offset for _, _, offset in slots]),
             node_write=self._indices(
                 [
                     [write_start[req] + write for write in parts.node_write]
                     for req, parts in enumerate(requests)
-                    if parts.is_forked
                 ]
             ),
-            num_paths=self._indices(num_paths),
-            max_paths=max(num_paths, default=0),
+            forked_reqs=self._indices(forked),
+            num_paths=self._indices([requests[req].num_paths for req in forked]),
             max_query_len=max(query_lens),
         )
 
@@ -255,22 +272,20 @@ def expand_block_table(
         [Q, W + ring]; entries behind a pseudo-sequence's last block are arbitrary.
 
     """
-    width = block_table.shape[1]
-    rows = block_table.new_zeros((shape.num_seqs, width + geometry.ring))
-    rows[:, :width] = block_table.index_select(0, shape.seq_req)
-    req = shape.seq_req.index_select(0, shape.fork_seqs)
-    path = shape.seq_path.index_select(0, shape.fork_seqs)
-    ring = torch.arange(geometry.ring, device=block_table.device)
-    block_idx = (num_computed_tokens[req] // geometry.block_size)[:, None] + ring
-    blocks = geometry.block(fork_base[req][:, None], path[:, None], block_idx)
+    rows = block_table.index_select(0, shape.seq_req)
+    rows = torch.nn.functional.pad(rows, (0, geometry.ring))
+    tail = (num_computed_tokens // geometry.block_size).index_select(0, shape.fork_req)
+    block_idx = tail[:, None] + torch.arange(geometry.ring, device=block_table.device)
+    base = fork_base.index_select(0, shape.fork_req)
+    blocks = geometry.block(base[:, None], shape.fork_path[:, None], block_idx)
     rows[shape.fork_seqs[:, None], block_idx] = blocks.to(rows.dtype)
     return rows
 
 
 def write_slots(
     shape: StepShape, geometry: ForkGeometry, rows: Tensor, num_computed_tokens: Tensor
-) -> Tensor:
-    """Return the [E] int64 slots of a step's K/V writes.
+) -> tuple[Tensor, Tensor]:
+    """Return the [E] slots of a step's K/V writes and the [C] slots of its commit's, int64.
 
     Args:
         shape: the step's shape.
@@ -279,54 +294,32 @@ def write_slots(
         num_computed_tokens: [B] int64.
 
     """
-    req = shape.seq_req.index_select(0, shape.write_seq)
-    positions = num_computed_tokens[req] + shape.write_offset
-    blocks = rows[shape.write_seq, positions // geometry.block_size].to(torch.int64)
-    return blocks * geometry.block_size + positions % geometry.block_size
+    positions = num_computed_tokens.index_select(0, shape.slot_req) + shape.slot_offset
+    blocks = rows[shape.slot_seq, positions // geometry.block_size].to(torch.int64)
+    slots = blocks * geometry.block_size + positions % geometry.block_size
+    return slots[: shape.num_writes], slots[shape.num_writes :]
 
 
 def commit_writes(
-    shape: StepShape,
-    geometry: ForkGeometry,
-    block_table: Tensor,
-    num_computed_tokens: Tensor,
-    fork_base: Tensor,
-    path: Tensor,
-    length: Tensor,
+    shape: StepShape, commit_slots: Tensor, path: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the writes that put the accepted tokens into own blocks and mirrors.
 
     Args:
         shape: the step's shape.
-        geometry: layout of the forks in this KV-cache group.
-        block_table: [B, W] the requests' own block tables.
-        num_computed_tokens: [B] int64, as it was in the step.
-        fork_base: [B] int64.
+        commit_slots: [C] from `write_slots`.
         path: [B, D + 1] accepted nodes from the root on (`Acceptance.path`).
         length: [B] how many of them behind the root were accepted.
 
     Returns:
-        ``(source, slots)``, each [R * max_paths * D] int64: the place among the step's E writes
-        that holds the K/V, and the slot it goes to or `PAD_SLOT`. The root is not among them: a
-        step writes it to all of its paths by itself.
+        ``(source, slots)``, each [C] int64: the place among the step's E writes that holds the
+        K/V, and the slot it goes to or `PAD_SLOT`.
 
     """
-    reqs = shape.forked_reqs
-    offsets = torch.arange(1, path.shape[1], device=path.device)
-    positions = num_computed_tokens[reqs][:, None] + offsets
-    block_idx = positions // geometry.block_size
-    own = block_table[reqs[:, None], block_idx.clamp(max=block_table.shape[1] - 1)]
-    paths = torch.arange(shape.max_paths, device=path.device)
-    mirrors = geometry.block(
-        fork_base[reqs][:, None, None], paths[None, 1:, None], block_idx[:, None, :]
-    )
-    blocks = torch.cat([own.to(torch.int64)[:, None, :], mirrors], dim=1)
-    slots = blocks * geometry.block_size + (positions % geometry.block_size)[:, None, :]
-    accepted = offsets <= length[reqs][:, None]
-    has_path = paths < shape.num_paths[:, None]
-    slots = slots.where(accepted[:, None, :] & has_path[:, :, None], PAD_SLOT)
-    source = shape.node_write.gather(1, path[reqs][:, 1:])
-    return source[:, None, :].expand_as(slots).flatten(), slots.flatten()
+    req, offset = shape.slot_req[shape.num_writes :], shape.slot_offset[shape.num_writes :]
+    source = shape.node_write[req, path[req, offset]]
+    accepted = offset <= length.index_select(0, req)
+    return source, commit_slots.where(accepted, PAD_SLOT)
 
 
 def mirror_copies(
