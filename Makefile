@@ -5,7 +5,6 @@
 PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
-INFLATED := out/inflated-150M
 DEMO ?= demo
 DEMO_BUILD ?= build/demo
 
@@ -54,14 +53,14 @@ test-next: venv-next ## the engine tests on vLLM 0.33
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py
 
-bench-ab: venv $(INFLATED)/config.json ## trees against all else vLLM offers; takes an hour (BENCH_ARGS)
+bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes an hour (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_ab.yaml $(BENCH_ARGS)
 
-bench-online: venv $(INFLATED)/config.json ## the same as servers under load; takes an hour (BENCH_ARGS)
+bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes an hour (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_online.yaml $(BENCH_ARGS)
 
-$(INFLATED)/config.json: | venv
-	@$(VENV)/bin/python examples/inflate.py demo/model $(INFLATED) --parameters 152e6
+out/inflated-%M/config.json: | venv
+	@$(VENV)/bin/python examples/inflate.py demo/model $(@D) --parameters $*e6
 
 lint: venv ## check format, lint and types
 	@$(VENV)/bin/ruff format --check

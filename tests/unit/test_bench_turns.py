@@ -16,19 +16,27 @@ from rich.console import Console
 from vllm_medusa.bench.display import START, Display, TimeLeft, with_starts
 from vllm_medusa.bench.engines import EnginePool, has_room
 from vllm_medusa.bench.memory import peak_memory, private_memory
+from vllm_medusa.bench.offline import rounds_of
 from vllm_medusa.bench.process import EngineInfo, EngineProcessError
+from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.turns import schedule, take_turns
 from vllm_medusa.bench.variants import Variant
 
 
 def test_schedule_interleaves() -> None:
-    assert list(schedule(2, [1, 2], ["A", "B"], keeps_all=True)) == [
+    assert list(schedule({1: 3, 2: 2}, ["A", "B"], keeps_all=True)) == [
         (1, 1, "A"), (1, 1, "B"), (1, 2, "A"), (1, 2, "B"),
         (2, 1, "A"), (2, 1, "B"), (2, 2, "A"), (2, 2, "B"),
+        (3, 1, "A"), (3, 1, "B"),
     ]  # fmt: skip
-    alone = [name for _, _, name in schedule(2, [1, 2], ["A", "B"], keeps_all=False)]
+    alone = [name for _, _, name in schedule({1: 2, 2: 2}, ["A", "B"], keeps_all=False)]
     assert alone == ["A", "A", "B", "B"] * 2
+
+
+def test_small_batches_have_further_rounds() -> None:
+    settings = Settings(model="M", batch_sizes=(1, 4, 8), rounds=2, min_prompts=12)
+    assert rounds_of(settings) == {1: 12, 4: 3, 8: 2}
 
 
 def test_time_left() -> None:
@@ -129,7 +137,7 @@ def test_turns(alive: Any) -> None:
         alive,
         lambda name, engine, info: watcher.started(name, info),
     ) as pool:
-        measured = take_turns(pool, 3, [1], {"suffix": "no package"}, measure, watcher)
+        measured = take_turns(pool, {1: 3}, {"suffix": "no package"}, measure, watcher)
         assert len(living) == (2 if alive == "all" else 1)
     assert living == set()
     assert measured == [
@@ -176,7 +184,7 @@ def test_without_the_baseline_there_is_nothing(number: int) -> None:
             lambda name, engine, info: None,
         ) as pool,
     ):
-        take_turns(pool, 3, [1], {}, measure, Recorder())
+        take_turns(pool, {1: 3}, {}, measure, Recorder())
     assert living == set()
 
 

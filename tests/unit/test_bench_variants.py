@@ -211,6 +211,7 @@ def test_unusable_config_file(tmp_path: Path, text: str, message: str) -> None:
     ("name", "value"),
     [
         ("rounds", 0),
+        ("min_prompts", 0),
         ("rounds", True),
         ("heads", 7),
         ("prompts", None),

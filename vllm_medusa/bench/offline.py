@@ -112,6 +112,14 @@ class OfflineResult:
     kept_all: bool
 
 
+def rounds_of(settings: Settings) -> dict[int, int]:
+    """How many rounds each batch size has."""
+    return {
+        size: max(settings.rounds, -(-settings.min_prompts // size))
+        for size in settings.batch_sizes
+    }
+
+
 def run_offline(
     settings: Settings,
     variants: Sequence[Variant],
@@ -158,9 +166,7 @@ def run_offline(
 
     by_name = {variant.name: variant for variant in variants}
     with EnginePool(by_name, start, settings.alive, on_start) as pool:
-        measurements = take_turns(
-            pool, settings.rounds, settings.batch_sizes, unavailable, measure, watcher
-        )
+        measurements = take_turns(pool, rounds_of(settings), unavailable, measure, watcher)
         sameness = [
             explain(pool, prompts, measurements, found) for found in _compare(by_name, measurements)
         ]

@@ -187,9 +187,8 @@ def run_online(
 
     by_name = {variant.name: variant for variant in variants}
     with EnginePool(by_name, start, settings.alive, on_start) as pool:
-        measurements = take_turns(
-            pool, settings.rounds, loads_of(settings), unavailable, measure, watcher
-        )
+        rounds = dict.fromkeys(loads_of(settings), settings.rounds)
+        measurements = take_turns(pool, rounds, unavailable, measure, watcher)
     return OnlineResult(measurements, pool.states, pool.keeps_all)
 
 

@@ -42,6 +42,7 @@ class Settings:
         batch_sizes: requests at once (offline).
         max_tokens: new tokens of a request, at most.
         rounds: how often each variant has its turn.
+        min_prompts: what every batch size runs at least, in further rounds if need be (offline).
         dtype: vLLM's.
         llm_options: further arguments of ``vllm.LLM`` (in online mode: of ``vllm serve``).
         ignore_eos: always write ``max_tokens`` tokens.
@@ -66,6 +67,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     max_tokens: int = 128
     rounds: int = 5
+    min_prompts: int = 1
     dtype: str = "auto"
     llm_options: Mapping[str, Any] = field(default_factory=dict)
     ignore_eos: bool = False
@@ -87,7 +89,7 @@ class Settings:
             value = getattr(self, setting.name)
             if (kind := _KINDS.get(str(setting.type))) and not isinstance(value, kind[0]):
                 raise BenchError(f"{setting.name}: {value!r} given; give {kind[1]}")
-        for name in ("max_tokens", "rounds", "random_len", "num_requests"):
+        for name in ("max_tokens", "rounds", "min_prompts", "random_len", "num_requests"):
             if not _is_count(getattr(self, name)):
                 raise BenchError(f"{name}: {getattr(self, name)!r} given; give a positive integer")
         for name, numbers in (("batch_sizes", self.batch_sizes), ("concurrency", self.concurrency)):

@@ -40,14 +40,15 @@ class Watcher(Protocol[L_contra, M_contra]):
 
 
 def schedule(
-    rounds: int, loads: Sequence[L], names: Sequence[str], keeps_all: bool
+    rounds: Mapping[L, int], names: Sequence[str], keeps_all: bool
 ) -> Iterator[tuple[int, L, str]]:
-    """Turns as (round, load, variant), rounds counted from 1.
+    """Turns as (round, load, variant), rounds counted from 1; each load has its number of them.
 
     With all engines alive the variants take turns under every load. One at a time they do so round
     by round, each with all loads, as every start takes long.
     """
-    for number in range(1, rounds + 1):
+    for number in range(1, max(rounds.values()) + 1):
+        loads = [load for load, count in rounds.items() if number <= count]
         if keeps_all:
             yield from ((number, load, name) for load in loads for name in names)
         else:
@@ -56,18 +57,16 @@ def schedule(
 
 def take_turns(
     pool: EnginePool[E],
-    rounds: int,
-    loads: Sequence[L],
+    rounds: Mapping[L, int],
     unavailable: Mapping[str, str],
     measure: Callable[[E, str, L, int], M],
     watcher: Watcher[L, M],
 ) -> list[M]:
-    """Measure every variant under every load in every round.
+    """Measure every variant under every load, in rounds.
 
     Args:
         pool: of the engines; its variants in order, the baseline first.
-        rounds: how many.
-        loads: such as batch sizes.
+        rounds: how many, by load, such as a batch size.
         unavailable: reasons by the names of variants that are known not to run here.
         measure: takes engine, variant, load and round.
         watcher: is told of every turn.
@@ -80,7 +79,7 @@ def take_turns(
         watcher.dropped(name, reason)
     watcher.turn_of(BASELINE)
     pool.require(BASELINE)
-    turns = list(schedule(rounds, loads, list(pool.states), pool.keeps_all))
+    turns = list(schedule(rounds, list(pool.states), pool.keeps_all))
     expected = [(name, load) for _, load, name in turns if pool.states[name].is_running]
     watcher.expect(expected, pool.states, pool.keeps_all)
     measurements = []

@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", default=None, help="replace results there")
     offline = parser.add_argument_group("offline (default)").add_argument
     offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
+    offline(
+        "--min-prompts",
+        type=int,
+        metavar="N",
+        help="run so many at every batch size, in further rounds for small ones (1)",
+    )
     parser.add_argument(
         "--profile-steps",
         action="store_true",
