@@ -1,0 +1,96 @@
+"""Every script and configuration under `examples/` runs as its documentation says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.integration.command_line import REPO
+from vllm_medusa.bench.settings import settings_from
+from vllm_medusa.bench.variants import VLLM_CHAIN, missing_requirement
+
+pytestmark = pytest.mark.engine
+
+CONFIGS = ["bench_ab.yaml", "bench_online.yaml"]
+#: Less work, the same path through the program.
+EAGER = json.dumps({"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 2**27})
+QUICKER = ["--model", "demo/model", "--dtype", "float32", "--llm-options", EAGER]
+QUICKER += ["--rounds", "1", "--max-tokens", "8"]
+HAS_OWN_MEDUSA = version("vllm").startswith("0.32.")
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, f"examples/{script}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def left_out(config: str, out: Path, *arguments: str) -> set[str]:
+    """Run a comparison; return the variants that did not run to the end."""
+    command = ["vllm-medusa", "bench", "--config", f"examples/{config}", "--out", str(out)]
+    command[0] = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run(
+        [*command, *QUICKER, *arguments], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    variants: list[dict[str, Any]] = json.loads((out / "results.json").read_text())["variants"]
+    return {v["name"] for v in variants if v["failed"] or v["unavailable"]}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configurations_name_what_is_there(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    settings = settings_from({}, REPO / "examples" / config)
+    variants = settings.parsed_variants()
+    assert {variant.name for variant in variants} >= {"baseline", "tree-4", VLLM_CHAIN, "eagle"}
+    assert [missing_requirement(variant, "0.32.0") for variant in variants] == [None] * len(
+        variants
+    )
+    assert Path(settings.prompts).exists()
+
+
+def test_inflated_model_is_as_large_as_asked_and_the_same(tmp_path: Path) -> None:
+    printed = run("inflate.py", "demo/model", tmp_path / "inflated", "--parameters", "30e6")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "inflated")
+    assert abs(model.num_parameters() / 30e6 - 1) < 0.02
+    assert float(printed.rpartition("differ by")[2].split()[0]) < 1e-4
+
+
+@pytest.mark.slow
+def test_offline_comparison(tmp_path: Path) -> None:
+    sizes = ["--batch-sizes", "1", "--min-prompts", "1"]
+    expected = set() if HAS_OWN_MEDUSA else {VLLM_CHAIN}
+    assert left_out("bench_ab.yaml", tmp_path / "results", *sizes) == expected
+
+
+@pytest.mark.slow
+def test_online_comparison(tmp_path: Path) -> None:
+    load = ["--request-rates", "inf", "--num-requests", "2"]
+    expected = set() if HAS_OWN_MEDUSA else {VLLM_CHAIN}
+    assert left_out("bench_online.yaml", tmp_path / "results", *load) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_OWN_MEDUSA, reason="vLLM 0.33 has no Medusa of its own")
+def test_step_benchmark(tmp_path: Path) -> None:
+    few = ["--batch-sizes", 1, "--rounds", 1, "--max-tokens", 8]
+    printed = run("bench_steps.py", *few, "--json", tmp_path / "steps.json")
+    assert "(a) step time" in printed
+    assert json.loads((tmp_path / "steps.json").read_text())
+
+
+@pytest.mark.slow
+def test_training_benchmark(tmp_path: Path) -> None:
+    few = ["--millions", "--rounds", 1, "--batch-tokens", 512]
+    run("bench_training.py", *few, "--out", tmp_path / "training.json")
+    assert json.loads((tmp_path / "training.json").read_text())["steps"]
