@@ -62,7 +62,7 @@ def test_configurations_name_what_is_there(config: str, monkeypatch: pytest.Monk
 def test_inflated_model_is_as_large_as_asked_and_the_same(tmp_path: Path) -> None:
     printed = run("inflate.py", "demo/model", tmp_path / "inflated", "--parameters", "30e6")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "inflated")
-    assert abs(model.num_parameters() / 30e6 - 1) < 0.02
+    assert abs(model.num_parameters() / 30e6 - 1) < 0.05
     assert float(printed.rpartition("differ by")[2].split()[0]) < 1e-4
 
 

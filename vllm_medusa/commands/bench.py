@@ -41,6 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", default=None, help="fail if lossless outputs differ")
     add("--out", type=Path, metavar="DIR", help="directory of the results (bench-results)")
     add("--overwrite", action="store_true", default=None, help="replace results there")
+    _add_load_arguments(parser)
+    parser.add_argument(
+        "--profile-steps",
+        action="store_true",
+        default=None,
+        help="time engine steps by draft nodes and batch size, for calibrate --step-costs",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="say what changed between two runs (results.json or its directory); measure nothing",
+    )
+
+
+def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
     offline = parser.add_argument_group("offline (default)").add_argument
     offline("--batch-sizes", type=_integers, metavar="B,B", help="requests at once (1,2,4,8,16,32)")
     offline(
@@ -48,12 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="run so many at every batch size, in further rounds for small ones (1)",
-    )
-    parser.add_argument(
-        "--profile-steps",
-        action="store_true",
-        default=None,
-        help="time engine steps by draft nodes and batch size, for calibrate --step-costs",
     )
     online = parser.add_argument_group("online: vllm serve, driven by vllm bench serve")
     online.add_argument("--online", action="store_true", default=None, help="measure servers")
@@ -65,13 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     online.add_argument(
         "--num-requests", type=int, metavar="N", help="requests of one measurement (32)"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A", "B"),
-        help="say what changed between two runs (results.json or its directory); measure nothing",
     )
 
 
