@@ -25,7 +25,7 @@ demo: venv ## generate text with a draft tree, beside the same without
 
 demo-model: export OMP_NUM_THREADS = 1
 demo-model: export PATH := $(abspath $(VENV))/bin:$(PATH)
-demo-model: venv ## make the demo's model, heads and trees anew; takes three quarters of an hour
+demo-model: venv ## make the demo's model, heads and trees anew; takes 40 minutes
 	python examples/demo_model/train_base.py --compile --tokens 7400000 --out $(DEMO)/model
 	python examples/demo_model/make_prompts.py --model $(DEMO)/model --out $(DEMO)/prompts.jsonl \
 	    --calibration $(DEMO_BUILD)/calibration.jsonl --check $(DEMO_BUILD)/check.jsonl \
@@ -53,10 +53,10 @@ test-next: venv-next ## the engine tests on vLLM 0.33
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py
 
-bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes an hour (BENCH_ARGS)
+bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes 20 minutes (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_ab.yaml $(BENCH_ARGS)
 
-bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes an hour (BENCH_ARGS)
+bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes 15 minutes (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_online.yaml $(BENCH_ARGS)
 
 out/inflated-%M/config.json: | venv
