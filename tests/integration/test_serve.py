@@ -210,7 +210,7 @@ def test_one_line_at_start(server: Server, merged: Path) -> None:
 @pytest.mark.slow
 def test_several_servers_and_engines(tmp_path: Path, prompts: Prompts, offline: Texts) -> None:
     """Two API servers before two engines: each process makes the configuration anew."""
-    spec = json.dumps({"method": "medusa", "model": str(DEMO_HEADS)})
+    spec = json.dumps({"method": "medusa", "model": str(DEMO_HEADS), "tree": "cpu-16"})
     argv = ["--api-server-count", "2", "--data-parallel-size", "2", "--speculative-config", spec]
     with serve(tmp_path, DEMO_MODEL, *argv) as server:
         for _ in range(4):

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -143,17 +143,32 @@ def answer_on_ray(
             **_resources(ray, settings),
         )
         try:
-            for answer in answered.iter_rows():
-                reply = _checked(json.loads(answer["reply"]), settings)
-                rows = [Row.from_record(record) for record in reply["rows"]]
-                report(sum(r.num_answers for r in rows), sum(r.num_answer_tokens for r in rows))
-                yield reply["index"], rows
+            yield from _rows_of(answered.iter_rows(), settings, report)
         except RayError as exc:
             raise DataError(
                 f"Ray failed on {settings.model}: {str(exc).strip().splitlines()[-1]}; {_KEPT}"
             ) from None
     finally:
         ray.shutdown()
+
+
+def _rows_of(
+    answers: Iterable[Mapping[str, str]], settings: AnswerSettings, report: Report
+) -> Iterator[tuple[int, list[Row]]]:
+    failure: DataError | None = None
+    for answer in answers:
+        try:
+            reply = _checked(json.loads(answer["reply"]), settings)
+        except DataError as exc:
+            # Not raised here: what other workers answer is kept, and Ray, stopped while tasks are
+            # under way, would print that it lost them.
+            failure = failure or exc
+            continue
+        rows = [Row.from_record(record) for record in reply["rows"]]
+        report(sum(r.num_answers for r in rows), sum(r.num_answer_tokens for r in rows))
+        yield reply["index"], rows
+    if failure is not None:
+        raise failure
 
 
 def _start_ray(address: str, num_workers: int) -> Any:
