@@ -353,7 +353,7 @@ def test_engine_process_prints_one_line() -> None:
     """A mistake that shows only when the memory is known, in the engine core's process."""
     argv = ["--dtype", "float32", "--max-model-len", "512", "--num-gpu-blocks-override", "17"]
     argv += ["--block-size", "32", "--enforce-eager"]
-    spec = json.dumps(medusa(DEMO_HEADS))
+    spec = json.dumps(medusa(DEMO_HEADS, tree="cpu-16"))
     result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec, *argv)
     check_one_line(result, "the KV cache of 17 blocks has no room for the")
 
