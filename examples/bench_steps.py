@@ -18,8 +18,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from vllm_medusa.bench.process import EngineProcess
 from vllm_medusa.bench.variants import VLLM_CHAIN, parse_variants, with_built_in_heads
+from vllm_medusa.engines.engine import EngineProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "heads"

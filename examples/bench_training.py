@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from inflate import inflate
 from transformers import AutoModelForCausalLM
 
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.data.documents import Document
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.optimizer import HeadsOptimizer
 from vllm_medusa.training.packing import Batch, Batches
 from vllm_medusa.training.settings import TrainSettings
-from vllm_medusa.training.target import FrozenTarget
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
 VARIANTS: dict[str, dict[str, Any]] = {

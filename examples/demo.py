@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm_medusa.bench.process import EngineProcess, Run
+from vllm_medusa.engines.engine import EngineProcess, Run
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 #: The model is too small for more.

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_medusa.heads import HeadsCheckpoint, HeadsError, HeadsSpec, load_heads
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsCheckpoint, HeadsSpec, load_heads
 
 BACKBONE = {
     "model.embed_tokens.weight": (20, 8),
@@ -254,7 +255,7 @@ REMEDY = re.compile(
 
 def error(path: Path | str, **options: Any) -> str:
     """The message with which `load_heads` refuses, checked for its form: one line, a remedy."""
-    with pytest.raises(HeadsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_heads(path, **options)
     message = str(caught.value)
     assert "\n" not in message

@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from vllm_medusa.data.answerers import Report, Shard
-from vllm_medusa.data.conversations import answer_prompts
 from vllm_medusa.data.rows import Row
-from vllm_medusa.data.settings import AnswerSettings
-from vllm_medusa.data.target import AnsweringModel
+from vllm_medusa.distill.answerers import Report, Shard
+from vllm_medusa.target.conversations import answer_prompts
+from vllm_medusa.target.settings import AnswerSettings
+from vllm_medusa.target.text import AnsweringModel
 
 DEMO_TEXTS = [f"U:{'abcdefghij'[i:]}" for i in range(10)]
 _NAMES = {"system": "S", "user": "U", "assistant": "A"}

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm_medusa.data.documents import Document
 from vllm_medusa.data.rows import Row, write_shard
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.settings import TrainSettings
-from vllm_medusa.training.target import FrozenTarget
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 32

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_medusa.errors import UserError
 from vllm_medusa.tree import named
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError, TreePath, read_tree_file
+from vllm_medusa.tree.draft_tree import DraftTree, read_tree_file
 from vllm_medusa.tree.schedule import TreeSchedule
 
 #: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
@@ -20,12 +21,8 @@ CONFIG_KEY = "medusa"
 SizesByBatch = tuple[tuple[int, int, int], ...]
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the setting, the value and the remedy."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class MedusaRequest:
+class MedusaOptions:
     """What the user asked for in vLLM's ``speculative_config``.
 
     Attributes:
@@ -50,11 +47,11 @@ class MedusaRequest:
     max_tree_requests: int | None = None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MedusaRequest:
+    def from_dict(cls, values: Mapping[str, Any]) -> MedusaOptions:
         """Check the values of a ``speculative_config`` whose method is ``medusa``.
 
         Raises:
-            ConfigError: if a key is not known or a value is not allowed.
+            UserError: if a key is not known or a value is not allowed.
 
         """
         known = [field.name for field in dataclasses.fields(cls)]
@@ -62,7 +59,7 @@ class MedusaRequest:
         given.pop("method", None)
         for key in given:
             if key not in known:
-                raise ConfigError(
+                raise UserError(
                     f"speculative_config has {key!r}, which method 'medusa' does not know; "
                     f"use {', '.join(known)}"
                 )
@@ -72,16 +69,16 @@ class MedusaRequest:
 
     def _check(self) -> None:
         if self.acceptance != "lossless":
-            raise ConfigError(
+            raise UserError(
                 f"acceptance={self.acceptance!r} is not supported; use 'lossless', which keeps the "
                 "target model's output distribution"
             )
         for key in ("model", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{key}={value!r} must be a string")
+                raise UserError(f"{key}={value!r} must be a string")
         if self.revision is not None and self.model is None:
-            raise ConfigError(
+            raise UserError(
                 f"revision={self.revision!r} in speculative_config is that of the heads, but no "
                 "model is given there; name the heads' model, or leave revision out: heads in the "
                 "target's own repository come with the target's revision"
@@ -89,11 +86,11 @@ class MedusaRequest:
         for key in ("num_speculative_tokens", "max_tree_requests"):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{key}={value!r} must be a positive integer")
+                raise UserError(f"{key}={value!r} must be a positive integer")
         if self.num_speculative_tokens_per_batch_size is not None:
             _check_sizes(self.num_speculative_tokens_per_batch_size)
         if not isinstance(self.tree, (str, Sequence)):
-            raise ConfigError(
+            raise UserError(
                 f"tree={self.tree!r} must be 'auto', a tree's name, a tree file or a list of paths"
             )
 
@@ -108,7 +105,7 @@ class MedusaConfig:
         tree: the draft tree; with trees by batch size the largest, the others its first nodes.
         tree_name: how the tree was chosen, for messages.
         sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
-        max_tree_requests: as in `MedusaRequest`.
+        max_tree_requests: as in `MedusaOptions`.
 
     """
 
@@ -154,7 +151,7 @@ class TreeChoice:
 
 
 def resolve_tree(
-    request: MedusaRequest,
+    request: MedusaOptions,
     num_heads: int,
     heads_tree: Sequence[Sequence[int]] | None,
     heads_schedule: TreeSchedule | None = None,
@@ -168,8 +165,8 @@ def resolve_tree(
         heads_schedule: trees by batch size that came with the heads, if any.
 
     Raises:
-        TreeError: if there is no such tree, or it needs more heads than there are.
-        ConfigError: if ``num_speculative_tokens`` does not agree with the tree.
+        UserError: if there is no such tree, or it needs more heads than there are.
+        UserError: if ``num_speculative_tokens`` does not agree with the tree.
 
     """
     size, by_batch = request.num_speculative_tokens, request.num_speculative_tokens_per_batch_size
@@ -186,7 +183,7 @@ def resolve_tree(
         choice = TreeChoice(*_given_tree(request.tree, num_heads))
     choice.tree.check_heads(num_heads)
     if size is not None and size != choice.tree.num_draft_tokens:
-        raise ConfigError(
+        raise UserError(
             f"num_speculative_tokens={size} does not agree with the tree {choice.tree_name}, which "
             f"has {choice.tree.num_draft_tokens} nodes; remove one of the two"
         )
@@ -194,7 +191,7 @@ def resolve_tree(
 
 
 def _sized_by_batch(
-    request: MedusaRequest,
+    request: MedusaOptions,
     by_batch: Sequence[Sequence[int]],
     num_heads: int,
     heads_tree: Sequence[Sequence[int]] | None,
@@ -206,7 +203,7 @@ def _sized_by_batch(
     elif request.tree == "chain":
         stages = [DraftTree.chain(count) for count in counts]
     else:
-        raise ConfigError(
+        raise UserError(
             f"num_speculative_tokens_per_batch_size={[list(size) for size in sizes]} needs "
             f"tree='auto' or 'chain', not {request.tree!r}, which has no order to cut its nodes by"
         )
@@ -225,7 +222,7 @@ def _auto_tree(
         ordered, origin = named.default_paths(num_heads, 128), "default"
     count = named.DEFAULT_NUM_DRAFT_TOKENS if size is None else size
     if count > len(ordered) and size is not None:
-        raise ConfigError(
+        raise UserError(
             f"num_speculative_tokens={size} asks for more nodes than the {len(ordered)} of the "
             f"tree {origin}; ask for fewer or give a tree"
         )
@@ -254,27 +251,14 @@ def _check_sizes(sizes: Any) -> None:
             or not (size[1] >= size[0] > before and size[2] >= 0)
             or (not before and size[0] != 1)
         ):
-            raise ConfigError(
+            raise UserError(
                 f"num_speculative_tokens_per_batch_size has {size!r}; use [first batch size, last "
                 "batch size, draft nodes] in rising order from batch size 1, "
                 "such as [[1, 4, 16], [5, 64, 4]]"
             )
         before, largest = size[1], max(largest, size[2])
     if not largest:
-        raise ConfigError(
+        raise UserError(
             f"num_speculative_tokens_per_batch_size={sizes!r} drafts nothing at any batch size; "
             "leave speculative_config out instead"
         )
-
-
-__all__ = [
-    "CONFIG_KEY",
-    "ConfigError",
-    "MedusaConfig",
-    "MedusaRequest",
-    "SizesByBatch",
-    "TreeChoice",
-    "TreeError",
-    "TreePath",
-    "resolve_tree",
-]

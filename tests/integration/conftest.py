@@ -104,7 +104,7 @@ def use_oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tiny.Oracle]:
     """Replace the heads' drafts by an oracle's, in engines of this process."""
 
     def install(prompts: list[Any], futures: list[list[int]], seed: int = 0) -> tiny.Oracle:
-        from vllm_medusa.engine.runner_v1 import MedusaRunnerMixin
+        from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
 
         oracle = tiny.Oracle(
             {

@@ -22,8 +22,7 @@ from tests.integration.command_line import (
 )
 from tests.integration.conftest import counters, greedy, open_engine, random_prompts, spec_metrics
 from vllm_medusa.config import MedusaConfig
-from vllm_medusa.engine.memory import medusa_config_of
-from vllm_medusa.engine.sampling_params import PROPOSER_CLASS
+from vllm_medusa.plugin.identity import PROPOSER_CLASS, medusa_config_of
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.named import default_paths, named_tree, tree_names
 from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file, write_schedule_file
@@ -43,7 +42,7 @@ def resolved(vllm_config: Any) -> MedusaConfig:
     speculative = vllm_config.speculative_config
     assert (speculative.method, speculative.model) == ("custom_class", PROPOSER_CLASS)
     assert speculative.num_speculative_tokens == config.tree.num_draft_tokens
-    assert vllm_config.parallel_config.worker_cls == "vllm_medusa.engine.worker.MedusaWorker"
+    assert vllm_config.parallel_config.worker_cls == "vllm_medusa.plugin.worker.worker.MedusaWorker"
     return config
 
 

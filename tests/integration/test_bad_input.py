@@ -22,11 +22,11 @@ from tests.integration.command_line import (
     run_vllm,
     serve_arguments,
 )
-from vllm_medusa.config import ConfigError
-from vllm_medusa.engine import compat
-from vllm_medusa.engine.errors import USER_ERRORS, exit_in_one_line
-from vllm_medusa.engine.memory import medusa_config_of
-from vllm_medusa.engine.support import check_supported
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin import compat
+from vllm_medusa.plugin.identity import medusa_config_of
+from vllm_medusa.plugin.one_line_errors import USER_ERRORS, exit_in_one_line
+from vllm_medusa.plugin.support import check_supported
 
 pytestmark = pytest.mark.engine
 
@@ -250,7 +250,7 @@ def test_v2_runner(tiny_model: Path, tiny_heads: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     config = medusa_config_of(vllm_config)
     assert config is not None
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1 is not supported"):
+    with pytest.raises(UserError, match="VLLM_USE_V2_MODEL_RUNNER=1 is not supported"):
         check_supported(vllm_config, config)
 
 
@@ -339,11 +339,11 @@ def test_script_prints_one_line() -> None:
 
 def test_mistakes_in_an_engine_process(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_in_one_line(is_own_process=True):
-        raise ConfigError("too small; give more")
+        raise UserError("too small; give more")
     assert caught.value.code == 1
     assert capfd.readouterr().err == "vllm_medusa: error: too small; give more\n"
-    with pytest.raises(ConfigError), exit_in_one_line(is_own_process=False):
-        raise ConfigError("too small; give more")
+    with pytest.raises(UserError), exit_in_one_line(is_own_process=False):
+        raise UserError("too small; give more")
     with pytest.raises(ValueError, match="vLLM's"), exit_in_one_line(is_own_process=True):
         raise ValueError("vLLM's own")
 

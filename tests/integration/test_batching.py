@@ -151,7 +151,7 @@ def test_without_the_commit_the_text_is_wrong(
     engine: Engine, tiny_heads: Path, use_oracle: UseOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the tests above can fail."""
-    from vllm_medusa.engine.attention import PathForks
+    from vllm_medusa.plugin.worker.v1.path_forks import PathForks
 
     prompts = random_prompts(4, seed=2)
     with engine() as llm:

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
-from vllm_medusa.bench.process import EngineProcessError
-from vllm_medusa.bench.server import ServerProcess
-from vllm_medusa.calibration.costs import read_step_costs
+from vllm_medusa.engines.engine import EngineProcessError
+from vllm_medusa.engines.server import ServerProcess
+from vllm_medusa.stepcost.costs import read_step_costs
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def bench_command(*arguments: str | Path) -> list[str]:
     common = ["--model", DEMO_MODEL, "--heads", DEMO_HEADS, "--dtype", "float32"]
     options = ["--llm-options", json.dumps(OPTIONS)]
     return [
-        *(sys.executable, "-m", "vllm_medusa.cli", "bench"),
+        *(sys.executable, "-m", "vllm_medusa.cli.main", "bench"),
         *map(str, [*common, *options, *arguments]),
     ]
 
@@ -156,7 +156,15 @@ def test_files_of_a_run(offline: tuple[Path, Any], results: dict[str, Any]) -> N
 def test_compare_a_run_with_itself(offline: tuple[Path, Any]) -> None:
     out, _ = offline
     run = subprocess.run(
-        [sys.executable, "-m", "vllm_medusa.cli", "bench", "--compare", out, out / "results.json"],
+        [
+            sys.executable,
+            "-m",
+            "vllm_medusa.cli.main",
+            "bench",
+            "--compare",
+            out,
+            out / "results.json",
+        ],
         capture_output=True,
         text=True,
         check=True,

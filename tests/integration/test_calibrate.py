@@ -13,15 +13,15 @@ import torch
 
 from tests import tiny
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
-from vllm_medusa import cli
-from vllm_medusa.bench.process import EngineProcess
-from vllm_medusa.calibration import paths as P
-from vllm_medusa.calibration.costs import StepCost, StepCosts
-from vllm_medusa.calibration.ranks import RankMeter
+from vllm_medusa.acceptance import paths as P
+from vllm_medusa.acceptance.ranks import RankMeter
 from vllm_medusa.calibration.texts import Request, continue_requests
+from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row, write_shard
+from vllm_medusa.engines.engine import EngineProcess
 from vllm_medusa.heads import load_heads
-from vllm_medusa.training.target import load_target
+from vllm_medusa.stepcost.costs import StepCost, StepCosts
+from vllm_medusa.target.frozen import load_target
 from vllm_medusa.tree.schedule import read_schedule_file
 
 PROMPTS = (REPO / "demo" / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
-from vllm_medusa.cli import main
+from vllm_medusa.cli.main import main
 
 pytestmark = pytest.mark.engine
 

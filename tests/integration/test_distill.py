@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO, environment
-from vllm_medusa import cli
+from vllm_medusa.cli import main as cli
 from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.rows import Row, read_rows
 
@@ -87,7 +87,7 @@ def command(chat_model: Path, prompts: Path) -> Callable[..., list[str]]:
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "vllm_medusa.cli", *arguments],
+        [sys.executable, "-m", "vllm_medusa.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -179,7 +179,7 @@ Measure = Callable[[str, int], float]
 @pytest.fixture
 def measure(small: tuple[Any, dict[Text, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Measure:
     """Return the p-value of a number of samples of a case of CASES."""
-    from vllm_medusa.engine.runner_v1 import MedusaRunnerMixin
+    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
 
     llm, logits = small
 
@@ -220,7 +220,7 @@ def test_many_samples_follow_the_law(measure: Measure, name: str) -> None:
 
 def accept_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept a node's first draft whatever was sampled, as if it were in some top-k."""
-    from vllm_medusa.engine import sampler
+    from vllm_medusa.plugin.worker.v1 import sampler
 
     accept = sampler.accept_lossless
 
@@ -234,7 +234,7 @@ def accept_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def share_a_draw_between_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token right by itself, but not independent of the one before."""
-    from vllm_medusa.engine.noise import PositionNoise
+    from vllm_medusa.plugin.worker.v1.noise import PositionNoise
 
     draw = PositionNoise.draw
 
@@ -247,7 +247,7 @@ def share_a_draw_between_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sample_again_if_no_draft_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a tree that misses the root's token another chance."""
-    from vllm_medusa.engine.sampler import TreeSampler
+    from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 
     sample = TreeSampler._sample
 
@@ -265,7 +265,7 @@ def sample_again_if_no_draft_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def penalise_the_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the tokens of a node's own path out of its history."""
-    from vllm_medusa.engine.constraints import NodeConstraints
+    from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
 
     path_tokens = NodeConstraints._path_tokens
     monkeypatch.setattr(
@@ -277,7 +277,7 @@ def penalise_the_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leave_out_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the first path's K/V, whatever path was accepted."""
-    from vllm_medusa.engine.attention import PathForks
+    from vllm_medusa.plugin.worker.v1.path_forks import PathForks
 
     monkeypatch.setattr(PathForks, "commit", lambda self, acceptance: None)
 

@@ -19,9 +19,9 @@ import torch
 
 from tests import tiny
 from tests.checkpoints import make_heads, write_fasterdecoding, write_tgi, write_vllm
-from vllm_medusa import cli
+from vllm_medusa.cli import main as cli
 from vllm_medusa.heads import MedusaHeads, head_logits, load_heads
-from vllm_medusa.heads.target import read_lm_head, read_target
+from vllm_medusa.target.config import read_lm_head, read_target
 
 pytestmark = pytest.mark.engine
 

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, run_python
-from vllm_medusa.engine import plugin
+from vllm_medusa.plugin import register as plugin
 
 pytestmark = pytest.mark.engine
 

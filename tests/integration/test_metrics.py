@@ -30,7 +30,7 @@ from tests.integration.conftest import (
     spec_metrics,
     token_ids,
 )
-from vllm_medusa.engine.counters import DESCRIPTIONS, Counters
+from vllm_medusa.plugin.counters import DESCRIPTIONS, Counters
 from vllm_medusa.tree.named import named_tree
 
 pytestmark = pytest.mark.engine

@@ -24,8 +24,8 @@ from tests import checkpoints
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, engine_config, run_python
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
-from vllm_medusa.engine import proposer
 from vllm_medusa.heads import load_heads
+from vllm_medusa.plugin.worker import proposer
 from vllm_medusa.tree.named import named_tree
 
 pytestmark = pytest.mark.engine

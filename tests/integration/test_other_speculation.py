@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.integration.command_line import REPO, run_python
-from vllm_medusa.bench.process import EngineProcess, EngineProcessError, Run, thread_environment
+from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, Run, thread_environment
 
 pytestmark = pytest.mark.engine
 

@@ -1,7 +1,7 @@
 """Every sampling parameter, token for token the same with trees as without speculation.
 
 Seeded requests are compared exactly too: the draw of each output position is the one that vLLM
-makes without speculation (`engine.noise`).
+makes without speculation (`plugin.worker.v1.noise`).
 """
 
 from __future__ import annotations

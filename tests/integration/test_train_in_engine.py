@@ -54,8 +54,8 @@ def train(model: Path, directory: Path, **kind: Any) -> tuple[Training, Outcome]
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
     """Of every step of a single request: tokens sampled in it, and the heads' logits [K, 1, V]."""
-    from vllm_medusa.engine.proposer import MedusaProposer
-    from vllm_medusa.engine.runner_v1 import MedusaRunnerMixin
+    from vllm_medusa.plugin.worker.proposer import MedusaProposer
+    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
 
     steps: list[tuple[int, Tensor]] = []
     load, draft = MedusaProposer.load_model, MedusaRunnerMixin._draft

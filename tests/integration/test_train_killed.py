@@ -40,7 +40,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(options: list[str], out: Path, *launch: str) -> None:
-    command = [sys.executable, *launch, "-m", "vllm_medusa.cli", *options, "--out", str(out)]
+    command = [sys.executable, *launch, "-m", "vllm_medusa.cli.main", *options, "--out", str(out)]
     done = subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
     )
@@ -61,7 +61,7 @@ def kill_at_random(options: list[str], out: Path, rng: random.Random) -> None:
     partial = out.with_name(out.name + ".partial")
     before = {path: path.stat().st_mtime_ns for path in partial.glob("*")}
     with subprocess.Popen(
-        [sys.executable, "-m", "vllm_medusa.cli", *options, "--out", str(out)],
+        [sys.executable, "-m", "vllm_medusa.cli.main", *options, "--out", str(out)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

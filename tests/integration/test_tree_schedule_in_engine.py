@@ -30,7 +30,7 @@ def heads(tmp_path: Path) -> Path:
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The number of drafts of each request, for every step from now on."""
-    from vllm_medusa.engine.sampler import TreeSampler
+    from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 
     steps: list[list[int]] = []
     forward = TreeSampler.forward

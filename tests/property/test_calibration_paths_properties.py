@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_medusa.calibration import paths as P
+from vllm_medusa.acceptance import paths as P
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 Continuations = list[np.ndarray]

@@ -22,8 +22,8 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_medusa.engine.constraints import NodeConstraints
-from vllm_medusa.engine.node_rows import NodeRows, NodeRowsCache
+from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
+from vllm_medusa.plugin.worker.v1.node_rows import NodeRows, NodeRowsCache
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.reference import ancestor_tokens, random_subtree

@@ -22,12 +22,12 @@ from tests.data_fakes import (
     fork,
     make_model,
 )
-from vllm_medusa.data import distill as module
-from vllm_medusa.data.conversations import answer_prompts, first_request
-from vllm_medusa.data.distill import DistillSettings, distill
 from vllm_medusa.data.prompts import Prompt, Turn, parse_prompts
 from vllm_medusa.data.rows import Row, read_rows, write_shard
-from vllm_medusa.data.settings import AnswerSettings
+from vllm_medusa.distill import run as module
+from vllm_medusa.distill.run import DistillSettings, distill
+from vllm_medusa.target.conversations import answer_prompts, first_request
+from vllm_medusa.target.settings import AnswerSettings
 
 contents = st.text("ab :", min_size=1, max_size=6)
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), contents), max_size=6)

@@ -6,8 +6,9 @@ import random
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_medusa.config import ConfigError
-from vllm_medusa.engine.fork_pool import ForkSlots, plan_fork_pool
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.fork_pool import plan_fork_pool
+from vllm_medusa.plugin.worker.v1.fork_slots import ForkSlots
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.reference import random_subtree
 
@@ -45,7 +46,7 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
         pool = plan_fork_pool(
             layout, num_blocks, block_sizes, max_model_len, max_num_seqs, max_tree_requests
         )
-    except ConfigError:
+    except UserError:
         assert num_blocks < needed + sum(forks)
         return
     owners: dict[int, tuple[int, int]] = {}

@@ -19,8 +19,9 @@ from tests.checkpoints import (
     write_vllm,
 )
 from tests.unit.test_heads_module import fast_logits, slow_features, slow_logits
-from vllm_medusa.heads import HeadsCheckpoint, HeadsError, MedusaHeads, load_heads
-from vllm_medusa.heads.write import save_heads
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, load_heads
+from vllm_medusa.heads.io.write import save_heads
 
 OPTIONS = {
     "num_heads": st.integers(1, 5),
@@ -100,7 +101,7 @@ def test_conversion_loses_nothing_or_is_refused(heads: HeadsCheckpoint, formats:
         for number, write_format in enumerate(formats):
             out = Path(directory, str(number))
             if refused(current, write_format):
-                with pytest.raises(HeadsError, match="cannot be written as"):
+                with pytest.raises(UserError, match="cannot be written as"):
                     save_heads(current, out, write_format)
                 assert not out.exists()
                 continue

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training import document
-from vllm_medusa.training.evaluate import answers_of
+from vllm_medusa.data.documents import answers_of
 from vllm_medusa.training.model import low_rank_factors
 from vllm_medusa.training.packing import build_batch, pack_epoch
 

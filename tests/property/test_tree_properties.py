@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError
+from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.forks import (
     ForkGeometry,
     StepShapes,
@@ -228,5 +229,5 @@ def test_a_step_without_the_mirror_is_caught(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_invalid_trees_are_named(paths: list[list[int]], message: str) -> None:
-    with pytest.raises(TreeError, match=message):
+    with pytest.raises(UserError, match=message):
         DraftTree.from_paths(paths)

@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 
 from vllm_medusa.bench.compare import compare_runs, is_beyond_spread
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.figures import categories_of, figures_of
 from vllm_medusa.bench.offline import Measurement
 from vllm_medusa.bench.plots import plot_offline
-from vllm_medusa.bench.process import (
-    EngineInfo,
-    RequestTimes,
-    Run,
-    last_exception,
-)
 from vllm_medusa.bench.prompts import BenchPrompt
 from vllm_medusa.bench.report import Report, markdown
 from vllm_medusa.bench.results import FORMAT, prepare_out, read_results, to_json, write_results
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
 from vllm_medusa.bench.spread import ratios, spread
+from vllm_medusa.engines.engine import (
+    EngineInfo,
+    RequestTimes,
+    Run,
+    last_exception,
+)
+from vllm_medusa.errors import UserError
 
 numbers = st.floats(min_value=0.1, max_value=1e6)
 
@@ -267,9 +267,9 @@ def test_beyond_spread() -> None:
 def test_no_results_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(BenchError, match="give"):
+    with pytest.raises(UserError, match="give"):
         read_results(path)
-    with pytest.raises(BenchError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_results(tmp_path / "none.json")
 
 
@@ -278,13 +278,13 @@ def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     run_file(tmp_path / "a", [1.0])
     (tmp_path / "a" / "notes.txt").touch()
     (tmp_path / "a" / "speedup_by_batch.png").touch()
-    with pytest.raises(BenchError, match="holds the results of a run"):
+    with pytest.raises(UserError, match="holds the results of a run"):
         prepare_out(tmp_path / "a", overwrite=False)
     assert (tmp_path / "a" / "results.json").exists()
     prepare_out(tmp_path / "a", overwrite=True)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
     (tmp_path / "file").touch()
-    with pytest.raises(BenchError, match="name another directory"):
+    with pytest.raises(UserError, match="name another directory"):
         prepare_out(tmp_path / "file" / "out", overwrite=False)
 
 
@@ -292,7 +292,7 @@ def test_compare_needs_runs_of_one_mode(tmp_path: Path) -> None:
     first = run_file(tmp_path / "a", [1.0])
     other = run_file(tmp_path / "b", [1.0], mode="online")
     assert json.loads(other.read_text())["format"] == FORMAT
-    with pytest.raises(BenchError, match="one mode"):
+    with pytest.raises(UserError, match="one mode"):
         compare_runs(first, other)
 
 

@@ -11,14 +11,14 @@ import pytest
 
 from vllm_medusa.bench import online
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.online import Load, OnlineMeasurement, loads_of, run_online
 from vllm_medusa.bench.online_report import online_figures_of, online_table, plot_online
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.prompts import BenchPrompt, PromptSet
-from vllm_medusa.bench.server import as_flags, read_counters
 from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.variants import Variant
+from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
+from vllm_medusa.engines.server import as_flags, read_counters
+from vllm_medusa.errors import UserError
 
 
 def test_options_as_flags() -> None:
@@ -177,7 +177,7 @@ def test_load_generator_that_fails() -> None:
 def test_pandas_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(model="M")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BenchError, match="pip install pandas, or give --prompts random"):
+    with pytest.raises(UserError, match="pip install pandas, or give --prompts random"):
         online._dataset_flags(settings, PROMPTS, tmp_path)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_medusa.bench.prompts import conversation_to_answer, load_prompts
-from vllm_medusa.data.errors import DataError
 from vllm_medusa.data.prompts import Turn
+from vllm_medusa.errors import UserError
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
 
@@ -85,5 +85,5 @@ def test_conversations_end_with_a_users_turn(roles: str, kept: str) -> None:
 
 
 def test_no_such_file(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none"):
+    with pytest.raises(UserError, match="none"):
         load(str(tmp_path / "none"), tokenizer)

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from vllm_medusa.bench.display import START, Display, TimeLeft, with_starts
 from vllm_medusa.bench.engines import EnginePool, has_room
-from vllm_medusa.bench.memory import peak_memory, private_memory
 from vllm_medusa.bench.offline import rounds_of
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.turns import schedule, take_turns
 from vllm_medusa.bench.variants import Variant
+from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
+from vllm_medusa.engines.memory import peak_memory, private_memory
+from vllm_medusa.reporting.tables import Table
 
 
 def test_schedule_interleaves() -> None:

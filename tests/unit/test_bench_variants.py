@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.results import variant_to_json
 from vllm_medusa.bench.settings import Settings, settings_from
 from vllm_medusa.bench.variants import (
@@ -21,6 +20,7 @@ from vllm_medusa.bench.variants import (
     variants_of_config,
     with_built_in_heads,
 )
+from vllm_medusa.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_typical_acceptance_is_lossy() -> None:
     ],
 )
 def test_unusable_variants(texts: list[str], message: str) -> None:
-    with pytest.raises(BenchError, match=message.replace("{", r"\{")) as error:
+    with pytest.raises(UserError, match=message.replace("{", r"\{")) as error:
         parse_variants(texts, None)
     assert "\n" not in str(error.value)
 
@@ -122,7 +122,7 @@ def test_config_file() -> None:
     ],
 )
 def test_unusable_config_entries(entries: Any, message: str) -> None:
-    with pytest.raises(BenchError, match=message):
+    with pytest.raises(UserError, match=message):
         variants_of_config(entries, None)
 
 
@@ -200,10 +200,10 @@ def test_settings_of_a_file_and_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_config_file(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(BenchError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         settings_from({}, write(tmp_path / "a.yaml", text))
     assert "\n" not in str(error.value)
-    with pytest.raises(BenchError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         settings_from({}, tmp_path / "none.yaml")
 
 
@@ -233,5 +233,5 @@ def test_unusable_config_file(tmp_path: Path, text: str, message: str) -> None:
     ],
 )
 def test_unusable_setting(name: str, value: Any) -> None:
-    with pytest.raises(BenchError, match=name):
+    with pytest.raises(UserError, match=name):
         Settings(model="M", **{name: value})

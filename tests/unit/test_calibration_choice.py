@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from vllm_medusa.calibration.choice import Candidate, choose
-from vllm_medusa.calibration.costs import StepCost, StepCosts, read_step_costs
-from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.errors import UserError
+from vllm_medusa.stepcost.costs import StepCost, StepCosts, read_step_costs
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 PATHS: list[TreePath] = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (3,)]
@@ -49,7 +49,7 @@ def test_costs_are_ratios_within_rounds() -> None:
 
 def test_larger_trees_than_measured_are_refused() -> None:
     costs = costs_of({1: {(0, 0): [10], (4, 3): [12]}})
-    with pytest.raises(CalibrationError, match="up to 4 draft tokens, but the tree has 8"):
+    with pytest.raises(UserError, match="up to 4 draft tokens, but the tree has 8"):
         costs.relative(1, PATHS)
 
 
@@ -140,7 +140,7 @@ def test_costs_go_through_a_file(tmp_path: Path) -> None:
 def test_bad_cost_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "costs.json"
     path.write_text(text)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(UserError, match=message):
         read_step_costs(path)
-    with pytest.raises(CalibrationError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_step_costs(tmp_path / "none.json")

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_medusa.bench.process import RequestTimes
-from vllm_medusa.calibration import paths as P
+from vllm_medusa.acceptance import paths as P
+from vllm_medusa.acceptance.ranks import Continuation
 from vllm_medusa.calibration.check import Checked, steps_of
 from vllm_medusa.calibration.choice import Candidate, choose
-from vllm_medusa.calibration.costs import StepCost, StepCosts
 from vllm_medusa.calibration.estimates import CrossFit, Estimate, ratio, resample
-from vllm_medusa.calibration.ranks import Continuation
 from vllm_medusa.calibration.report import Findings, Section, summary, write_report
 from vllm_medusa.calibration.settings import CalibrateSettings
+from vllm_medusa.engines.engine import RequestTimes
+from vllm_medusa.stepcost.costs import StepCost, StepCosts
 
 NUM_HEADS = 3
 SIZES = (4, 8, 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_medusa.calibration import paths as P
+from vllm_medusa.acceptance import paths as P
 
 MISS = P.RANK_CAP
 

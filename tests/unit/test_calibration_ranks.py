@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests import tiny
-from vllm_medusa.calibration import ranks as R
-from vllm_medusa.calibration.paths import RANK_CAP
-from vllm_medusa.calibration.texts import Text
+from vllm_medusa.acceptance import ranks as R
+from vllm_medusa.acceptance.paths import RANK_CAP
+from vllm_medusa.acceptance.texts import Text
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, head_logits, load_heads
-from vllm_medusa.training.target import FrozenTarget, load_target
+from vllm_medusa.target.frozen import FrozenTarget, load_target
 
 NUM_HEADS = 3
 

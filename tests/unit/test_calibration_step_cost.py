@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.bench import stages, step_cost
+from vllm_medusa.stepcost import measure as step_cost
+from vllm_medusa.stepcost import stages
 from vllm_medusa.tree.draft_tree import TreePath
 
 PATHS: list[TreePath] = [(0,), (1,), (0, 0), (0, 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_medusa import cli
+from vllm_medusa.cli import main as cli
 
 
 @pytest.mark.parametrize(

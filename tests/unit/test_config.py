@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.config import (
-    ConfigError,
-    MedusaConfig,
-    MedusaRequest,
-    TreeChoice,
-    TreeError,
-    resolve_tree,
-)
+from vllm_medusa.config import MedusaConfig, MedusaOptions, TreeChoice, resolve_tree
+from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.named import default_paths
 from vllm_medusa.tree.schedule import TreeSchedule
@@ -21,18 +15,18 @@ from vllm_medusa.tree.schedule import TreeSchedule
 HEADS_TREE = [[0], [1], [0, 0], [1, 0], [0, 0, 0]]
 
 
-def request(**values: Any) -> MedusaRequest:
-    return MedusaRequest.from_dict({"method": "medusa", **values})
+def request(**values: Any) -> MedusaOptions:
+    return MedusaOptions.from_dict({"method": "medusa", **values})
 
 
 def test_defaults() -> None:
-    assert request() == MedusaRequest()
-    assert (MedusaRequest().tree, MedusaRequest().acceptance) == ("auto", "lossless")
+    assert request() == MedusaOptions()
+    assert (MedusaOptions().tree, MedusaOptions().acceptance) == ("auto", "lossless")
 
 
 def test_keys_may_have_dashes_and_values_may_be_none() -> None:
     got = request(**{"num-speculative-tokens": 7, "max_tree_requests": None, "model": "heads"})
-    assert got == MedusaRequest(num_speculative_tokens=7, model="heads")
+    assert got == MedusaOptions(num_speculative_tokens=7, model="heads")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +65,7 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
     ],
 )
 def test_mistakes_are_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         request(**values)
     assert "\n" not in str(caught.value)
 
@@ -99,7 +93,7 @@ def test_auto_cuts_the_tree_of_the_heads_from_its_front() -> None:
     tree = DraftTree.from_paths(HEADS_TREE[:3])
     assert choice == TreeChoice(tree, "auto: 3 nodes from the heads' checkpoint")
     with pytest.raises(
-        ConfigError, match=r"num_speculative_tokens=6 asks for more nodes than the 5 of the tree"
+        UserError, match=r"num_speculative_tokens=6 asks for more nodes than the 5 of the tree"
     ):
         resolve_tree(request(num_speculative_tokens=6), 3, HEADS_TREE)
 
@@ -110,16 +104,16 @@ def test_auto_takes_the_default_without_one() -> None:
     assert resolve_tree(request(), 2, None).tree.depth == 2
     largest = resolve_tree(request(num_speculative_tokens=127), 4, None)
     assert largest.tree.num_draft_tokens == 127
-    with pytest.raises(TreeError, match="128 nodes; vLLM verifies at most 127"):
+    with pytest.raises(UserError, match="128 nodes; vLLM verifies at most 127"):
         resolve_tree(request(num_speculative_tokens=128), 4, None)
-    with pytest.raises(ConfigError, match="than the 10 of the tree default; ask for fewer"):
+    with pytest.raises(UserError, match="than the 10 of the tree default; ask for fewer"):
         resolve_tree(request(num_speculative_tokens=11), 1, None)
     # One head knows no more than ten guesses of the default.
     assert resolve_tree(request(), 1, None).tree.num_draft_tokens == 10
 
 
 def test_auto_tree_deeper_than_the_heads() -> None:
-    with pytest.raises(TreeError, match=r"3 deep .* but the heads are 2"):
+    with pytest.raises(UserError, match=r"3 deep .* but the heads are 2"):
         resolve_tree(request(), 2, HEADS_TREE)
 
 
@@ -127,7 +121,7 @@ def test_chain_of_a_given_length() -> None:
     assert resolve_tree(request(tree="chain"), 4, None) == TreeChoice(DraftTree.chain(4), "chain")
     short = resolve_tree(request(tree="chain", num_speculative_tokens=2), 4, HEADS_TREE)
     assert short == TreeChoice(DraftTree.chain(2), "chain")
-    with pytest.raises(ConfigError, match=r"num_speculative_tokens=5 does not agree .* 4 nodes"):
+    with pytest.raises(UserError, match=r"num_speculative_tokens=5 does not agree .* 4 nodes"):
         resolve_tree(request(tree="chain", num_speculative_tokens=5), 4, None)
 
 
@@ -171,23 +165,23 @@ def test_sizes_by_batch() -> None:
     [
         (
             {"tree": "cpu-8", "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},
-            ConfigError,
+            UserError,
             r"per_batch_size=\[\[1, 4, 2\]\] needs tree='auto' or 'chain', not 'cpu-8'",
         ),
         (
             {"num_speculative_tokens": 7, "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},
-            ConfigError,
+            UserError,
             "num_speculative_tokens=7 does not agree",
         ),
-        ({"tree": HEADS_TREE}, TreeError, "3 deep .* but the heads are 2"),
-        ({"tree": "mc_sim_7b_63"}, TreeError, "but the heads are 2"),
-        ({"tree": "cpu-9"}, TreeError, "there is no tree named 'cpu-9'"),
-        ({"tree": "none.json"}, TreeError, "cannot read the tree file none.json"),
-        ({"tree": [[0, 0]]}, TreeError, r"\[0, 0\] has no parent"),
-        ({"tree": []}, TreeError, "no paths"),
+        ({"tree": HEADS_TREE}, UserError, "3 deep .* but the heads are 2"),
+        ({"tree": "mc_sim_7b_63"}, UserError, "but the heads are 2"),
+        ({"tree": "cpu-9"}, UserError, "there is no tree named 'cpu-9'"),
+        ({"tree": "none.json"}, UserError, "cannot read the tree file none.json"),
+        ({"tree": [[0, 0]]}, UserError, r"\[0, 0\] has no parent"),
+        ({"tree": []}, UserError, "no paths"),
         (
             {"tree": [[0], [1]], "num_speculative_tokens": 3},
-            ConfigError,
+            UserError,
             "num_speculative_tokens=3 does not agree with the tree given as paths, which has 2",
         ),
     ],

@@ -1,6 +1,6 @@
 """The plugin's counters."""
 
-from vllm_medusa.engine.counters import Counters
+from vllm_medusa.plugin.counters import Counters
 
 
 def test_counters_start_at_nothing_and_tell_their_names() -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa import process
-from vllm_medusa.data import answerers
-from vllm_medusa.data.answerers import answer_locally, answer_on_ray
-from vllm_medusa.data.errors import DataError
 from vllm_medusa.data.prompts import Prompt
-from vllm_medusa.data.settings import AnswerSettings
+from vllm_medusa.distill import answerers
+from vllm_medusa.distill.answerers import answer_locally, answer_on_ray
+from vllm_medusa.engines import process
+from vllm_medusa.errors import UserError
+from vllm_medusa.target.settings import AnswerSettings
 
 SHARDS = [(3, [Prompt("a", 1, "x"), Prompt("bb", 2, "y")]), (5, [Prompt("ccc", 3, "z")])]
 
@@ -40,15 +40,15 @@ def test_rows_and_progress_are_passed_on() -> None:
 
 def test_refusal_is_one_line() -> None:
     with pytest.raises(
-        DataError, match=r"^vLLM refuses refuses with these options: no such dtype$"
+        UserError, match=r"^vLLM refuses refuses with these options: no such dtype$"
     ):
         answer("refuses")
-    with pytest.raises(DataError, match=r"these options: cache too small$"):
+    with pytest.raises(UserError, match=r"these options: cache too small$"):
         answer("gives up")
 
 
 def test_crash_is_one_line_with_the_last_words() -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         answer("crashes")
     assert str(error.value) == (
         "vLLM failed on crashes: the process was killed by signal 9, its last words 'Fatal: out of "
@@ -58,7 +58,7 @@ def test_crash_is_one_line_with_the_last_words() -> None:
 
 def test_module_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answerers, "_ENGINE", "tests.absent")
-    with pytest.raises(DataError, match=r"ended with status 1, its last words .*tests\.absent"):
+    with pytest.raises(UserError, match=r"ended with status 1, its last words .*tests\.absent"):
         answer("answers")
 
 
@@ -76,7 +76,7 @@ def test_reader_that_stops_ends_the_process() -> None:
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r'--ray needs Ray Data .*pip install "vllm-medusa\[ray\]"'):
+    with pytest.raises(UserError, match=r'--ray needs Ray Data .*pip install "vllm-medusa\[ray\]"'):
         next(
             answer_on_ray(
                 AnswerSettings(model="m"),

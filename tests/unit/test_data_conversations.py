@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from tests.data_fakes import EchoTokenizer, echo_answer, make_model
-from vllm_medusa.data.conversations import answer_prompts, first_request
-from vllm_medusa.data.errors import DataError
 from vllm_medusa.data.prompts import Prompt, Turn
-from vllm_medusa.data.settings import answer_seed
-from vllm_medusa.data.target import TemplateError
+from vllm_medusa.errors import UserError
+from vllm_medusa.target.conversations import answer_prompts, first_request
+from vllm_medusa.target.settings import answer_seed
+from vllm_medusa.target.text import TemplateError
 
 
 def chat(identity: str, *contents: str, system: str | None = None) -> Prompt:
@@ -112,7 +112,7 @@ def test_template_that_refuses_a_later_turn_is_noticed_before_any_answer() -> No
     prompt = chat("c", "ab", "refuse")
     with pytest.raises(TemplateError, match="the chat template refuses it"):
         first_request(prompt, make_model())
-    with pytest.raises(DataError, match="prompt 'c': the chat template refuses it"):
+    with pytest.raises(UserError, match="prompt 'c': the chat template refuses it"):
         answer_prompts([prompt], make_model(), Log(), seed=0)
 
 

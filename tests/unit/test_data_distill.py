@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from tests.data_fakes import DEMO_TEXTS, answer_without_engine, fork, make_model
-from vllm_medusa.data import distill as module
-from vllm_medusa.data import files
-from vllm_medusa.data.distill import Distilled, DistillSettings, distill
-from vllm_medusa.data.errors import DataError
+from vllm_medusa import files
 from vllm_medusa.data.rows import read_rows
-from vllm_medusa.data.settings import AnswerSettings
+from vllm_medusa.distill import run as module
+from vllm_medusa.distill.run import Distilled, DistillSettings, distill
+from vllm_medusa.errors import UserError
+from vllm_medusa.target.settings import AnswerSettings
 
 SHARD_SIZE = 4
 ANSWER_SETTINGS = {field.name for field in dataclasses.fields(AnswerSettings)}
@@ -92,7 +92,7 @@ def test_rows_are_the_answers_in_order(tmp_path: Path, run: Run, shard_format: s
 
 
 def row_seed(identity: str) -> int:
-    from vllm_medusa.data.settings import answer_seed
+    from vllm_medusa.target.settings import answer_seed
 
     return answer_seed(0, identity, 0) % 10
 
@@ -172,7 +172,7 @@ def test_other_settings_are_refused(
 ) -> None:
     run()
     before = content(tmp_path / "out")
-    with pytest.raises(DataError, match=f"holds rows made from something else .*{named}"):
+    with pytest.raises(UserError, match=f"holds rows made from something else .*{named}"):
         run(**change)
     assert content(tmp_path / "out") == before
 
@@ -183,10 +183,10 @@ def test_other_prompts_or_weights_are_refused(
     run()
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in DEMO_TEXTS[::-1]))
-    with pytest.raises(DataError, match="prompts_sha256 was"):
+    with pytest.raises(UserError, match="prompts_sha256 was"):
         run(prompts=other)
     monkeypatch.setattr(module, "load_answering_model", lambda settings: make_model(weights="new"))
-    with pytest.raises(DataError, match="model_fingerprint was 'fake', is 'new'"):
+    with pytest.raises(UserError, match="model_fingerprint was 'fake', is 'new'"):
         run()
 
 
@@ -203,13 +203,13 @@ def test_name_of_the_model_and_place_of_the_prompts_may_change(
 def test_other_content_is_left_alone(tmp_path: Path, run: Run) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".thesis.tmp").write_text("precious")
-    with pytest.raises(DataError, match=r"not empty and no distill\.json"):
+    with pytest.raises(UserError, match=r"not empty and no distill\.json"):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".thesis.tmp"]
     (tmp_path / "out" / "distill.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         run()
-    with pytest.raises(DataError, match="no directory that can be written"):
+    with pytest.raises(UserError, match="no directory that can be written"):
         run(out="prompts.jsonl")
 
 
@@ -217,13 +217,13 @@ def test_second_run_on_the_same_directory_is_refused(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(*_: Any) -> Iterator[Any]:
-        with pytest.raises(DataError, match="another distill is writing it"):
+        with pytest.raises(UserError, match="another distill is writing it"):
             run()
-        raise DataError("stop")
+        raise UserError("stop")
         yield
 
     monkeypatch.setattr(module, "answer_locally", answer)
-    with pytest.raises(DataError, match="stop"):
+    with pytest.raises(UserError, match="stop"):
         run()
     assert not (tmp_path / "out").exists()
 
@@ -244,12 +244,12 @@ def test_full_disk_keeps_the_finished_shards(
         sync(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         run()
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["distill.json", "part-00000.parquet"]
     monkeypatch.undo()
-    with pytest.raises(DataError, match="2 of 3 shards are missing"):
+    with pytest.raises(UserError, match="2 of 3 shards are missing"):
         read_rows(tmp_path / "out")
 
 
@@ -260,7 +260,7 @@ def test_bad_lines_are_settled_together(
     long = json.dumps({"prompt": "U:" + "x" * 1000})
     far = json.dumps({"prompt": "U:é\u0411"})
     prompts.write_text(f'{{"prompt": "U:a"}}\n\n{long}\n{far}\n{{"prompt": "U:b"}}\n')
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         run(prompts=prompts)
     assert "line 2: empty; line 3: 1002 tokens, over the limit of 1000; " in str(error.value)
     assert "line 4: token 1041 of the tokenizer is beyond the model's vocabulary" in str(
@@ -277,7 +277,7 @@ def test_bad_lines_are_settled_together(
         "line 4",
     ]
     prompts.write_text(long + "\n")
-    with pytest.raises(DataError, match="no usable prompt"):
+    with pytest.raises(UserError, match="no usable prompt"):
         run(prompts=prompts, on_bad="skip")
 
 
@@ -289,7 +289,7 @@ def test_conversation_needs_a_chat_template(
     monkeypatch.setattr(module, "load_answering_model", lambda settings: model)
     prompts = tmp_path / "chats.jsonl"
     prompts.write_text('{"prompt": "U:a"}\n{"turns": ["b", "c"]}\n')
-    with pytest.raises(DataError, match="line 2 is a conversation, and fake has no chat template"):
+    with pytest.raises(UserError, match="line 2 is a conversation, and fake has no chat template"):
         run(prompts=prompts)
 
 
@@ -316,7 +316,7 @@ def test_shard_with_lost_or_doubled_rows_is_noticed(
     path.write_text("".join(lines))
     provenance = json.loads((tmp_path / "out" / "distill.json").read_text())
     (tmp_path / "out" / "distill.json").write_text(json.dumps(provenance | {"complete": False}))
-    with pytest.raises(DataError, match=r"part-00001.jsonl: .*remove it, and run again"):
+    with pytest.raises(UserError, match=r"part-00001.jsonl: .*remove it, and run again"):
         run(shard_format="jsonl")
 
 
@@ -336,5 +336,5 @@ def test_shard_with_lost_or_doubled_rows_is_noticed(
     ],
 )
 def test_setting_out_of_range_is_named(run: Run, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         run(**change)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.data.errors import DataError
 from vllm_medusa.data.prompts import Prompt, Turn, parse_prompts, read_prompts
+from vllm_medusa.errors import UserError
 
 DEMO_PROMPTS = Path(__file__).parents[2] / "demo" / "prompts.jsonl"
 GOOD = b'{"prompt": "a"}'
@@ -114,7 +114,7 @@ def test_bad_line_is_an_error_or_left_out(
     reason: str,
 ) -> None:
     path = write(tmp_path / "p", GOOD, line, b'{"text": "c"}')
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         read_prompts(path)
     message = str(error.value)
     assert message.startswith(f"{path}: line 2: ")
@@ -132,19 +132,19 @@ def test_bad_line_is_an_error_or_left_out(
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "p", GOOD, *[b""] * 9)
     assert [bad.line for bad in parse_prompts(path)[1]] == list(range(2, 11))
-    with pytest.raises(DataError, match=r"line 2: empty; .*line 6: empty; and 4 more; "):
+    with pytest.raises(UserError, match=r"line 2: empty; .*line 6: empty; and 4 more; "):
         read_prompts(path)
 
 
 def test_no_prompt_is_an_error_either_way(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no usable prompt"):
+    with pytest.raises(UserError, match="no usable prompt"):
         read_prompts(write(tmp_path / "empty"))
-    with pytest.raises(DataError, match="no usable prompt"):
+    with pytest.raises(UserError, match="no usable prompt"):
         read_prompts(write(tmp_path / "bad", b"{"), on_bad="skip")
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file or directory; give a JSONL file"):
+    with pytest.raises(UserError, match="No such file or directory; give a JSONL file"):
         read_prompts(tmp_path / "absent")
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(UserError, match="Is a directory"):
         read_prompts(tmp_path)

@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data_fakes import fork
-from vllm_medusa.data.errors import DataError
-from vllm_medusa.data.files import remove_temporary_files, write_atomically
 from vllm_medusa.data.rows import (
     SHARD_FORMATS,
     Row,
@@ -24,6 +22,8 @@ from vllm_medusa.data.rows import (
     shard_path,
     write_shard,
 )
+from vllm_medusa.errors import UserError
+from vllm_medusa.files import remove_temporary_files, write_atomically
 
 RECORD = {"id": "a", "token_ids": [5, 6], "loss_mask": [False, True]}
 
@@ -62,27 +62,27 @@ def test_answers_are_counted() -> None:
 
 
 def test_incomplete_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         read_rows(tmp_path / "absent")
-    with pytest.raises(DataError, match="holds no shards"):
+    with pytest.raises(UserError, match="holds no shards"):
         read_rows(tmp_path)
     write_shard(shard_path(tmp_path, 1, "jsonl"), [row("b")])
-    with pytest.raises(DataError, match="1 of 2 shards are missing, number 0 the first"):
+    with pytest.raises(UserError, match="1 of 2 shards are missing, number 0 the first"):
         read_rows(tmp_path)
     write_shard(shard_path(tmp_path, 0, "jsonl"), [row("a")])
     assert len(records(tmp_path)) == 2
     (tmp_path / "distill.json").write_text('{"num_shards": 4}')
-    with pytest.raises(DataError, match="2 of 4 shards are missing, number 2"):
+    with pytest.raises(UserError, match="2 of 4 shards are missing, number 2"):
         read_rows(tmp_path)
     (tmp_path / "distill.json").write_text("[]")
-    with pytest.raises(DataError, match="says no number of shards"):
+    with pytest.raises(UserError, match="says no number of shards"):
         read_rows(tmp_path)
 
 
 def test_two_files_of_one_shard_are_refused(tmp_path: Path) -> None:
     for shard_format in SHARD_FORMATS:
         write_shard(shard_path(tmp_path, 0, shard_format), [row("a")])
-    with pytest.raises(DataError, match=r"part-00000.*part-00000.*keep one"):
+    with pytest.raises(UserError, match=r"part-00000.*part-00000.*keep one"):
         list_shards(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_two_files_of_one_shard_are_refused(tmp_path: Path) -> None:
 def test_malformed_row_is_named(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = tmp_path / "part-00000.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in (RECORD, RECORD | change)))
-    with pytest.raises(DataError, match=rf"part-00000.jsonl: row 2: .*{reason}"):
+    with pytest.raises(UserError, match=rf"part-00000.jsonl: row 2: .*{reason}"):
         records(tmp_path)
 
 
@@ -117,22 +117,22 @@ def test_malformed_files_are_named(tmp_path: Path) -> None:
         ("rows.csv", "a,b", r"neither in .parquet nor in .jsonl"),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=reason):
+        with pytest.raises(UserError, match=reason):
             records(tmp_path / name)
     pq.write_table(pa.table({"id": ["a"], "tokens": [[1]]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match="lacks the columns token_ids, loss_mask"):
+    with pytest.raises(UserError, match="lacks the columns token_ids, loss_mask"):
         records(tmp_path / "x.parquet")
     pq.write_table(
         pa.table({"id": ["a"], "token_ids": [1], "loss_mask": [[True]]}), tmp_path / "x.parquet"
     )
-    with pytest.raises(DataError, match="column token_ids is of type int64, not a list"):
+    with pytest.raises(UserError, match="column token_ids is of type int64, not a list"):
         records(tmp_path / "x.parquet")
     lists = pa.array([None, [1]], pa.list_(pa.int32()))
     pq.write_table(
         pa.table({"id": ["a", "b"], "token_ids": lists, "loss_mask": [[True], [True]]}),
         tmp_path / "x.parquet",
     )
-    with pytest.raises(DataError, match="row 1: lacks token_ids"):
+    with pytest.raises(UserError, match="row 1: lacks token_ids"):
         records(tmp_path / "x.parquet")
 
 
@@ -145,7 +145,7 @@ def test_full_disk_changes_nothing(tmp_path: Path, shard_format: ShardFormat) ->
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"part-00000.* cannot be written \(File too large\)"):
+        with pytest.raises(UserError, match=r"part-00000.* cannot be written \(File too large\)"):
             write_shard(path, [row(str(i), 999) for i in range(999)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -155,7 +155,7 @@ def test_full_disk_changes_nothing(tmp_path: Path, shard_format: ShardFormat) ->
 
 
 def test_no_directory_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file or directory"):
+    with pytest.raises(UserError, match="No such file or directory"):
         write_shard(tmp_path / "absent" / "part-00000.jsonl", [row("a")])
 
 

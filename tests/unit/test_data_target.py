@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_medusa.data.prompts import Turn
-from vllm_medusa.data.settings import AnswerSettings
-from vllm_medusa.data.target import TemplateError, load_answering_model
+from vllm_medusa.target.settings import AnswerSettings
+from vllm_medusa.target.text import TemplateError, load_answering_model
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.config import ConfigError
-from vllm_medusa.engine.fork_pool import ForkSlots, plan_fork_pool
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.fork_pool import plan_fork_pool
+from vllm_medusa.plugin.worker.v1.fork_slots import ForkSlots
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.layout import TreeLayout
 
@@ -66,7 +67,7 @@ def test_a_cache_too_small_is_refused_with_the_remedy() -> None:
         r"^the KV cache of 15 blocks has no room for the 4 fork blocks of one request beside a "
         r"sequence of max_model_len=160; .*lower max_model_len.*tree='chain'.*$"
     )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         plan(num_blocks=15)
     assert plan(num_blocks=16).num_requests == 1
 

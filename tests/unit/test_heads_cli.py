@@ -20,7 +20,8 @@ from tests.checkpoints import (
     write_tgi,
     write_vllm,
 )
-from vllm_medusa import __version__, cli
+from vllm_medusa import __version__
+from vllm_medusa.cli import main as cli
 from vllm_medusa.heads import load_heads
 from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 
@@ -295,14 +296,14 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(_: object) -> str:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("vllm_medusa.commands.inspect.run", broken)
+    monkeypatch.setattr("vllm_medusa.cli.inspect.run", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["inspect", "x"])
 
 
 def test_as_a_program() -> None:
     """Help needs neither torch nor vLLM, and a mistake ends with status 2 and one line."""
-    script = "import sys\nfrom vllm_medusa.cli import main\nsys.argv[1:] = {0}\n"
+    script = "import sys\nfrom vllm_medusa.cli.main import main\nsys.argv[1:] = {0}\n"
     check = "assert not {'torch', 'vllm'} & set(sys.modules)"
     shown = subprocess.run(
         [
@@ -316,14 +317,14 @@ def test_as_a_program() -> None:
     )
     assert "{vllm,fasterdecoding,tgi,speculators}" in shown.stdout
     version = subprocess.run(
-        [sys.executable, "-m", "vllm_medusa.cli", "--version"],
+        [sys.executable, "-m", "vllm_medusa.cli.main", "--version"],
         capture_output=True,
         text=True,
         check=True,
     )
     assert version.stdout == f"vllm-medusa {__version__}\n"
     mistake = subprocess.run(
-        [sys.executable, "-m", "vllm_medusa.cli", "inspect", "/nothing"],
+        [sys.executable, "-m", "vllm_medusa.cli.main", "inspect", "/nothing"],
         capture_output=True,
         text=True,
         check=False,

@@ -20,8 +20,9 @@ from tests.checkpoints import (
     write_modelopt,
     write_vllm,
 )
-from vllm_medusa.heads import HeadsError, load_heads
-from vllm_medusa.heads.target import read_lm_head, read_target
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import load_heads
+from vllm_medusa.target.config import read_lm_head, read_target
 
 REPO = "owner/name"
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_had_is_one_line(
         raise failure
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(HeadsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_heads(REPO, revision="main")
     message = str(caught.value)
     assert message.startswith("heads 'owner/name' at revision 'main': no such directory")
@@ -131,7 +132,7 @@ def test_what_cannot_be_had_is_one_line(
 
 def test_offline_for_real() -> None:
     """conftest.py sets HF_HUB_OFFLINE: the real client, no network, no cache."""
-    with pytest.raises(HeadsError, match="no such directory, and not to be had from the hub"):
+    with pytest.raises(UserError, match="no such directory, and not to be had from the hub"):
         load_heads("nobody-has-this/repository")
 
 
@@ -139,6 +140,6 @@ def test_offline_for_real() -> None:
     "name", ["/etc/nothing", "./nothing", "a/b/c", "a b/c", "../x/y", "~/nope"]
 )
 def test_paths_are_no_hub_names(hub: Hub, name: str) -> None:
-    with pytest.raises(HeadsError, match="no such file or directory; give an existing path"):
+    with pytest.raises(UserError, match="no such file or directory; give an existing path"):
         load_heads(name)
     assert hub.fetched == set()

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import assert_same_heads, make_heads, sequential_tensors, vllm_tensors
-from vllm_medusa.heads import HeadsCheckpoint, HeadsError, load_heads
-from vllm_medusa.heads import write as heads_write
-from vllm_medusa.heads.write import save_heads, with_target_lm_head
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsCheckpoint, load_heads
+from vllm_medusa.heads.io import write as heads_write
+from vllm_medusa.heads.io.write import save_heads, with_target_lm_head
 from vllm_medusa.tree.schedule import TreeSchedule
 
 BASE = "owner/model"
@@ -196,7 +197,7 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
 def test_refuses_what_would_be_lost(
     tmp_path: Path, write_format: str, options: dict[str, Any], lost: str
 ) -> None:
-    with pytest.raises(HeadsError) as caught:
+    with pytest.raises(UserError) as caught:
         convert(heads_for(**options), write_format, tmp_path)
     assert str(caught.value).startswith(f"heads cannot be written as {write_format}: ")
     assert lost in str(caught.value)
@@ -206,14 +207,14 @@ def test_refuses_what_would_be_lost(
 def test_refuses_a_format_that_needs_the_vocabulary(tmp_path: Path) -> None:
     heads = heads_for(lm_head="target")
     heads = dataclasses.replace(heads, spec=dataclasses.replace(heads.spec, vocab_size=None))
-    with pytest.raises(HeadsError, match="vocabulary size; give --model"):
+    with pytest.raises(UserError, match="vocabulary size; give --model"):
         save_heads(heads, tmp_path / "out", "speculators")
 
 
 def test_fasterdecoding_layers_that_differ_in_the_bias_only(tmp_path: Path) -> None:
     heads = heads_for(num_layers=2)
     heads.tensors["blocks.weight"][:, 1] = heads.tensors["blocks.weight"][:, 0]
-    with pytest.raises(HeadsError, match="different layers"):
+    with pytest.raises(UserError, match="different layers"):
         save_heads(heads, tmp_path / "out", "fasterdecoding")
 
 
@@ -227,7 +228,7 @@ def test_target_lm_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(20, 9), (21, 8)])
 def test_target_lm_head_of_another_model(shape: tuple[int, int]) -> None:
-    with pytest.raises(HeadsError, match="has shape"):
+    with pytest.raises(UserError, match="has shape"):
         with_target_lm_head(heads_for(lm_head="target"), torch.zeros(shape))
 
 
@@ -244,7 +245,7 @@ def test_tree_goes_along(tmp_path: Path, write_format: str) -> None:
 def test_does_not_write_into_a_full_directory(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("mine")
-    with pytest.raises(HeadsError, match="is not empty; name another directory or give --force"):
+    with pytest.raises(UserError, match="is not empty; name another directory or give --force"):
         save_heads(heads_for(), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "mine"
 
@@ -268,16 +269,14 @@ def test_overwrites_what_it_read_from(tmp_path: Path) -> None:
 def test_does_not_overwrite_a_directory_with_other_files(tmp_path: Path) -> None:
     save_heads(heads_for(), tmp_path / "out")
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    with pytest.raises(
-        HeadsError, match=r"holds 'thesis.tex', which is no file of converted heads"
-    ):
+    with pytest.raises(UserError, match=r"holds 'thesis.tex', which is no file of converted heads"):
         save_heads(heads_for(), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
 def test_does_not_overwrite_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(HeadsError, match="is a file; name a directory"):
+    with pytest.raises(UserError, match="is a file; name a directory"):
         save_heads(heads_for(), tmp_path / "out", overwrite=True)
 
 
@@ -292,7 +291,7 @@ def test_leaves_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(heads_write, "save_file", full)
-    with pytest.raises(HeadsError, match=r"cannot be written .*No space left.*nothing was changed"):
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*nothing was changed"):
         save_heads(heads_for(seed=2), tmp_path / "out", overwrite=overwrite)
     assert os.listdir(tmp_path) == (["out"] if overwrite else [])
     if overwrite:
@@ -306,5 +305,5 @@ def test_makes_parent_directories(tmp_path: Path) -> None:
 
 def test_unwritable_parent(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HeadsError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         save_heads(heads_for(), tmp_path / "file" / "out")

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vllm_medusa.engine.node_rows import NodeRowsCache
+from vllm_medusa.plugin.worker.v1.node_rows import NodeRowsCache
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.reference import random_subtree
 

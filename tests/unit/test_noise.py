@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from vllm_medusa.engine.noise import ExponentialDraws, PositionNoise
+from vllm_medusa.plugin.worker.v1.noise import ExponentialDraws, PositionNoise
 
 # Not the engine, but its numbers: to be run again on the next vLLM.
 pytestmark = pytest.mark.engine

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.config import ConfigError
-from vllm_medusa.engine.support import check_attention
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.support import check_attention
 
 
 def group(writes_itself: bool = False, kernel_block_size: int | None = None) -> Any:
@@ -33,5 +33,5 @@ def test_an_ordinary_backend_passes() -> None:
     ],
 )
 def test_backends_that_are_refused(refused: Any, kernel_sizes: list[int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         check_attention([[group()], [refused]], kernel_sizes)

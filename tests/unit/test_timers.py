@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_medusa.engine import timers
+from vllm_medusa.plugin.worker import timers
 
 
 class Sleeper:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.training import counting_rows, make_settings, save_llama, write_rows
-from vllm_medusa import cli
+from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row
+from vllm_medusa.errors import UserError
 from vllm_medusa.training.dataset import Dataset, load_dataset
-from vllm_medusa.training.errors import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def command_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(UserError) as caught:
         make_settings(**changes)
     assert message in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_tokenizer_that_does_not_fit(tmp_path: Path) -> None:
             "loss_mask": np.array([False, True, True, True]),
         },
     )
-    with pytest.raises(TrainingError, match=r"holds token 50, the target has 50 tokens; use rows"):
+    with pytest.raises(UserError, match=r"holds token 50, the target has 50 tokens; use rows"):
         load(data)
 
 
@@ -116,11 +116,11 @@ def test_rows_without_answers(tmp_path: Path) -> None:
     mask = np.zeros(4, dtype=np.bool_)
     tokens = np.arange(4, dtype=np.int32)
     silent = {"token_ids": tokens, "loss_mask": mask}
-    with pytest.raises(TrainingError, match="0 of 20 rows hold an answer"):
+    with pytest.raises(UserError, match="0 of 20 rows hold an answer"):
         load(rows_with(tmp_path / "none", change=silent))
     # An answer of the first token alone can be predicted by no position.
     first = {"token_ids": tokens, "loss_mask": np.arange(4) == 0}
-    with pytest.raises(TrainingError, match="0 of 20 rows hold an answer"):
+    with pytest.raises(UserError, match="0 of 20 rows hold an answer"):
         load(rows_with(tmp_path / "first", change=first))
     rows = [*counting_rows(20), Row("silent", tokens, mask)]
     data = load(write_rows(tmp_path / "some", rows))
@@ -129,7 +129,7 @@ def test_rows_without_answers(tmp_path: Path) -> None:
 
 
 def test_one_row_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="too few to hold some out"):
+    with pytest.raises(UserError, match="too few to hold some out"):
         load(write_rows(tmp_path, counting_rows(1)))
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.training import document, make_settings, make_target, random_documents
-from vllm_medusa.calibration.paths import RANK_CAP, best_paths
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.acceptance.paths import RANK_CAP, best_paths
+from vllm_medusa.data.documents import Document
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.evaluate import (
     answers_of,
     expected_acceptance,
@@ -16,7 +17,6 @@ from vllm_medusa.training.evaluate import (
     summary,
 )
 from vllm_medusa.training.model import TrainableHeads
-from vllm_medusa.training.target import FrozenTarget
 
 
 @pytest.fixture

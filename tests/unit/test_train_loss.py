@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.data.documents import Document
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.loss import accumulate_gradients, chunk_size, draw_learnt
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import build_batch
 from vllm_medusa.training.settings import TrainSettings
-from vllm_medusa.training.target import FrozenTarget
 
 DOCUMENTS = [random_documents(3, seed=1), random_documents(2, seed=2)]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.training import document, make_target, random_documents
-from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.errors import UserError
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.packing import Batches, build_batch
-from vllm_medusa.training.target import FrozenTarget
 
 
 def test_packed_hidden_states_are_those_of_single_documents() -> None:
@@ -95,7 +95,7 @@ def test_target_that_lets_documents_see_each_other_is_refused(
         )
 
     monkeypatch.setattr(target, "_body", blind)
-    with pytest.raises(TrainingError, match="see each other"):
+    with pytest.raises(UserError, match="see each other"):
         target.check(needs_distribution=True)
 
 
@@ -116,10 +116,10 @@ def test_target_that_caps_its_logits_is_refused_for_kl() -> None:
     )
     target = FrozenTarget(Gemma2ForCausalLM(config))
     target.check(needs_distribution=False)  # its windows are packed rightly too
-    with pytest.raises(TrainingError, match="--loss ce"):
+    with pytest.raises(UserError, match="--loss ce"):
         target.check(needs_distribution=True)
 
 
 def test_model_without_lm_head_is_refused() -> None:
-    with pytest.raises(TrainingError, match="causal language model"):
+    with pytest.raises(UserError, match="causal language model"):
         FrozenTarget(make_target().model.model)

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import counting_rows, make_settings, save_llama, write_rows
-from vllm_medusa import cli
-from vllm_medusa.data.errors import DataError
+from vllm_medusa.cli import main as cli
+from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
 from vllm_medusa.training import run_directory
-from vllm_medusa.training.errors import TrainingError
 from vllm_medusa.training.loop import Training
 from vllm_medusa.training.run import train
 from vllm_medusa.training.settings import TrainSettings
@@ -160,7 +159,7 @@ def test_second_run_on_the_same_directory_is_refused(
     def disturbed(self: Training, *arguments: Any) -> Any:
         if not refused:
             refused.append(True)
-            with pytest.raises(DataError, match=r"heads\.partial: another train is writing it"):
+            with pytest.raises(UserError, match=r"heads\.partial: another train is writing it"):
                 train(settings, tmp_path / "heads")
         return step(self, *arguments)
 
@@ -186,18 +185,18 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     settings = settings_of(inputs, steps=3)
     train(settings, tmp_path / "done")
-    with pytest.raises(TrainingError, match=r"done: .* with lr 0\.01, this one has 0\.02"):
+    with pytest.raises(UserError, match=r"done: .* with lr 0\.01, this one has 0\.02"):
         train(dataclasses.replace(settings, lr=0.02), tmp_path / "done")
     monkeypatch.setattr(Training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         train(settings, tmp_path / "cut")
-    with pytest.raises(TrainingError, match=r"cut\.partial: .* with steps 3, this one has 4"):
+    with pytest.raises(UserError, match=r"cut\.partial: .* with steps 3, this one has 4"):
         train(dataclasses.replace(settings, steps=4), tmp_path / "cut")
     other = write_rows(tmp_path / "data", counting_rows(60, seed=1))
-    with pytest.raises(TrainingError, match="with data fingerprint"):
+    with pytest.raises(UserError, match="with data fingerprint"):
         train(dataclasses.replace(settings, data=str(other)), tmp_path / "cut")
     model = save_llama(tmp_path / "model", seed=1)
-    with pytest.raises(TrainingError, match="with target fingerprint"):
+    with pytest.raises(UserError, match="with target fingerprint"):
         train(dataclasses.replace(settings, model=str(model)), tmp_path / "cut")
 
 
@@ -219,14 +218,14 @@ def test_foreign_directory_and_damaged_checkpoint_are_refused(
     settings = settings_of(inputs, steps=3)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("do not lose me")
-    with pytest.raises(TrainingError, match="was not made by vllm-medusa train"):
+    with pytest.raises(UserError, match="was not made by vllm-medusa train"):
         train(settings, tmp_path / "foreign")
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(settings, tmp_path / "heads")
     (tmp_path / "heads.partial" / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(TrainingError, match=r"checkpoint\.pt: is damaged .*; remove"):
+    with pytest.raises(UserError, match=r"checkpoint\.pt: is damaged .*; remove"):
         train(settings, tmp_path / "heads")
 
 
@@ -246,7 +245,7 @@ def test_full_disk_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(torch, "save", full)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"cannot be written .*No space left on device"):
+        with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
             train(settings, tmp_path / "heads")
         assert not (tmp_path / "heads").exists()
         assert not list((tmp_path / "heads.partial").glob(".*"))
@@ -300,7 +299,7 @@ def test_full_disk_at_the_very_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(report, "plot_report", full)
-        with pytest.raises(TrainingError, match=r"No space left on device.* give the same command"):
+        with pytest.raises(UserError, match=r"No space left on device.* give the same command"):
             train(settings, tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
     train(settings, tmp_path / "heads")
@@ -313,7 +312,7 @@ def test_missing_package_is_said_before_training(
     from vllm_medusa.training import run
 
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == "matplotlib" else object())
-    with pytest.raises(TrainingError, match=r"needs matplotlib: pip install"):
+    with pytest.raises(UserError, match=r"needs matplotlib: pip install"):
         train(settings_of(inputs), tmp_path / "heads")
     assert not list(tmp_path.iterdir())
 

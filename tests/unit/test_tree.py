@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import (
     MAX_DRAFT_TOKENS,
     TREE_FILE_FORMAT,
     DraftTree,
-    TreeError,
     read_tree_file,
     write_tree_file,
 )
@@ -62,13 +62,13 @@ def test_trees_of_the_same_paths_are_equal() -> None:
 def test_largest_tree() -> None:
     paths = [[rank] for rank in range(MAX_DRAFT_TOKENS)]
     assert DraftTree.from_paths(paths).num_draft_tokens == MAX_DRAFT_TOKENS
-    with pytest.raises(TreeError, match="128 nodes; vLLM verifies at most 127"):
+    with pytest.raises(UserError, match="128 nodes; vLLM verifies at most 127"):
         DraftTree.from_paths([*paths, [MAX_DRAFT_TOKENS]])
 
 
 @pytest.mark.parametrize("rank", [True, "0", None, 1.0])
 def test_ranks_are_integers(rank: object) -> None:
-    with pytest.raises(TreeError, match=f"has rank {rank!r};"):
+    with pytest.raises(UserError, match=f"has rank {rank!r};"):
         DraftTree.from_paths([[rank]])  # type: ignore[list-item]
 
 
@@ -82,14 +82,14 @@ def test_cut_to_depth() -> None:
 def test_check_heads() -> None:
     tree = DraftTree.from_paths(PATHS)
     tree.check_heads(3)
-    with pytest.raises(TreeError, match=r"3 deep \(path \[0, 2, 1\]\) but the heads are 2; use"):
+    with pytest.raises(UserError, match=r"3 deep \(path \[0, 2, 1\]\) but the heads are 2; use"):
         tree.check_heads(2)
 
 
 def test_check_vocab() -> None:
     tree = DraftTree.from_paths(PATHS)
     tree.check_vocab(5)
-    with pytest.raises(TreeError, match="asks for rank 4 but a head knows 4 tokens; remove"):
+    with pytest.raises(UserError, match="asks for rank 4 but a head knows 4 tokens; remove"):
         tree.check_vocab(4)
 
 
@@ -135,23 +135,23 @@ def test_tree_file_keeps_the_order(tmp_path: Path) -> None:
 def test_bad_tree_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "tree.json"
     file.write_text(text)
-    with pytest.raises(TreeError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_tree_file(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_tree_file(tmp_path: Path) -> None:
-    with pytest.raises(TreeError, match=r"cannot read the tree file .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the tree file .*: No such file"):
         read_tree_file(tmp_path / "none.json")
-    with pytest.raises(TreeError, match=r"cannot read the tree file .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read the tree file .*: Is a directory"):
         read_tree_file(tmp_path)
 
 
 def test_binary_tree_file(tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TreeError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_tree_file(file)
 
 
@@ -167,7 +167,7 @@ def test_named_trees() -> None:
 
 @pytest.mark.parametrize("name", ["cpu-", "cpu-9", "auto", "", "Chain"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(TreeError, match=f"there is no tree named {name!r}; use 'auto', one of ch"):
+    with pytest.raises(UserError, match=f"there is no tree named {name!r}; use 'auto', one of ch"):
         named_tree(name, 4)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError
+from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.schedule import (
     SCHEDULE_FILE_FORMAT,
     TreeSchedule,
@@ -52,7 +53,7 @@ def test_trees_may_grow_with_the_batch() -> None:
     ],
 )
 def test_mistakes_are_named(entries: list[Any], message: str) -> None:
-    with pytest.raises(TreeError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         TreeSchedule.from_entries(entries)
     assert "\n" not in str(caught.value)
 
@@ -79,12 +80,12 @@ def test_the_file_holds_the_schedule(tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "schedule.json"
     path.write_text(text)
-    with pytest.raises(TreeError, match=message):
+    with pytest.raises(UserError, match=message):
         read_schedule_file(path)
-    with pytest.raises(TreeError, match="cannot read the tree schedule"):
+    with pytest.raises(UserError, match="cannot read the tree schedule"):
         read_schedule_file(tmp_path / "none.json")
 
 
 def test_stages_that_do_not_nest_are_named() -> None:
-    with pytest.raises(TreeError, match=r"the tree of 2 nodes lacks the path \[2\] of the tree"):
+    with pytest.raises(UserError, match=r"the tree of 2 nodes lacks the path \[2\] of the tree"):
         DraftTree.from_stages([[[2]], [[0], [1]]])

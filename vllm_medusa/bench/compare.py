@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.results import read_results
-from vllm_medusa.bench.tables import Table, as_text
+from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.tables import Table, as_text
 
 #: Figures that are compared, by mode: name in the file, heading, digits.
 _FIGURES = {
@@ -44,11 +44,11 @@ def compare_runs(first: Path, second: Path) -> str:
         second: likewise.
 
     Raises:
-        BenchError: no such files, or runs of different modes.
+        UserError: no such files, or runs of different modes.
     """
     before, after = read_results(first), read_results(second)
     if before["mode"] != after["mode"]:
-        raise BenchError(
+        raise UserError(
             f"--compare: {first} is of mode {before['mode']!r}, {second} of {after['mode']!r}; "
             "give two runs of one mode"
         )

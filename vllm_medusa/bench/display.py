@@ -13,8 +13,8 @@ import rich.console
 import rich.live
 import rich.text
 
-from vllm_medusa.bench.process import EngineInfo
-from vllm_medusa.bench.tables import Table
+from vllm_medusa.engines.engine import EngineInfo
+from vllm_medusa.reporting.tables import Table
 
 #: A variant and what it does: ``start``, or a load such as ``batch 8``.
 Turn = tuple[str, str]

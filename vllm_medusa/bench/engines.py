@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from vllm_medusa.bench.memory import available_memory
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.settings import Alive
 from vllm_medusa.bench.variants import Variant
+from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
+from vllm_medusa.engines.memory import available_memory
 
 #: Memory that has to be left over, in engines: compiling takes more than running.
 _MARGIN = 1

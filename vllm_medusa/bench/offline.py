@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
-from vllm_medusa.bench.process import EngineInfo, EngineProcess, EngineProcessError, Run
 from vllm_medusa.bench.prompts import BenchPrompt, PromptSet
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs
 from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.turns import Watcher, take_turns
 from vllm_medusa.bench.variants import BASELINE, Variant
+from vllm_medusa.engines.engine import EngineInfo, EngineProcess, EngineProcessError, Run
 
 #: Mismatches of a variant that the second pass asks logprobs for.
 MAX_EXPLAINED = 50

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import EnginePool, VariantState
-from vllm_medusa.bench.errors import BenchError
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError, has_accelerator
 from vllm_medusa.bench.prompts import RANDOM, PromptSet
-from vllm_medusa.bench.server import VLLM, ServerProcess
 from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.turns import Watcher, take_turns
 from vllm_medusa.bench.variants import Variant
+from vllm_medusa.engines.engine import EngineInfo, EngineProcessError, has_accelerator
+from vllm_medusa.engines.server import VLLM, ServerProcess
+from vllm_medusa.errors import UserError
 
 #: Requests before each measurement that do not count.
 NUM_WARM_UPS = 2
@@ -157,7 +157,7 @@ def run_online(
         folder: for files of the load generator.
 
     Raises:
-        BenchError: pandas is missing, which the load generator reads prompts with.
+        UserError: pandas is missing, which the load generator reads prompts with.
         EngineProcessError: the baseline does not run.
     """
     data = _dataset_flags(settings, prompts, folder)
@@ -209,7 +209,7 @@ def _dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list
         lengths += ["--random-output-len", str(settings.max_tokens)]
         return ["--dataset-name", "random", *lengths, "--random-range-ratio", "0"]
     if importlib.util.find_spec("pandas") is None:
-        raise BenchError(
+        raise UserError(
             "pandas, which `vllm bench serve` reads prompts with, is not installed; run "
             "pip install pandas, or give --prompts random"
         )

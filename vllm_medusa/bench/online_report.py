@@ -12,8 +12,8 @@ from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.online import Load, OnlineMeasurement
 from vllm_medusa.bench.plots import new_figure, save
 from vllm_medusa.bench.spread import Spread, ratios, spread
-from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.variants import BASELINE
+from vllm_medusa.reporting.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.prompts import PromptSet, load_prompts
-from vllm_medusa.bench.provenance import provenance, vllm_version
 from vllm_medusa.bench.results import prepare_out
 from vllm_medusa.bench.settings import Settings, engine_environment, engine_options
 from vllm_medusa.bench.variants import (
@@ -21,6 +19,8 @@ from vllm_medusa.bench.variants import (
     missing_requirement,
     with_built_in_heads,
 )
+from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.provenance import provenance, vllm_version
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
         folder: for files that the variants need; it has to stay until the end.
 
     Raises:
-        BenchError, DataError: something that the user has to mend.
+        UserError: something that the user has to mend.
     """
     variants = settings.parsed_variants()
     version = vllm_version()
@@ -109,4 +109,4 @@ def _load_tokenizer(settings: Settings) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except Exception as exc:  # the library raises whatever its file readers do
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise BenchError(f"--model {settings.model}: no usable tokenizer ({first})") from None
+        raise UserError(f"--model {settings.model}: no usable tokenizer ({first})") from None

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 from vllm_medusa.bench.engines import has_room
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.plan import Plan
-from vllm_medusa.bench.process import EngineProcess, EngineProcessError, has_accelerator
 from vllm_medusa.bench.results import STEP_COSTS, to_json
 from vllm_medusa.bench.spread import spread
-from vllm_medusa.bench.stages import measure_stages, stage_table
-from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
-from vllm_medusa.bench.tables import Table, as_text
-from vllm_medusa.calibration.costs import StepCosts
+from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, has_accelerator
+from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import load_heads
-from vllm_medusa.heads.target import read_target
+from vllm_medusa.reporting.tables import Table, as_text
+from vllm_medusa.stepcost.costs import StepCosts
+from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
+from vllm_medusa.stepcost.stages import measure_stages, stage_table
+from vllm_medusa.target.config import read_target
 from vllm_medusa.tree.named import default_paths
 
 #: Draft nodes of the trees whose steps are timed, as far as the heads' own tree has so many.
@@ -29,7 +29,7 @@ def profile_steps(plan: Plan) -> str:
     The file is what ``vllm-medusa calibrate --step-costs`` takes.
 
     Raises:
-        HeadsError, CalibrationError: unusable heads, or an engine that does not come up.
+        UserError: unusable heads, or an engine that does not come up.
     """
     from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def _engines_at_once(plan: Plan, num_engines: int) -> int:
         try:
             info = engine.wait()
         except EngineProcessError as exc:
-            raise BenchError(f"the baseline does not run: {exc.reason}") from None
+            raise UserError(f"the baseline does not run: {exc.reason}") from None
     # That engine has ended: all of them have to fit into what is free now.
     return num_engines if has_room(info, num_engines) else 1
 

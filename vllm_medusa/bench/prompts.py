@@ -10,8 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.data.prompts import Prompt, Turn, read_prompts
+from vllm_medusa.errors import UserError
 
 BUILT_IN, RANDOM = "builtin", "random"
 #: How many prompts the random set has.
@@ -69,8 +69,8 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
         seed: of the random prompts.
 
     Raises:
-        DataError: an unusable file.
-        BenchError: prompts without tokens.
+        UserError: an unusable file.
+        UserError: prompts without tokens.
     """
     if source == RANDOM:
         return _random_prompts(tokenizer, random_len, seed)
@@ -85,7 +85,7 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
         has_chats |= prompt.text is None
         text, token_ids = _tokenise(prompt, tokenizer)
         if not token_ids:
-            raise BenchError(f"{path}: prompt {prompt.id!r} has no tokens; take it out")
+            raise UserError(f"{path}: prompt {prompt.id!r} has no tokens; take it out")
         prompts.append(BenchPrompt(prompt.id, prompt.category, tuple(token_ids), text))
     return PromptSet(source, tuple(_take_turns(prompts)), tuple(notes) if has_chats else ())
 
@@ -103,7 +103,7 @@ def _tokenise(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as exc:
-        raise BenchError(f"prompt {prompt.id!r}: the chat template refuses it ({exc})") from None
+        raise UserError(f"prompt {prompt.id!r}: the chat template refuses it ({exc})") from None
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     # A server adds the token at the beginning to a text, so it must not be there twice.
     return text.removeprefix(tokenizer.bos_token or ""), token_ids

@@ -13,7 +13,7 @@ from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.results import REPORT, variant_to_json, write_results
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.spread import Spread
-from vllm_medusa.bench.tables import Table, as_text
+from vllm_medusa.reporting.tables import Table, as_text
 
 #: Mismatches shown one by one, of each variant.
 _SHOWN_MISMATCHES = 5

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
-from vllm_medusa.data.files import write_atomically
+from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_atomically
 
 FORMAT = "vllm_medusa.bench/1"
 RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
@@ -94,19 +94,19 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read such a document.
 
     Raises:
-        BenchError: it is none.
+        UserError: it is none.
     """
     if path.is_dir():
         path = path / RESULTS
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise BenchError(f"{path}: {exc.strerror}; give the results.json of a run") from None
+        raise UserError(f"{path}: {exc.strerror}; give the results.json of a run") from None
     except ValueError as exc:
-        raise BenchError(f"{path}: not JSON ({exc}); give the results.json of a run") from None
+        raise UserError(f"{path}: not JSON ({exc}); give the results.json of a run") from None
     found = results.get("format") if isinstance(results, dict) else None
     if found != FORMAT:
-        raise BenchError(f"{path}: its format is {found!r}, not {FORMAT!r}; give a results.json")
+        raise UserError(f"{path}: its format is {found!r}, not {FORMAT!r}; give a results.json")
     document: dict[str, Any] = results
     return document
 
@@ -115,17 +115,17 @@ def prepare_out(out: Path, overwrite: bool) -> None:
     """Make the directory of the results, without those of an earlier run.
 
     Raises:
-        BenchError: it holds such and is not to be overwritten, or it cannot be made.
+        UserError: it holds such and is not to be overwritten, or it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         earlier = [path for path in out.iterdir() if path.name in _OURS]
         if earlier and not overwrite:
-            raise BenchError(
+            raise UserError(
                 f"--out {out}: holds the results of a run; name another directory, or overwrite "
                 "them with --overwrite"
             )
         for path in earlier:
             path.unlink()
     except OSError as exc:
-        raise BenchError(f"--out {out}: {exc.strerror}; name another directory") from None
+        raise UserError(f"--out {out}: {exc.strerror}; name another directory") from None

@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.plan import make_plan
-from vllm_medusa.bench.process import EngineProcessError
 from vllm_medusa.bench.profile import profile_steps
 from vllm_medusa.bench.run_offline import compare_offline
 from vllm_medusa.bench.run_online import compare_online
 from vllm_medusa.bench.settings import Settings
+from vllm_medusa.engines.engine import EngineProcessError
+from vllm_medusa.errors import UserError
 
 
 def run(settings: Settings) -> str:
     """Compare, write the results, return what to print.
 
     Raises:
-        BenchError: something that the user has to mend; with ``strict``, also differing outputs.
+        UserError: something that the user has to mend; with ``strict``, also differing outputs.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-medusa-bench-") as folder, ends_on_sigterm():
         plan = make_plan(settings, Path(folder))
@@ -33,7 +33,7 @@ def run(settings: Settings) -> str:
                 return compare_online(plan, Path(folder))
             return compare_offline(plan)
         except EngineProcessError as exc:
-            raise BenchError(f"the baseline does not run: {exc.reason}") from None
+            raise UserError(f"the baseline does not run: {exc.reason}") from None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.errors import BenchError
 from vllm_medusa.bench.figures import categories_of, figures_of
 from vllm_medusa.bench.offline import Measurement, OfflineResult, batch_name, run_offline
 from vllm_medusa.bench.plan import Plan
@@ -18,15 +17,16 @@ from vllm_medusa.bench.results import (
 )
 from vllm_medusa.bench.sameness import TIE_LOGPROB
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.watcher import ShowingWatcher
+from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.tables import Table
 
 
 def compare_offline(plan: Plan) -> str:
     """Compare engines offline, write the results, return what to print.
 
     Raises:
-        BenchError: with ``strict``, outputs that differ.
+        UserError: with ``strict``, outputs that differ.
         EngineProcessError: the baseline does not run.
     """
 
@@ -78,7 +78,7 @@ def check_sameness(result: OfflineResult, dtype: str, out: Path) -> None:
     """Fail a strict run.
 
     Raises:
-        BenchError: any output of a lossless variant differs from the baseline's.
+        UserError: any output of a lossless variant differs from the baseline's.
     """
     different = [found for found in result.sameness if found.mismatches]
     if not different:
@@ -89,7 +89,7 @@ def check_sameness(result: OfflineResult, dtype: str, out: Path) -> None:
         counts.append(
             f"{found.variant} {len(found.mismatches)} of {found.num_compared} ({ties} near-ties)"
         )
-    raise BenchError(
+    raise UserError(
         f"--strict: outputs differ from the baseline's: {', '.join(counts)}; see {out}/report.md"
     )
 

@@ -17,8 +17,8 @@ from vllm_medusa.bench.report import absence_table, depth_table, write_report
 from vllm_medusa.bench.results import (
     to_json,
 )
-from vllm_medusa.bench.tables import Table
 from vllm_medusa.bench.watcher import ShowingWatcher
+from vllm_medusa.reporting.tables import Table
 
 
 def compare_online(plan: Plan, folder: Path) -> str:
@@ -29,7 +29,7 @@ def compare_online(plan: Plan, folder: Path) -> str:
         folder: for files of the load generator.
 
     Raises:
-        BenchError: something is missing.
+        UserError: something is missing.
         EngineProcessError: the baseline does not run.
     """
 

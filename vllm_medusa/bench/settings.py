@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_medusa.bench.errors import BenchError
-from vllm_medusa.bench.process import default_threads, has_accelerator, thread_environment
 from vllm_medusa.bench.variants import Variant, parse_variants, variants_of_config
+from vllm_medusa.engines.engine import default_threads, has_accelerator, thread_environment
+from vllm_medusa.errors import UserError
 
 Alive = Literal["auto", "all", "one"]
 DEFAULT_VARIANTS = ("baseline", "tree", "chain", "vllm-chain", "ngram")
@@ -88,37 +88,37 @@ class Settings:
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             if (kind := _KINDS.get(str(setting.type))) and not isinstance(value, kind[0]):
-                raise BenchError(f"{setting.name}: {value!r} given; give {kind[1]}")
+                raise UserError(f"{setting.name}: {value!r} given; give {kind[1]}")
         for name in ("max_tokens", "rounds", "min_prompts", "random_len", "num_requests"):
             if not _is_count(getattr(self, name)):
-                raise BenchError(f"{name}: {getattr(self, name)!r} given; give a positive integer")
+                raise UserError(f"{name}: {getattr(self, name)!r} given; give a positive integer")
         for name, numbers in (("batch_sizes", self.batch_sizes), ("concurrency", self.concurrency)):
             if not all(map(_is_count, numbers)) or len(set(numbers)) != len(numbers):
-                raise BenchError(f"{name}: {list(numbers)} given; give different positive integers")
+                raise UserError(f"{name}: {list(numbers)} given; give different positive integers")
         if not self.batch_sizes:
-            raise BenchError("batch_sizes: none given; give at least one")
+            raise UserError("batch_sizes: none given; give at least one")
         if not self.request_rates or not all(
             isinstance(rate, int | float) and rate > 0 for rate in self.request_rates
         ):
-            raise BenchError(
+            raise UserError(
                 f"request_rates: {list(self.request_rates)} given; give positive numbers or inf"
             )
         if self.online and self.profile_steps:
-            raise BenchError("online and profile_steps: give one of them")
+            raise UserError("online and profile_steps: give one of them")
         if self.threads is not None and not _is_count(self.threads):
-            raise BenchError(f"threads: {self.threads!r} given; give a positive integer")
+            raise UserError(f"threads: {self.threads!r} given; give a positive integer")
         if self.dtype not in DTYPES:
-            raise BenchError(f"dtype: {self.dtype!r} given; give one of {', '.join(DTYPES)}")
+            raise UserError(f"dtype: {self.dtype!r} given; give one of {', '.join(DTYPES)}")
         if self.alive not in ("auto", "all", "one"):
-            raise BenchError(f"alive: {self.alive!r} given; give auto, all or one")
+            raise UserError(f"alive: {self.alive!r} given; give auto, all or one")
         if not isinstance(self.llm_options, Mapping):
-            raise BenchError(f"llm_options: {self.llm_options!r} given; give a JSON object")
+            raise UserError(f"llm_options: {self.llm_options!r} given; give a JSON object")
         if "speculative_config" in self.llm_options:
-            raise BenchError("llm_options: speculative_config is each variant's own; give it there")
+            raise UserError("llm_options: speculative_config is each variant's own; give it there")
         if self.out.exists() and not self.out.is_dir():
-            raise BenchError(f"out: {self.out} is not a directory; name another")
+            raise UserError(f"out: {self.out} is not a directory; name another")
         if importlib.util.find_spec("matplotlib") is None:
-            raise BenchError(
+            raise UserError(
                 "matplotlib, which draws the plots, is not installed; run "
                 'pip install "vllm-medusa[bench]"'
             )
@@ -127,7 +127,7 @@ class Settings:
         """Read the variants.
 
         Raises:
-            BenchError: as `parse_variants`.
+            UserError: as `parse_variants`.
         """
         if isinstance(self.variants, tuple):
             return parse_variants(self.variants, self.heads)
@@ -148,12 +148,12 @@ def settings_from(given: Mapping[str, Any], config_file: Path | None) -> Setting
         config_file: a YAML mapping by the same names, or None.
 
     Raises:
-        BenchError: an unusable file, an unknown name, or a value that cannot be.
+        UserError: an unusable file, an unknown name, or a value that cannot be.
     """
     values = _read_config(config_file) if config_file else {}
     values |= {name: value for name, value in given.items() if value is not None}
     if not values.get("model"):
-        raise BenchError("no model given; give --model, or model: in the file of --config")
+        raise UserError("no model given; give --model, or model: in the file of --config")
     return Settings(**values)
 
 
@@ -163,21 +163,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise BenchError(f"--config {path}: {exc.strerror}; give a YAML file") from None
+        raise UserError(f"--config {path}: {exc.strerror}; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise BenchError(f"--config {path}: not YAML ({exc})") from None
+        raise UserError(f"--config {path}: not YAML ({exc})") from None
     if not isinstance(values, dict):
-        raise BenchError(f"--config {path}: holds no mapping; see docs/benchmarking.md")
+        raise UserError(f"--config {path}: holds no mapping; see docs/benchmarking.md")
     known = [setting.name for setting in dataclasses.fields(Settings)]
     for name in values:
         if name not in known:
-            raise BenchError(
+            raise UserError(
                 f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}"
             )
     for name in ("batch_sizes", "request_rates", "concurrency"):
         if name in values:
             if not isinstance(values[name], list):
-                raise BenchError(f"--config {path}: {name} is {values[name]!r}; give a list")
+                raise UserError(f"--config {path}: {name} is {values[name]!r}; give a list")
             values[name] = tuple(math.inf if value == "inf" else value for value in values[name])
     if "out" in values:
         values["out"] = Path(str(values["out"]))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from vllm_medusa.bench.engines import E, EnginePool, VariantState
-from vllm_medusa.bench.process import EngineInfo, EngineProcessError
 from vllm_medusa.bench.variants import BASELINE
+from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
 
 L = TypeVar("L")
 L_contra = TypeVar("L_contra", contravariant=True)

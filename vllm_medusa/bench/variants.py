@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.bench.errors import BenchError
+from vllm_medusa.errors import UserError
 
 BASELINE = "baseline"
 VLLM_CHAIN = "vllm-chain"
@@ -68,7 +68,7 @@ def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
         heads: the Medusa heads of ``tree``, ``chain`` and ``vllm-chain``; None: the model's own.
 
     Raises:
-        BenchError: a variant that is none, or two of one name.
+        UserError: a variant that is none, or two of one name.
     """
     return _checked([_parse(text, heads) for text in texts])
 
@@ -83,12 +83,12 @@ def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
         heads: as in `parse_variants`.
 
     Raises:
-        BenchError: anything else.
+        UserError: anything else.
     """
     if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
         return parse_variants(entries, heads)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
-        raise BenchError(
+        raise UserError(
             f"variants: {entries!r} is neither a list of texts nor a mapping by name; see "
             "docs/benchmarking.md"
         )
@@ -134,9 +134,8 @@ def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) 
         UnavailableError: heads that vLLM's format cannot hold.
     """
     from vllm_medusa.heads.checkpoint import load_heads
-    from vllm_medusa.heads.errors import HeadsError
-    from vllm_medusa.heads.target import read_lm_head, read_target
-    from vllm_medusa.heads.write import needs_lm_head, save_heads, with_target_lm_head
+    from vllm_medusa.heads.io.write import needs_lm_head, save_heads, with_target_lm_head
+    from vllm_medusa.target.config import read_lm_head, read_target
 
     try:
         target = read_target(model)
@@ -146,7 +145,7 @@ def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) 
         if needs_lm_head(checkpoint, "vllm"):
             checkpoint = with_target_lm_head(checkpoint, read_lm_head(target))
         save_heads(checkpoint, folder / "heads", "vllm")
-    except HeadsError as exc:
+    except UserError as exc:
         raise UnavailableError(f"the heads cannot be converted: {exc}") from None
     num_heads = checkpoint.spec.num_heads
     config_file = folder / "heads" / "config.json"
@@ -167,7 +166,7 @@ def _parse(text: str, heads: str | None) -> Variant:
     if has_value and value.lstrip().startswith("{"):
         return _of_json(kind, value)
     if has_value and not value:
-        raise BenchError(f"variant {text!r} has nothing after '='; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} has nothing after '='; give one of {_KINDS}")
     if kind == "tree":
         tree: dict[str, Any] = {"tree": value} if has_value else {}
         if value.isdigit():
@@ -184,7 +183,7 @@ def _parse(text: str, heads: str | None) -> Variant:
         "suffix": Variant(name=kind, speculative={"method": "suffix"}),
     }
     if has_value or kind not in plain:
-        raise BenchError(f"variant {text!r} is none; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} is none; give one of {_KINDS}")
     return plain[kind]
 
 
@@ -192,15 +191,15 @@ def _of_json(name: str, value: str) -> Variant:
     try:
         speculative = json.loads(value)
     except ValueError as exc:
-        raise BenchError(f"variant {name!r}: its JSON does not parse ({exc})") from None
+        raise UserError(f"variant {name!r}: its JSON does not parse ({exc})") from None
     return _of_mapping(name, {"speculative_config": speculative})
 
 
 def _of_mapping(name: str, entry: Any) -> Variant:
     if not isinstance(entry, dict):
-        raise BenchError(f"variant {name!r} is {entry!r}; give a text or a mapping")
+        raise UserError(f"variant {name!r} is {entry!r}; give a text or a mapping")
     if unknown := sorted(map(str, set(entry) - _CONFIG_KEYS)):
-        raise BenchError(
+        raise UserError(
             f"variant {name!r}: unknown key {unknown[0]!r}; known are "
             f"{', '.join(sorted(_CONFIG_KEYS))}"
         )
@@ -212,10 +211,10 @@ def _of_mapping(name: str, entry: Any) -> Variant:
         ("environment", environment),
     ):
         if not isinstance(given, dict):
-            raise BenchError(f"variant {name!r}: {key} is {given!r}; give a mapping")
+            raise UserError(f"variant {name!r}: {key} is {given!r}; give a mapping")
     lossless = entry.get("lossless", (speculative or {}).get("acceptance") != "typical")
     if not isinstance(lossless, bool):
-        raise BenchError(f"variant {name!r}: lossless is {lossless!r}; give true or false")
+        raise UserError(f"variant {name!r}: lossless is {lossless!r}; give true or false")
     return Variant(
         name=_name(name),
         speculative=speculative or None,
@@ -227,9 +226,7 @@ def _of_mapping(name: str, entry: Any) -> Variant:
 
 def _name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise BenchError(
-            f"variant name {name!r}: give 1 to 60 letters, digits or any of '.,+:@_- '"
-        )
+        raise UserError(f"variant name {name!r}: give 1 to 60 letters, digits or any of '.,+:@_- '")
     return name
 
 
@@ -238,14 +235,14 @@ def _checked(variants: list[Variant]) -> list[Variant]:
     by_name: dict[str, Variant] = {}
     for variant in variants:
         if variant.name in by_name:
-            raise BenchError(
+            raise UserError(
                 f"two variants are named {variant.name!r}; name one of them, as in "
                 "'other={\"method\": ...}'"
             )
         by_name[variant.name] = variant
     baseline = by_name.pop(BASELINE, Variant(name=BASELINE))
     if baseline.speculative is not None:
-        raise BenchError(
+        raise UserError(
             "the variant 'baseline' is what others are measured against; it cannot "
             "speculate: give that variant another name"
         )

@@ -8,9 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from vllm_medusa.bench.display import START, Display, started_line, with_starts
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.plan import Plan
-from vllm_medusa.bench.process import EngineInfo
 from vllm_medusa.bench.results import LINES, LineWriter
-from vllm_medusa.bench.tables import Table
+from vllm_medusa.engines.engine import EngineInfo
+from vllm_medusa.reporting.tables import Table
 
 
 class Shown(Protocol):

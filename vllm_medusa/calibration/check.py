@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_medusa.bench.process import Run
+from vllm_medusa.acceptance.paths import loop_start
 from vllm_medusa.calibration.estimates import Estimate, ratio, resample
-from vllm_medusa.calibration.paths import loop_start
-from vllm_medusa.calibration.texts import Progress, Request, batches, start_engine
+from vllm_medusa.calibration.texts import Request, batches
+from vllm_medusa.engines.engine import Run, start_engine
+from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.tree.draft_tree import TreePath
 
 #: Requests that run at once: each is to have its forks, or it would draft a chain.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_medusa.calibration.costs import StepCosts
+from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.tree.draft_tree import TreePath
 from vllm_medusa.tree.schedule import TreeSchedule
 

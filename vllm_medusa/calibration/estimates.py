@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_medusa.calibration.paths import (
+from vllm_medusa.acceptance.paths import (
     Ranks,
     position_average,
     product_paths,
@@ -23,7 +23,7 @@ from vllm_medusa.calibration.paths import (
     step_counts,
     step_paths,
 )
-from vllm_medusa.calibration.ranks import Continuation
+from vllm_medusa.acceptance.ranks import Continuation
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 NUM_FOLDS = 5

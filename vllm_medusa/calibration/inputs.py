@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.acceptance.texts import Text
 from vllm_medusa.calibration.settings import CalibrateSettings
-from vllm_medusa.calibration.texts import Request, Text, encode_prompts
+from vllm_medusa.calibration.texts import Request, encode_prompts
+from vllm_medusa.data.documents import Document, answers_of
 from vllm_medusa.data.prompts import read_prompts
 from vllm_medusa.data.rows import read_rows
-from vllm_medusa.data.settings import AnswerSettings
-from vllm_medusa.data.target import load_answering_model
+from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
-from vllm_medusa.heads.files import read_json
-from vllm_medusa.heads.resolve import resolve
-from vllm_medusa.heads.target import read_target
-from vllm_medusa.training.dataset import Document
-from vllm_medusa.training.evaluate import answers_of
+from vllm_medusa.heads.io.files import read_json
+from vllm_medusa.heads.io.resolve import resolve
+from vllm_medusa.target.config import read_target
+from vllm_medusa.target.settings import AnswerSettings
+from vllm_medusa.target.text import load_answering_model
 
 #: KV cache of an engine where the caller sets none: enough for the batches that are timed, of a
 #: model of a few hundred million parameters, and several engines still fit into memory.
@@ -69,7 +69,7 @@ def read_inputs(settings: CalibrateSettings) -> Inputs:
     """Read and check what the settings name.
 
     Raises:
-        CalibrationError, HeadsError, DataError: something cannot be used.
+        UserError: something cannot be used.
 
     """
     target = read_target(settings.model, revision=settings.model_revision)
@@ -86,7 +86,7 @@ def read_inputs(settings: CalibrateSettings) -> Inputs:
         known = {tuple(request.token_ids) for request in requests}
         for request in check_requests:
             if tuple(request.token_ids) in known:
-                raise CalibrationError(
+                raise UserError(
                     f"--check-prompts {settings.check_prompts}: prompt {request.prompt_id!r} is "
                     "among --prompts too; the check needs prompts that no tree was made from"
                 )
@@ -111,7 +111,7 @@ def _requests_or_texts(
     if not settings.prompts.is_dir():
         return _requests(settings, settings.prompts, num_heads, settings.max_prompts), []
     if settings.temperature is not None:
-        raise CalibrationError(
+        raise UserError(
             f"--temperature {settings.temperature}: --prompts {settings.prompts} is a directory of "
             "rows, whose answers are used as they are; leave the temperature out"
         )
@@ -158,11 +158,11 @@ def _out(settings: CalibrateSettings) -> Path:
     if out is None:
         heads = Path(settings.heads).expanduser()
         if not heads.exists():
-            raise CalibrationError(
+            raise UserError(
                 f"{settings.heads} is a hub name, where nothing can be written; give --out DIR"
             )
         out = heads.parent if heads.is_file() else heads
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise CalibrationError(f"--out {out}: {there} is no directory to write to; choose another")
+        raise UserError(f"--out {out}: {there} is no directory to write to; choose another")
     return out

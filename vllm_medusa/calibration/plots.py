@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_medusa.calibration.choice import Choice
-from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.calibration.findings import Findings
+from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
-
-if TYPE_CHECKING:
-    from vllm_medusa.calibration.report import Findings
 
 _COLOURS = {"joint": "tab:blue", "product": "tab:orange"}
 
@@ -20,13 +18,13 @@ def check_matplotlib() -> None:
     """Say at once if the pictures cannot be drawn.
 
     Raises:
-        CalibrationError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
 
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise CalibrationError(
+        raise UserError(
             'the report\'s figures need matplotlib: pip install "vllm-medusa[train]"'
         ) from None
 

@@ -3,93 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.bench.tables import Table
-from vllm_medusa.calibration.check import Checked
+from vllm_medusa.acceptance.paths import LOOP_TOKENS
 from vllm_medusa.calibration.choice import Choice
-from vllm_medusa.calibration.costs import StepCost, StepCosts
-from vllm_medusa.calibration.estimates import NUM_FOLDS, Curve, Estimate, SizeEstimate
-from vllm_medusa.calibration.paths import LOOP_TOKENS
+from vllm_medusa.calibration.estimates import NUM_FOLDS, Estimate, SizeEstimate
+from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.plots import draw_acceptance, draw_speedup, draw_tree
-from vllm_medusa.calibration.settings import CalibrateSettings
-from vllm_medusa.tree.draft_tree import TreePath
+from vllm_medusa.reporting.tables import Table
+from vllm_medusa.stepcost.costs import StepCost, StepCosts
 
 REPORT_FORMAT = "vllm_medusa.calibration/1"
-#: The tree that is drawn where none is chosen.
-_DRAWN_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Section:
-    """The statistics of one kind of text.
-
-    Attributes:
-        name: `greedy`, `temperature T` or `all`.
-        with_loops: whether looping text counts.
-        curve: acceptance length.
-        accuracy: of each head by top n.
-
-    """
-
-    name: str
-    with_loops: bool
-    curve: Curve
-    accuracy: Mapping[int, Sequence[float]]
-
-    @property
-    def title(self) -> str:
-        """What the tables call it."""
-        return f"{self.name}, {'with' if self.with_loops else 'without'} looping text"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """All that a calibration found.
-
-    Attributes:
-        settings: what was asked for.
-        provenance: versions, machine, command.
-        num_heads: of the heads.
-        num_prompts: that the statistics are from.
-        sections: of text; the first one is what trees are chosen by.
-        paths: each method's most probable paths.
-        probabilities: share of positions at which each of the joint ones is right.
-        checked: what the engine measured.
-        costs: of steps, if they are known.
-        choice: the trees chosen by them.
-
-    """
-
-    settings: CalibrateSettings
-    provenance: Mapping[str, Any]
-    num_heads: int
-    num_prompts: int
-    sections: Sequence[Section]
-    paths: Mapping[str, Sequence[TreePath]]
-    probabilities: Mapping[TreePath, float]
-    checked: Sequence[Checked]
-    costs: StepCosts | None
-    choice: Choice | None
-
-    def predicted(self, checked: Checked, with_loops: bool) -> Estimate:
-        """Return the prediction for a checked tree: that of greedy text."""
-        section = next(
-            s for s in self.sections if s.name == "greedy" and s.with_loops == with_loops
-        )
-        estimates = section.curve.methods[checked.method]
-        return next(e.predicted for e in estimates if e.size == checked.size)
-
-    def drawn_tree(self) -> Sequence[TreePath]:
-        """Return the tree to draw: that of the smallest batch, if any is chosen."""
-        if self.choice is not None:
-            chosen = self.choice.candidates[self.choice.chosen[min(self.choice.chosen)]]
-            if chosen.paths:
-                return chosen.paths
-        return self.paths["joint"][:_DRAWN_SIZE]
 
 
 def write_report(findings: Findings, out: Path) -> None:

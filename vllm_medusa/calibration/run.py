@@ -11,24 +11,26 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from vllm_medusa.bench.process import EngineProcessError
-from vllm_medusa.bench.provenance import provenance
-from vllm_medusa.bench.step_cost import measure_step_costs, trees_to_measure
+from vllm_medusa.acceptance.paths import Ranks, head_accuracy, path_probabilities
+from vllm_medusa.acceptance.ranks import Continuation, RankMeter
 from vllm_medusa.calibration.check import Checked, check_trees
 from vllm_medusa.calibration.choice import Candidate, choose
-from vllm_medusa.calibration.costs import StepCosts, read_step_costs
-from vllm_medusa.calibration.errors import CalibrationError
 from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
+from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.inputs import Inputs, read_inputs
-from vllm_medusa.calibration.paths import Ranks, head_accuracy, path_probabilities
 from vllm_medusa.calibration.plots import check_matplotlib
-from vllm_medusa.calibration.ranks import Continuation, RankMeter
-from vllm_medusa.calibration.report import Findings, Section, summary, write_report
+from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
-from vllm_medusa.calibration.texts import Progress, continue_requests, start_engine
-from vllm_medusa.data.files import write_atomically
+from vllm_medusa.calibration.texts import continue_requests
+from vllm_medusa.engines.engine import EngineProcessError, start_engine
+from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_atomically
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
-from vllm_medusa.training.target import load_target
+from vllm_medusa.reporting.progress import Progress
+from vllm_medusa.reporting.provenance import provenance
+from vllm_medusa.stepcost.costs import StepCosts, read_step_costs
+from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
+from vllm_medusa.target.frozen import load_target
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
 from vllm_medusa.tree.schedule import write_schedule_file
 
@@ -37,7 +39,7 @@ def calibrate(settings: CalibrateSettings) -> str:
     """Measure, choose and write; return the result in words.
 
     Raises:
-        CalibrationError, HeadsError, DataError, TrainingError: what was given cannot be used; then
+        UserError: what was given cannot be used; then
             nothing is written.
 
     """
@@ -47,7 +49,7 @@ def calibrate(settings: CalibrateSettings) -> str:
     try:
         findings = _find(settings, inputs, costs)
     except EngineProcessError as error:
-        raise CalibrationError(
+        raise UserError(
             f"the engine of vLLM ended ({error.reason}); correct --llm-options"
         ) from None
     _write(findings, inputs.out)
@@ -59,7 +61,7 @@ def _costs_of_file(settings: CalibrateSettings) -> StepCosts | None:
         return None
     costs = read_step_costs(settings.step_costs)
     if costs.max_drafts < max(settings.sizes):
-        raise CalibrationError(
+        raise UserError(
             f"--step-costs {settings.step_costs}: the costs go up to {costs.max_drafts} draft "
             f"tokens, but --sizes up to {max(settings.sizes)}; measure larger trees or calibrate "
             "smaller ones"
@@ -120,7 +122,7 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
     num_positions = sum(len(item.ranks) for item in continuations)
     num_prompts = len({item.prompt_id for item in continuations})
     if num_prompts < NUM_FOLDS:
-        raise CalibrationError(
+        raise UserError(
             f"--prompts {settings.prompts}: {num_prompts} prompts ({num_positions} positions) are "
             f"too few to check the trees against each other; give {NUM_FOLDS} at least, and "
             "better a hundred"
@@ -128,7 +130,7 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
     fit = CrossFit(continuations, max(settings.sizes), settings.seed)
     found = len(fit.paths["joint"])
     if found < max(settings.sizes):
-        raise CalibrationError(
+        raise UserError(
             f"--sizes {max(settings.sizes)}: only {found} paths were ever right at the "
             f"{num_positions} positions of {num_prompts} prompts; give more prompts, a larger "
             "--max-tokens or smaller sizes"
@@ -229,7 +231,7 @@ def _write(findings: Findings, out: Path) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CalibrationError(f"--out {out}: {error.strerror}; choose another") from None
+            raise UserError(f"--out {out}: {error.strerror}; choose another") from None
         for path in sorted(staged.iterdir()):
             write_atomically(out / path.name, _copier(path))
     if schedule is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.calibration.errors import CalibrationError
+from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
@@ -140,4 +140,4 @@ def _option(name: str) -> str:
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise CalibrationError(message)
+        raise UserError(message)

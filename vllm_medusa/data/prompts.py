@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_medusa.data.errors import DataError
+from vllm_medusa.errors import UserError
 
 OnBad = Literal["error", "skip"]
 Role = Literal["system", "user", "assistant"]
@@ -92,12 +92,12 @@ def read_prompts(path: str | Path, *, on_bad: OnBad = "error") -> list[Prompt]:
             names them, or leave them out with a warning that names them.
 
     Raises:
-        DataError: no such file, bad lines, or no prompt at all.
+        UserError: no such file, bad lines, or no prompt at all.
     """
     prompts, bad = parse_prompts(path)
     settle_bad_lines(path, bad, on_bad)
     if not prompts:
-        raise DataError(f"{path}: no usable prompt in it; give at least one line")
+        raise UserError(f"{path}: no usable prompt in it; give at least one line")
     return prompts
 
 
@@ -105,12 +105,12 @@ def parse_prompts(path: str | Path) -> tuple[list[Prompt], list[BadLine]]:
     """Read a file of prompts: the usable ones, and the other lines.
 
     Raises:
-        DataError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as exc:
-        raise DataError(f"prompts {str(path)!r}: {exc.strerror}; give a JSONL file") from None
+        raise UserError(f"prompts {str(path)!r}: {exc.strerror}; give a JSONL file") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1]:
         lines.pop()  # what follows the last line's end is no line
@@ -133,7 +133,7 @@ def settle_bad_lines(path: str | Path, bad: Sequence[BadLine], on_bad: OnBad) ->
     """Refuse, or warn of, lines that cannot be used.
 
     Raises:
-        DataError: there are any, and they are not to be left out.
+        UserError: there are any, and they are not to be left out.
     """
     if not bad:
         return
@@ -143,7 +143,7 @@ def settle_bad_lines(path: str | Path, bad: Sequence[BadLine], on_bad: OnBad) ->
         return
     named = "; ".join(f"line {line.line}: {line.reason}" for line in bad[:_NUM_NAMED_LINES])
     more = len(bad) - _NUM_NAMED_LINES
-    raise DataError(
+    raise UserError(
         f"{path}: {named}{f'; and {more} more' if more > 0 else ''}; correct the file, or leave "
         "such lines out with --on-bad skip"
     )

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vllm_medusa.data.errors import DataError
-from vllm_medusa.data.files import write_atomically
+from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_atomically
 
 ShardFormat = Literal["parquet", "jsonl"]
 SHARD_FORMATS: tuple[ShardFormat, ...] = ("parquet", "jsonl")
@@ -99,7 +99,7 @@ def list_shards(directory: Path) -> dict[int, Path]:
         if match := _SHARD_NAME.fullmatch(path.name):
             index = int(match[1])
             if index in found:
-                raise DataError(f"{directory}: {found[index].name} and {path.name}: keep one")
+                raise UserError(f"{directory}: {found[index].name} and {path.name}: keep one")
             found[index] = path
     return dict(sorted(found.items()))
 
@@ -112,7 +112,7 @@ def write_shard(path: Path, rows: Sequence[Row]) -> None:
         rows: its rows, in order.
 
     Raises:
-        DataError: it cannot be written, on a full disk say.
+        UserError: it cannot be written, on a full disk say.
     """
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     write_atomically(path, lambda file: write(file, rows))
@@ -125,7 +125,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         path: the directory, or the shard's file.
 
     Raises:
-        DataError: at once if the directory holds no shards, or not all of them; while reading if a
+        UserError: at once if the directory holds no shards, or not all of them; while reading if a
             shard is malformed. The message names the file and the row.
     """
     path = Path(path)
@@ -137,25 +137,25 @@ def read_shard(path: Path) -> Iterator[Row]:
     """Read the rows of one shard, in order.
 
     Raises:
-        DataError: no such file, or a malformed one.
+        UserError: no such file, or a malformed one.
     """
     read = {".parquet": _read_parquet, ".jsonl": _read_jsonl}.get(path.suffix)
     if read is None:
-        raise DataError(f"{path}: its name ends neither in .parquet nor in .jsonl")
+        raise UserError(f"{path}: its name ends neither in .parquet nor in .jsonl")
     try:
         for number, record in enumerate(read(path), 1):
             try:
                 row = Row.from_record(record)
             except ValueError as exc:
-                raise DataError(f"{path}: row {number}: {exc}") from None
+                raise UserError(f"{path}: row {number}: {exc}") from None
             yield row
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc})") from None
+        raise UserError(f"{path}: cannot be read ({exc})") from None
 
 
 def _all_shards(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise DataError(f"rows {str(directory)!r}: no such directory; vllm-medusa distill makes it")
+        raise UserError(f"rows {str(directory)!r}: no such directory; vllm-medusa distill makes it")
     shards = list_shards(directory)
     wanted = len(shards)
     provenance = directory / PROVENANCE_FILE
@@ -163,13 +163,13 @@ def _all_shards(directory: Path) -> list[Path]:
         try:
             wanted = int(json.loads(provenance.read_text(encoding="utf-8"))["num_shards"])
         except (ValueError, KeyError, TypeError) as exc:
-            raise DataError(f"{provenance}: says no number of shards ({exc!r})") from None
+            raise UserError(f"{provenance}: says no number of shards ({exc!r})") from None
     if not shards:
-        raise DataError(f"{directory}: holds no shards; vllm-medusa distill makes them")
+        raise UserError(f"{directory}: holds no shards; vllm-medusa distill makes them")
     wanted = max(wanted, max(shards) + 1)
     missing = [index for index in range(wanted) if index not in shards]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{directory}: {len(missing)} of {wanted} shards are missing, number {missing[0]} the "
             "first; run the same distill command again to complete them"
         )
@@ -187,9 +187,9 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError as exc:
-                raise DataError(f"{path}: line {number} is not JSON ({exc})") from None
+                raise UserError(f"{path}: line {number} is not JSON ({exc})") from None
             if not isinstance(record, dict):
-                raise DataError(f"{path}: line {number} is not a JSON object")
+                raise UserError(f"{path}: line {number} is not a JSON object")
             yield record
 
 
@@ -198,7 +198,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(
+        raise UserError(
             'Parquet needs pyarrow: pip install "vllm-medusa[train]", or take --format jsonl'
         ) from None
     return pyarrow, pyarrow.parquet
@@ -226,14 +226,14 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
-        raise DataError(f"{path}: not a Parquet file that can be read ({exc})") from None
+        raise UserError(f"{path}: not a Parquet file that can be read ({exc})") from None
     missing = [column for column in COLUMNS if column not in table.column_names]
     if missing:
-        raise DataError(f"{path}: lacks the columns {', '.join(missing)}")
+        raise UserError(f"{path}: lacks the columns {', '.join(missing)}")
     for name in COLUMNS[1:]:
         kind = table.schema.field(name).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise DataError(f"{path}: column {name} is of type {kind}, not a list")
+            raise UserError(f"{path}: column {name} is of type {kind}, not a list")
     for batch in table.select(COLUMNS).to_batches():
         identities, token_ids, loss_masks = batch.columns
         for index in range(batch.num_rows):

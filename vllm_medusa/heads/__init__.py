@@ -1,12 +1,10 @@
 """Medusa heads: reading and writing checkpoints, and computing with them. No vLLM here."""
 
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec, load_heads
-from vllm_medusa.heads.errors import HeadsError
 from vllm_medusa.heads.module import MedusaHeads, head_logits
 
 __all__ = [
     "HeadsCheckpoint",
-    "HeadsError",
     "HeadsSpec",
     "MedusaHeads",
     "head_logits",

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_medusa.heads.assemble import assemble
-from vllm_medusa.heads.config_file import ConfigFile
-from vllm_medusa.heads.errors import HeadsError
-from vllm_medusa.heads.files import open_store
-from vllm_medusa.heads.formats import LmHeadKind, Plan, SourceFormat, make_plan, select_heads
-from vllm_medusa.heads.resolve import resolve
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError, read_tree_file
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads.io.assemble import assemble
+from vllm_medusa.heads.io.config_file import ConfigFile
+from vllm_medusa.heads.io.files import open_store
+from vllm_medusa.heads.io.formats import LmHeadKind, Plan, SourceFormat, make_plan, select_heads
+from vllm_medusa.heads.io.resolve import resolve
+from vllm_medusa.tree.draft_tree import DraftTree, read_tree_file
 from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file
 
 TREE_FILE = "medusa_tree.json"
@@ -95,7 +95,7 @@ def load_heads(
         target_vocab_size: likewise.
 
     Raises:
-        HeadsError: the heads cannot be had, are incomplete, damaged, quantised or not finite, or
+        UserError: the heads cannot be had, are incomplete, damaged, quantised or not finite, or
             were made for another hidden size or vocabulary.
     """
     location = resolve(path, "heads", select_heads, revision=revision)
@@ -133,7 +133,7 @@ def load_heads(
 
 def _check_target(location: Path, what: str, heads: int | None, target: int | None) -> None:
     if target is not None and heads != target:
-        raise HeadsError(
+        raise UserError(
             f"{location}: the heads are for {what} {heads}, the target model has {target}; use "
             "heads that were trained for this model"
         )
@@ -151,7 +151,7 @@ def _compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[st
     notes += config.check_count("layers per head", spec.num_layers, *layer_names)
     has_bias_flag = config.flag("medusa_fc_bias")
     if has_bias_flag and not spec.has_bias:
-        raise HeadsError(
+        raise UserError(
             f"{config.path}: medusa_fc_bias is true, but the checkpoint holds no biases; export "
             "the heads again or set it to false"
         )
@@ -175,7 +175,7 @@ def _vocab(
     token_map = tensors.get("token_map")
     if rows_name not in tensors:
         if token_map is not None:
-            raise HeadsError(
+            raise UserError(
                 f"{location}: holds a token_map but no lm_head that it could belong to; remove it"
             )
         return config.vocab_size() or target_vocab_size, None
@@ -188,7 +188,7 @@ def _vocab(
     vocab_size = config.vocab_size() or target_vocab_size
     if num_rows != draft_vocab_size:
         if num_rows != (vocab_size or num_rows):
-            raise HeadsError(
+            raise UserError(
                 f"{location}: the lm_heads have {num_rows} rows, neither token_map's "
                 f"{draft_vocab_size} nor the vocabulary's {vocab_size}; export the heads again"
             )
@@ -202,12 +202,12 @@ def _vocab(
 def _check_token_map(location: Path, token_map: torch.Tensor, vocab_size: int | None) -> None:
     low, high = int(token_map.min()), int(token_map.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise HeadsError(
+        raise UserError(
             f"{location}: token_map holds token {low if low < 0 else high}, outside the vocabulary "
             f"of {vocab_size} tokens; export the heads again"
         )
     if len(set(token_map.tolist())) != len(token_map):
-        raise HeadsError(f"{location}: token_map holds a token twice; export the heads again")
+        raise UserError(f"{location}: token_map holds a token twice; export the heads again")
 
 
 def _read_tree(path: Path, num_heads: int) -> list[list[int]] | None:
@@ -233,7 +233,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Turn the faults of a tree into the heads', naming the file."""
     try:
         yield
-    except TreeError as exc:
-        raise HeadsError(
+    except UserError as exc:
+        raise UserError(
             f"{path}: {exc}; write the trees again with `vllm-medusa calibrate` or remove the file"
         ) from None

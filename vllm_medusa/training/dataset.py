@@ -6,32 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from vllm_medusa.data.documents import Document
 from vllm_medusa.data.rows import read_rows
-from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.errors import UserError
 
 #: More held-out rows than this would measure no better and cost time.
 MAX_HELD_OUT_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Document:
-    """One row: a text of the target with its prompt.
-
-    Attributes:
-        tokens: [T] int32 token ids.
-        is_answer: [T] bool, true on the tokens that the target wrote.
-    """
-
-    tokens: NDArray[np.int32]
-    is_answer: NDArray[np.bool_]
-
-    @property
-    def num_learnt(self) -> int:
-        """Tokens that the loss looks at: answer tokens that some position can predict."""
-        return int(self.is_answer[1:].sum())
 
 
 @dataclass(frozen=True)
@@ -65,8 +45,8 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         held_out: share of the rows to hold out; at least one row and at most `MAX_HELD_OUT_ROWS`.
 
     Raises:
-        DataError: the directory or a shard cannot be read.
-        TrainingError: rows that do not fit the target, or too few with answers.
+        UserError: the directory or a shard cannot be read.
+        UserError: rows that do not fit the target, or too few with answers.
     """
     digest = hashlib.sha256()
     documents: list[tuple[bytes, Document]] = []
@@ -74,7 +54,7 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
     for row in read_rows(path):
         num_rows += 1
         if row.token_ids.max() >= vocab_size:
-            raise TrainingError(
+            raise UserError(
                 f"{path}: row {row.id!r} holds token {row.token_ids.max()}, the target has "
                 f"{vocab_size} tokens; use rows of the target's own tokenizer (vllm-medusa distill)"
             )
@@ -87,7 +67,7 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
     order = sorted({key for key, _ in documents})
     num_held_out = min(MAX_HELD_OUT_ROWS, max(1, round(held_out * len(order))))
     if len(order) <= num_held_out:
-        raise TrainingError(
+        raise UserError(
             f"{path}: {len(documents)} of {num_rows} rows hold an answer to learn, too few to hold "
             "some out; give more rows (vllm-medusa distill makes them)"
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_medusa.calibration.paths import (
+from vllm_medusa.acceptance.paths import (
     RANK_CAP,
     Ranks,
     best_paths,
@@ -19,11 +19,11 @@ from vllm_medusa.calibration.paths import (
     position_average,
     simulate,
 )
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.data.documents import Document, answers_of
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.loss import chunk_size
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import build_batch, pack_epoch
-from vllm_medusa.training.target import FrozenTarget
 from vllm_medusa.tree.draft_tree import TreePath
 
 TREE_SIZES = (8, 16, 24, 32, 48, 64)
@@ -37,22 +37,12 @@ class Continuation:
     """One answer of a held-out row.
 
     Attributes:
-        ranks: [positions, heads], as `vllm_medusa.calibration.paths` says.
+        ranks: [positions, heads], as `vllm_medusa.acceptance.paths` says.
         num_before_loop: positions whose guesses end before the answer begins to loop.
     """
 
     ranks: Ranks
     num_before_loop: int
-
-
-def answers_of(document: Document) -> list[tuple[int, int]]:
-    """Return the answers of a row as ranges [start, stop) of tokens; a row of several turns has
-    several. An answer at the very start is cut by the token that no position predicts.
-    """
-    flags = np.concatenate(([False], document.is_answer, [False]))
-    flags[1] = False
-    edges = np.flatnonzero(flags[1:] != flags[:-1])
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @torch.no_grad()

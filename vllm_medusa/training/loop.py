@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from vllm_medusa.target.frozen import load_target
 from vllm_medusa.training.dataset import Dataset, load_dataset
 from vllm_medusa.training.evaluate import Continuation, expected_acceptance, measure
 from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
@@ -24,7 +25,6 @@ from vllm_medusa.training.optimizer import HeadsOptimizer, rate_factor
 from vllm_medusa.training.packing import Batches
 from vllm_medusa.training.run_directory import RunDirectory
 from vllm_medusa.training.settings import TrainSettings
-from vllm_medusa.training.target import load_target
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Training:
         identity: settings and fingerprints that a resumed run must share.
 
     Raises:
-        HeadsError, DataError, TrainingError: a model or rows that cannot be used.
+        UserError: a model or rows that cannot be used.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class Training:
         """Train to the end, from the directory's last checkpoint if there is one.
 
         Raises:
-            TrainingError: the directory belongs to another run.
-            DataError: a checkpoint cannot be written.
+            UserError: the directory belongs to another run.
+            UserError: a checkpoint cannot be written.
         """
         with self._accelerator.main_process_first():
             state = directory.open(self.identity)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import Batch
 from vllm_medusa.training.settings import TrainSettings
-from vllm_medusa.training.target import FrozenTarget
 
 # Logits held at once, by device: what fits into a CPU's cache, what keeps a GPU busy.
 _CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}

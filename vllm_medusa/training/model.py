@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
+from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
-from vllm_medusa.heads.write import WriteFormat, needs_lm_head
-from vllm_medusa.training.errors import TrainingError
 from vllm_medusa.training.settings import TrainSettings
 
 _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
@@ -26,7 +26,7 @@ class TrainableHeads(nn.Module):
         lm_head: [V, H], the target's; used as it is by shared heads, and never trained.
 
     Raises:
-        TrainingError: the rank is above the hidden size.
+        UserError: the rank is above the hidden size.
     """
 
     def __init__(self, settings: TrainSettings, lm_head: Tensor) -> None:
@@ -46,7 +46,7 @@ class TrainableHeads(nn.Module):
         elif settings.lm_head == "low-rank":
             assert settings.rank is not None
             if settings.rank > lm_head.shape[1]:
-                raise TrainingError(
+                raise UserError(
                     f"--rank {settings.rank}: the target's hidden size is {lm_head.shape[1]}, and "
                     "no lm_head has a larger rank; give a smaller one, or --lm-head own"
                 )

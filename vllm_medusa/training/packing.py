@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.training.dataset import Document
+from vllm_medusa.data.documents import Document
 
 # Documents are packed best-fit among so many at a time: enough for little padding, few enough that
 # the order stays random.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from vllm_medusa import __version__
-from vllm_medusa.calibration.paths import best_paths
-from vllm_medusa.heads.write import save_heads
+from vllm_medusa.acceptance.paths import best_paths
+from vllm_medusa.heads.io.write import save_heads
 from vllm_medusa.training.evaluate import TREE_SIZES, summary
 from vllm_medusa.training.loop import Outcome, Training, curve
 from vllm_medusa.training.model import write_format_of
@@ -36,7 +36,7 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
         the report's figures.
 
     Raises:
-        HeadsError: it cannot be written.
+        UserError: it cannot be written.
     """
     settings = training.settings
     paths = best_paths([item.ranks for item in outcome.continuations], max(TREE_SIZES))

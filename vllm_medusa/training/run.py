@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.errors import UserError
 from vllm_medusa.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def train(
         the report (`report.json`).
 
     Raises:
-        TrainingError, HeadsError, DataError: settings, a model or rows that cannot be used, or a
+        UserError: settings, a model or rows that cannot be used, or a
             directory that cannot be written; its message is one line.
     """
     if save_every is not None and save_every < 1:
-        raise TrainingError(f"--save-every {save_every}: must be 1 or more")
+        raise UserError(f"--save-every {save_every}: must be 1 or more")
     for package in ("accelerate", "matplotlib", "tqdm"):  # now, not after hours of training
         if find_spec(package) is None:
-            raise TrainingError(f'training needs {package}: pip install "vllm-medusa[train]"')
+            raise UserError(f'training needs {package}: pip install "vllm-medusa[train]"')
     from vllm_medusa.training.loop import Training
     from vllm_medusa.training.run_directory import RunDirectory
 
@@ -71,7 +71,7 @@ def _train_and_write(training: Training, directory: RunDirectory) -> None:
         write_heads(training, outcome, directory.staging(), directory.out)
         directory.finish()
     except OSError as exc:
-        raise TrainingError(
+        raise UserError(
             f"{directory.out}: cannot be written ({exc.strerror or exc}); the state stays in "
             f"{directory.path}, so make room and give the same command again"
         ) from None

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from vllm_medusa.data.files import locked_directory, remove_temporary_files, write_atomically
-from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.errors import UserError
+from vllm_medusa.files import locked_directory, remove_temporary_files, write_atomically
 from vllm_medusa.training.settings import check_same
 
 _IDENTITY = "settings.json"
@@ -47,7 +47,7 @@ class RunDirectory:
             identity: settings and fingerprints of this run.
 
         Raises:
-            TrainingError: the heads' directory holds something else.
+            UserError: the heads' directory holds something else.
         """
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
@@ -55,7 +55,7 @@ class RunDirectory:
         try:
             made = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))["identity"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise TrainingError(
+            raise UserError(
                 f"{self.out}: is there and was not made by vllm-medusa train; {remedy}"
             ) from None
         check_same(identity, made, str(self.out))
@@ -65,7 +65,7 @@ class RunDirectory:
         """Take the directory for this run's main process, made if it is not there.
 
         Raises:
-            DataError: it cannot be made, or another run has taken it.
+            UserError: it cannot be made, or another run has taken it.
         """
         return locked_directory(self.path, "train")
 
@@ -73,9 +73,9 @@ class RunDirectory:
         """Return the last checkpoint of the run that left the directory, if one did.
 
         Raises:
-            TrainingError: the directory belongs to a run with other settings, or its checkpoint
+            UserError: the directory belongs to a run with other settings, or its checkpoint
                 cannot be read.
-            DataError: it cannot be written.
+            UserError: it cannot be written.
         """
         remove_temporary_files(self.path)
         left = self.path / _IDENTITY
@@ -131,7 +131,7 @@ class RunDirectory:
                 self.path / name, weights_only=True, map_location="cpu"
             )
         except Exception as exc:  # a damaged file fails in a dozen ways
-            raise TrainingError(
+            raise UserError(
                 f"{self.path / name}: is damaged ({type(exc).__name__}); remove {self.path} to "
                 "train from the start"
             ) from None

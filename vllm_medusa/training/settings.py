@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_medusa.training.errors import TrainingError
+from vllm_medusa.errors import UserError
 
 LmHead = Literal["shared", "own", "low-rank"]
 Loss = Literal["kl", "ce"]
@@ -79,24 +79,24 @@ class TrainSettings:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise TrainingError(f"{_option(name)} {value}: must be above 0")
+                raise UserError(f"{_option(name)} {value}: must be above 0")
         for name in ("held_out", "loss_positions", "warmup", "decay"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise TrainingError(f"{_option(name)} {value}: must be between 0 and 1")
+                raise UserError(f"{_option(name)} {value}: must be between 0 and 1")
         if not self.loss_positions:
-            raise TrainingError("--loss-positions 0: leaves nothing to learn from; raise it")
+            raise UserError("--loss-positions 0: leaves nothing to learn from; raise it")
         if not 0 < self.held_out < 1:
-            raise TrainingError(
+            raise UserError(
                 f"--held-out {self.held_out}: heads are chosen by rows that they did not learn "
                 "from; give a share above 0 and below 1"
             )
         if self.weight_decay < 0 or self.seed < 0:
-            raise TrainingError("--weight-decay and --seed must not be negative; give 0 or more")
+            raise UserError("--weight-decay and --seed must not be negative; give 0 or more")
         if (self.steps is None) == (self.epochs is None):
-            raise TrainingError("give either --steps or --epochs")
+            raise UserError("give either --steps or --epochs")
         if (self.rank is None) == (self.lm_head == "low-rank"):
-            raise TrainingError(
+            raise UserError(
                 f"--lm-head {self.lm_head} with --rank {self.rank}: give --rank with --lm-head "
                 "low-rank and with that only"
             )
@@ -114,12 +114,12 @@ def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -
         where: the earlier run's directory.
 
     Raises:
-        TrainingError: something differs; the message names it.
+        UserError: something differs; the message names it.
     """
     for name in sorted({*ours, *theirs}):
         now, then = ours.get(name), theirs.get(name)
         if json.loads(json.dumps(now)) != then:
-            raise TrainingError(
+            raise UserError(
                 f"{where}: holds a training with {name.replace('_', ' ')} {then}, this one has "
                 f"{now}; give the same settings to go on with it, or name another directory or "
                 "remove it"

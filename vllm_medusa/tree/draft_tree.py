@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from vllm_medusa.errors import UserError
+
 TreePath = tuple[int, ...]
 
 TREE_FILE_FORMAT = "vllm_medusa.tree/1"
 #: vLLM verifies at most this many draft tokens of a request in one step (``MAX_SPEC_LEN``, less
 #: the root's own token).
 MAX_DRAFT_TOKENS = 127
-
-
-class TreeError(ValueError):
-    """A draft tree that cannot be used; the message names the path and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class DraftTree:
         """Build a tree from its paths, in any order.
 
         Raises:
-            TreeError: if a path is empty, repeats, has a negative or non-integer rank or lacks its
+            UserError: if a path is empty, repeats, has a negative or non-integer rank or lacks its
                 parent, or if the tree has no node or more than ``MAX_DRAFT_TOKENS``.
 
         """
@@ -52,17 +50,17 @@ class DraftTree:
         for raw in paths:
             path = _checked_path(raw)
             if path in nodes:
-                raise TreeError(f"tree path {list(path)} is given twice; remove one of them")
+                raise UserError(f"tree path {list(path)} is given twice; remove one of them")
             nodes.add(path)
         if not nodes:
-            raise TreeError("the tree has no paths; give at least [[0]], or use tree='chain'")
+            raise UserError("the tree has no paths; give at least [[0]], or use tree='chain'")
         for path in nodes:
             if len(path) > 1 and path[:-1] not in nodes:
-                raise TreeError(
+                raise UserError(
                     f"tree path {list(path)} has no parent; add the path {list(path[:-1])}"
                 )
         if len(nodes) > MAX_DRAFT_TOKENS:
-            raise TreeError(
+            raise UserError(
                 f"the tree has {len(nodes)} nodes; vLLM verifies at most {MAX_DRAFT_TOKENS} draft "
                 "tokens a step, so remove paths"
             )
@@ -78,7 +76,7 @@ class DraftTree:
             stages: paths of each stage, in any order; the smallest stage first.
 
         Raises:
-            TreeError: if a stage is not a tree, or lacks a path of the stage before.
+            UserError: if a stage is not a tree, or lacks a path of the stage before.
 
         """
         ordered: list[TreePath] = []
@@ -86,7 +84,7 @@ class DraftTree:
             tree = cls.from_paths(stage)
             missing = next((path for path in ordered if path not in tree.paths), None)
             if missing is not None:
-                raise TreeError(
+                raise UserError(
                     f"the tree of {tree.num_draft_tokens} nodes lacks the path {list(missing)} of "
                     f"the tree of {len(ordered)} before it; add the path, so that each tree holds "
                     "the smaller ones"
@@ -142,33 +140,33 @@ class DraftTree:
         return DraftTree.from_paths(path for path in self.paths if len(path) <= depth)
 
     def check_heads(self, num_heads: int) -> None:
-        """Raise `TreeError` if the tree is deeper than there are heads."""
+        """Raise `UserError` if the tree is deeper than there are heads."""
         if self.depth <= num_heads:
             return
         deepest = next(path for path in self.paths if len(path) > num_heads)
-        raise TreeError(
+        raise UserError(
             f"the tree is {self.depth} deep (path {list(deepest)}) but the heads are {num_heads}; "
             "use heads trained for more positions or a tree without that path"
         )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise `TreeError` if the tree asks a head for more guesses than it has tokens."""
+        """Raise `UserError` if the tree asks a head for more guesses than it has tokens."""
         if self.top_k > vocab_size:
-            raise TreeError(
+            raise UserError(
                 f"the tree asks for rank {self.top_k - 1} but a head knows {vocab_size} tokens; "
                 "remove the paths with larger ranks"
             )
 
 
 def _checked_path(raw: Sequence[int]) -> TreePath:
-    """Return ``raw`` as a path, or raise `TreeError`."""
+    """Return ``raw`` as a path, or raise `UserError`."""
     if isinstance(raw, (str, bytes)) or not isinstance(raw, Sequence):
-        raise TreeError(f"tree path {raw!r} must be a list of ranks such as [0, 2]")
+        raise UserError(f"tree path {raw!r} must be a list of ranks such as [0, 2]")
     for rank in raw:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise TreeError(f"tree path {list(raw)} has rank {rank!r}; use 0, 1, 2, ...")
+            raise UserError(f"tree path {list(raw)} has rank {rank!r}; use 0, 1, 2, ...")
     if not raw:
-        raise TreeError("the tree has an empty path; the root is implied, remove it")
+        raise UserError("the tree has an empty path; the root is implied, remove it")
     return tuple(raw)
 
 
@@ -179,28 +177,28 @@ def read_tree_file(path: Path) -> list[list[int]]:
     list of paths.
 
     Raises:
-        TreeError: if the file cannot be read or does not hold a list of paths.
+        UserError: if the file cannot be read or does not hold a list of paths.
 
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TreeError(
+        raise UserError(
             f"cannot read the tree file {path}: {error.strerror}; check the path"
         ) from None
     except ValueError as error:
-        raise TreeError(
+        raise UserError(
             f"the tree file {path} is not JSON ({error}); write it again or give its paths"
         ) from None
     if isinstance(data, dict):
         if data.get("format") != TREE_FILE_FORMAT:
-            raise TreeError(
+            raise UserError(
                 f"the tree file {path} has format {data.get('format')!r}; "
                 f"use {TREE_FILE_FORMAT!r}, or a bare list of paths"
             )
         data = data.get("paths")
     if not isinstance(data, list):
-        raise TreeError(
+        raise UserError(
             f"the tree file {path} holds no list of paths; give one such as [[0], [1], [0, 0]]"
         )
     return data

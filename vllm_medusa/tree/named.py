@@ -12,7 +12,8 @@ import heapq
 import json
 from importlib import resources
 
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError, TreePath
+from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 #: Chance that head 0's guess of each rank is right: an assumption that gives sensible shapes, not a
 #: measurement. Heads that come with a calibrated tree do not use it.
@@ -37,7 +38,7 @@ def named_tree(name: str, num_heads: int) -> DraftTree:
         num_heads: the ``chain`` and ``cpu-*`` trees are made for as many heads.
 
     Raises:
-        TreeError: if there is no tree of that name.
+        UserError: if there is no tree of that name.
 
     """
     if name == "chain":
@@ -47,7 +48,7 @@ def named_tree(name: str, num_heads: int) -> DraftTree:
     published = _published()
     if name in published:
         return DraftTree.from_paths([int(rank) for rank in path] for path in published[name])
-    raise TreeError(
+    raise UserError(
         f"there is no tree named {name!r}; use 'auto', one of {', '.join(tree_names())}, "
         "the path of a tree file, or a list of paths"
     )

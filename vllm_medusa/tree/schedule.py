@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.tree.draft_tree import DraftTree, TreeError, TreePath
+from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 SCHEDULE_FILE_FORMAT = "vllm_medusa.tree_schedule/1"
 
@@ -50,7 +51,7 @@ class TreeSchedule:
         """Build a schedule from ``(max_batch_size, paths)`` pairs.
 
         Raises:
-            TreeError: if batch sizes do not rise, a tree is not valid or not within another, or
+            UserError: if batch sizes do not rise, a tree is not valid or not within another, or
                 nothing is drafted at any batch size.
 
         """
@@ -59,12 +60,12 @@ class TreeSchedule:
         for index, (size, raw) in enumerate(entries):
             is_last = index == len(entries) - 1
             if size is None and not is_last:
-                raise TreeError(
+                raise UserError(
                     f"entry {index} of the tree schedule has no max_batch_size but is not the "
                     "last; give it one"
                 )
             if size is not None and (type(size) is not int or size <= before):
-                raise TreeError(
+                raise UserError(
                     f"entry {index} of the tree schedule has max_batch_size={size!r}; use integers "
                     f"that rise from entry to entry (here above {before})"
                 )
@@ -73,7 +74,7 @@ class TreeSchedule:
             checked.append(ScheduleEntry(size, paths))
         schedule = cls(tuple(checked))
         if not any(entry.paths for entry in checked):
-            raise TreeError("the tree schedule drafts nothing at any batch size; remove it")
+            raise UserError("the tree schedule drafts nothing at any batch size; remove it")
         # Raises if the trees do not lie within one another.
         schedule.tree()
         return schedule
@@ -113,17 +114,17 @@ def read_schedule_file(path: Path) -> TreeSchedule:
     [[0], [1], [0, 0]]}, {"max_batch_size": null, "paths": []}]}``.
 
     Raises:
-        TreeError: if the file cannot be read or does not hold a valid schedule.
+        UserError: if the file cannot be read or does not hold a valid schedule.
 
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TreeError(
+        raise UserError(
             f"cannot read the tree schedule {path}: {error.strerror}; check the path"
         ) from None
     except ValueError as error:
-        raise TreeError(
+        raise UserError(
             f"the tree schedule {path} is not JSON ({error}); calibrate again or remove the file"
         ) from None
     return _schedule_of(data)
@@ -141,10 +142,10 @@ def write_schedule_file(path: Path, schedule: TreeSchedule) -> None:
 
 def _schedule_of(data: Any) -> TreeSchedule:
     if not isinstance(data, dict) or data.get("format") != SCHEDULE_FILE_FORMAT:
-        raise TreeError(f"not a tree schedule; its format must be {SCHEDULE_FILE_FORMAT!r}")
+        raise UserError(f"not a tree schedule; its format must be {SCHEDULE_FILE_FORMAT!r}")
     entries = data.get("entries")
     if not isinstance(entries, list) or not entries:
-        raise TreeError("the tree schedule has no entries; calibrate again or remove the file")
+        raise UserError("the tree schedule has no entries; calibrate again or remove the file")
     pairs = []
     for index, entry in enumerate(entries):
         if (
@@ -152,7 +153,7 @@ def _schedule_of(data: Any) -> TreeSchedule:
             or set(entry) != {"max_batch_size", "paths"}
             or not isinstance(entry["paths"], list)
         ):
-            raise TreeError(
+            raise UserError(
                 f"entry {index} of the tree schedule must hold max_batch_size and paths"
             )
         pairs.append((entry["max_batch_size"], entry["paths"]))

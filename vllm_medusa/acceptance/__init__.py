@@ -1,0 +1,1 @@
+"""From texts to ranks to acceptance statistics: one definition for all tools."""

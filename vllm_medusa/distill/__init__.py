@@ -1,0 +1,1 @@
+"""`vllm-medusa distill`: a model's own answers as training data."""

@@ -1,1 +1,0 @@
-"""Everything that touches vLLM; the only folder that imports it."""

@@ -1,0 +1,1 @@
+"""Processes that run vLLM for our tools: one supervisor, one protocol."""

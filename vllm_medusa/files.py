@@ -1,0 +1,96 @@
+"""Files that are there whole or not at all, in directories that one run writes at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_medusa.errors import UserError
+
+#: Nobody else's, so that removing leftovers removes nothing of the user's.
+_TEMPORARY_SUFFIX = ".medusa-tmp"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, flush it to the disk, then give it its name.
+
+    Killed at any point, at most a temporary file stays, for `remove_temporary_files`.
+
+    Args:
+        path: the file; replaced if there.
+        write: given the open file, writes its content.
+
+    Raises:
+        UserError: it cannot be written, on a full disk say; nothing has changed.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as exc:
+        raise UserError(
+            f"{path}: cannot be written ({exc.strerror or exc}); what was there is as it was"
+        ) from None
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what killed calls of `write_atomically` left in a directory."""
+    for path in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_directory(directory: Path, command: str) -> Iterator[None]:
+    """Take a directory for one run of a command, made if it is not there.
+
+    Args:
+        directory: to be written.
+        command: what an error calls the run that has taken it.
+
+    Raises:
+        UserError: it cannot be made, or another run has taken it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise UserError(f"{directory}: no directory that can be written ({exc.strerror})") from None
+    try:
+        _lock(directory, descriptor, command)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(directory: Path, descriptor: int, command: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"{directory}: another {command} is writing it; wait for it or name another "
+                "directory"
+            ) from None
+        # Some network file systems lock no directories; then keeping runs apart is the user's.
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The vLLM plugin: the only room, beside `engines`, that imports vLLM."""

@@ -1,0 +1,161 @@
+"""How a user asks for Medusa: vLLM's ``speculative_config``, with our method and keys in it.
+
+``EngineArgs.create_engine_config`` is wrapped: our values are taken out and checked, vLLM gets a
+``custom_class`` proposer, our worker class and, in ``additional_config``, the resolved options.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+from typing import Any
+
+from vllm_medusa.config import CONFIG_KEY, MedusaConfig, MedusaOptions, resolve_tree
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import load_heads
+from vllm_medusa.plugin.compat import check_version, patch, replaced
+from vllm_medusa.plugin.core.memory import patch_engine_core
+from vllm_medusa.plugin.core.structured_output import patch_structured_output
+from vllm_medusa.plugin.identity import PROPOSER_CLASS, WORKER_CLASS
+from vllm_medusa.plugin.support import check_before, check_supported
+
+METHOD = "medusa"
+
+
+def patch_arguments() -> None:
+    """Teach ``EngineArgs`` (``engine/arg_utils.py``) the method ``medusa``."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    patch(EngineArgs, "add_cli_args", ["parser"], _wrap_add_cli_args)
+    patch(EngineArgs, "create_engine_config", ["self"], _wrap_create_engine_config)
+
+
+def _wrap_add_cli_args(original: Any) -> Any:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        for action in parser._actions:
+            if action.dest == "speculative_config":
+                action.type = _bare_method_or(action.type)
+            if action.dest == "spec_method" and action.choices and METHOD not in action.choices:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    return add_cli_args
+
+
+def _bare_method_or(parse: Any) -> Any:
+    """``--speculative-config medusa``, where vLLM takes JSON only."""
+
+    def parse_speculative_config(text: str) -> Any:
+        return {"method": METHOD} if text == METHOD else parse(text)
+
+    return parse_speculative_config
+
+
+def _wrap_create_engine_config(original: Any) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = take_request(self)
+        if request is None:
+            return original(self, *args, **kwargs)
+        check_version()
+        config = _resolve(self, request)
+        with ExitStack() as stack:
+            # Put back afterwards: vLLM may make several configurations from the same arguments.
+            for name, value in _vllm_arguments(self, config).items():
+                stack.enter_context(replaced(self, name, value))
+            vllm_config = original(self, *args, **kwargs)
+        check_supported(vllm_config, config)
+        _check_fit(vllm_config, config)
+        # For an engine core in this process, whose plugins are loaded already.
+        patch_engine_core()
+        patch_structured_output()
+        # Here, because it imports what it patches.
+        from vllm_medusa.plugin.metrics import patch_metrics
+
+        patch_metrics()
+        return vllm_config
+
+    return create_engine_config
+
+
+def take_request(args: Any) -> MedusaOptions | None:
+    """Take our values out of ``EngineArgs``; None if they do not ask for Medusa.
+
+    Raises:
+        UserError: if a value is not known, not allowed, or given twice.
+
+    """
+    given = args.speculative_config
+    if given == METHOD:
+        given = {"method": METHOD}
+    if given is not None and not isinstance(given, dict):
+        return None
+    values = {key.replace("-", "_"): value for key, value in (given or {}).items()}
+    if METHOD not in (values.get("method"), getattr(args, "spec_method", None)):
+        return None
+    for flag, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if key in values:
+            raise UserError(
+                f"{flag}={value!r} and speculative_config[{key!r}]={values[key]!r} are both given; "
+                "remove one of them"
+            )
+        values[key] = value
+    return MedusaOptions.from_dict(values)
+
+
+def _resolve(args: Any, request: MedusaOptions) -> MedusaConfig:
+    """Find the heads and the tree that a request means."""
+    check_before(args, WORKER_CLASS)
+    heads = request.model or args.model
+    revision = request.revision if request.model else args.revision
+    checkpoint = load_heads(heads, revision=revision)
+    spec = checkpoint.spec
+    choice = resolve_tree(request, spec.num_heads, checkpoint.tree_paths, checkpoint.tree_schedule)
+    draft_vocab_size = spec.draft_vocab_size or spec.vocab_size
+    if draft_vocab_size is not None:
+        choice.tree.check_vocab(draft_vocab_size)
+    # Read for its faults only; the workers load it again, each its share.
+    del checkpoint
+    gc.collect()
+    return MedusaConfig(
+        heads=heads,
+        revision=revision,
+        tree=choice.tree,
+        tree_name=choice.tree_name,
+        sizes_by_batch=choice.sizes_by_batch,
+        max_tree_requests=request.max_tree_requests,
+    )
+
+
+def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
+    """Return the values of ``EngineArgs`` that tell vLLM what to do."""
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER_CLASS,
+            "num_speculative_tokens": config.tree.num_draft_tokens,
+        },
+        "spec_method": None,
+        "spec_model": None,
+        "spec_tokens": None,
+        "additional_config": {**(args.additional_config or {}), CONFIG_KEY: config.to_dict()},
+        "worker_cls": WORKER_CLASS,
+    }
+
+
+def _check_fit(vllm_config: Any, config: MedusaConfig) -> None:
+    """Refuse heads of another model, now that vLLM has read the model's configuration."""
+    model_config = vllm_config.model_config
+    load_heads(
+        config.heads,
+        revision=config.revision,
+        target_hidden_size=model_config.get_hidden_size(),
+        target_vocab_size=model_config.get_vocab_size(),
+    )

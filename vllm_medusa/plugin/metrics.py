@@ -1,0 +1,117 @@
+"""The plugin's counters among vLLM's metrics: ``/metrics`` and ``LLM.get_metrics()``.
+
+The way of a count through vLLM's processes: a worker counts (`counters.Counters`); the increase of
+a step goes to the engine core on that step's ``ModelRunnerOutput``, from there to the front end in
+``SchedulerStats``, as vLLM's own statistics do, and there into Prometheus counters named
+``vllm:medusa_...``. All of it is integers in a dict of the steps in which something was counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.loggers import (
+    AggregateStatLoggerBase,
+    PrometheusStatLogger,
+    StatLoggerManager,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+from vllm_medusa.plugin.compat import patch
+from vllm_medusa.plugin.counters import DESCRIPTIONS, OUTPUT_ATTRIBUTE
+from vllm_medusa.plugin.identity import medusa_config_of
+
+_PREFIX = "medusa_"
+
+
+class MedusaStatLogger(AggregateStatLoggerBase):
+    """Adds up what `_add_to_stats` put into the ``SchedulerStats``.
+
+    Args:
+        prometheus: vLLM's own logger, whose kind of counters (Prometheus or Ray) and labels
+            (``model_name``, ``engine``) these take over. It unregisters all ``vllm:`` metrics of
+            the engine before, these included, so it must exist first.
+
+    """
+
+    def __init__(self, prometheus: PrometheusStatLogger) -> None:
+        self._counters = {
+            _PREFIX + name: create_metric_per_engine(
+                prometheus._counter_cls(
+                    name=f"vllm:{_PREFIX}{name}",
+                    documentation=f"Medusa: {description}",
+                    labelnames=["model_name", "engine"],
+                ),
+                prometheus.per_engine_labelvalues,
+            )
+            for name, description in DESCRIPTIONS.items()
+        }
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Take the counts out of a step's statistics, before vLLM's loggers see them."""
+        if scheduler_stats is None:
+            return
+        carrier = scheduler_stats.num_kv_fetch_reqs_by_stage
+        for name, counters in self._counters.items():
+            if increase := carrier.pop(name, 0):
+                counters[engine_idx].inc(increase)
+
+    def log_engine_initialized(self) -> None:
+        """Say nothing: the engine core does (`memory`)."""
+
+
+def patch_metrics() -> None:
+    """Patch ``Scheduler.update_from_output`` and ``StatLoggerManager.__init__``.
+
+    vLLM's own seam for loggers, the entry points ``vllm.stat_logger_plugins``, is there for
+    ``vllm serve`` only, and switches statistics on where the user switched them off.
+    """
+
+    def wrap_update(original: Any) -> Any:
+        def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+            outputs = original(self, scheduler_output, model_runner_output)
+            increase = getattr(model_runner_output, OUTPUT_ATTRIBUTE, None)
+            if increase:
+                _add_to_stats(outputs, increase)
+            return outputs
+
+        return update_from_output
+
+    def wrap_init(original: Any) -> Any:
+        def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if medusa_config_of(vllm_config) is not None:
+                loggers = self.stat_loggers
+                prometheus = next(x for x in loggers if isinstance(x, PrometheusStatLogger))
+                loggers.insert(0, MedusaStatLogger(prometheus))
+
+        return initialise
+
+    patch(
+        Scheduler,
+        "update_from_output",
+        ["self", "scheduler_output", "model_runner_output"],
+        wrap_update,
+    )
+    patch(StatLoggerManager, "__init__", ["self", "vllm_config"], wrap_init)
+
+
+def _add_to_stats(outputs: dict[int, Any], increase: dict[str, int]) -> None:
+    """Put a step's counts into the ``SchedulerStats`` among its outputs, if there are any.
+
+    ``SchedulerStats`` is sent by its declared fields, so a new one would be lost on the way. Of
+    ``num_kv_fetch_reqs_by_stage``, a dict of integers made anew for each step, vLLM reads its own
+    keys only.
+    """
+    for output in outputs.values():
+        if output.scheduler_stats is not None:
+            output.scheduler_stats.num_kv_fetch_reqs_by_stage.update(
+                {_PREFIX + name: count for name, count in increase.items()}
+            )

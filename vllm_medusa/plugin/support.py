@@ -1,0 +1,180 @@
+"""What Medusa draft trees do not support: refused at start-up, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_medusa.config import MedusaConfig
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.compat import plugin_logger
+
+logger = plugin_logger(__name__)
+
+
+def check_before(args: Any, worker_class: str) -> None:
+    """Check ``EngineArgs`` before vLLM builds its configuration from them."""
+    if args.worker_cls not in ("auto", worker_class):
+        raise UserError(
+            f"worker_cls={args.worker_cls!r} cannot be combined with method 'medusa', which brings "
+            "its own worker class; leave worker_cls out"
+        )
+    # Here, because vLLM would first ask for a token budget that LoRA with drafts needs.
+    if args.enable_lora:
+        raise UserError(
+            "enable_lora=True is not supported with Medusa: the heads were trained for the base "
+            "model; serve the merged model instead"
+        )
+
+
+def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
+    """Refuse a configuration that trees cannot be verified in.
+
+    Raises:
+        UserError: naming the setting, its value and the remedy.
+
+    """
+    for setting, value, is_refused, reason in [
+        *_refused_always(vllm_config),
+        *([] if config.tree.is_chain else _refused_with_forks(vllm_config)),
+    ]:
+        if is_refused:
+            raise UserError(f"{setting}={value!r} is not supported with Medusa: {reason}")
+    _check_token_budget(vllm_config, config)
+    _avoid_full_cuda_graphs(vllm_config)
+
+
+def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    pipeline = parallel.pipeline_parallel_size
+    architectures = getattr(model.hf_config, "architectures", None)
+    return [
+        (
+            "pipeline_parallel_size",
+            pipeline,
+            pipeline > 1,
+            "only the last stage knows what was accepted; use tensor parallelism",
+        ),
+        (
+            "decode_context_parallel_size",
+            parallel.decode_context_parallel_size,
+            parallel.decode_context_parallel_size > 1,
+            "a block's tokens lie on several ranks; use tensor parallelism",
+        ),
+        (
+            "model",
+            architectures,
+            model.is_encoder_decoder,
+            "encoder-decoder models have no seam for it; serve without speculative_config",
+        ),
+        (
+            "model",
+            architectures,
+            model.is_hybrid or model.is_attention_free,
+            "recurrent (Mamba-like) states cannot be forked; serve without speculative_config",
+        ),
+        (
+            "runner",
+            model.runner_type,
+            model.runner_type != "generate",
+            "there is nothing to draft for; leave speculative_config out",
+        ),
+        (
+            "VLLM_USE_V2_MODEL_RUNNER",
+            1,
+            bool(vllm_config.use_v2_model_runner),
+            "the plugin extends the V1 model runner; unset the variable",
+        ),
+    ]
+
+
+def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    architectures = getattr(model.hf_config, "architectures", None)
+    return [
+        (
+            "model",
+            architectures,
+            model.use_mla,
+            "MLA caches are not forked yet; use tree='chain'",
+        ),
+        (
+            "model",
+            architectures,
+            model.uses_mrope,
+            "M-RoPE positions of trees are not supported yet; use tree='chain'",
+        ),
+        (
+            "model",
+            architectures,
+            model.is_mm_prefix_lm or model.rswa_window is not None,
+            "its attention depends on a request's prompt, not on its path; use tree='chain'",
+        ),
+        (
+            "kv_transfer_config",
+            vllm_config.kv_transfer_config,
+            vllm_config.kv_transfer_config is not None,
+            "a connector saves blocks before the accepted path is in them; use tree='chain'",
+        ),
+        (
+            "enable_dbo",
+            True,
+            bool(parallel.use_ubatching),
+            "micro-batches would split a tree; leave it out or use tree='chain'",
+        ),
+        (
+            "kv_sharing_fast_prefill",
+            True,
+            bool(vllm_config.cache_config.kv_sharing_fast_prefill),
+            "it selects tokens by request, not by path; leave it out or use tree='chain'",
+        ),
+    ]
+
+
+def check_attention(attn_groups: Sequence[Sequence[Any]], block_sizes: Sequence[int]) -> None:
+    """Refuse attention backends whose cache forks cannot be written to.
+
+    Args:
+        attn_groups: vLLM's attention groups, by KV-cache group.
+        block_sizes: tokens of a block as the kernels see it, for each KV-cache group.
+
+    Raises:
+        UserError: naming the backend or the block size, and the remedy.
+
+    """
+    for groups, block_size in zip(attn_groups, block_sizes, strict=True):
+        for group in groups:
+            name = group.backend.get_name()
+            if group.backend.forward_includes_kv_cache_update:
+                raise UserError(
+                    f"attention_backend={name!r} is not supported with Medusa trees: it writes the "
+                    "KV cache within its kernel; choose another backend or use tree='chain'"
+                )
+            if group.kernel_block_size is not None or group.kv_cache_spec.block_size != block_size:
+                raise UserError(
+                    f"block_size={group.kv_cache_spec.block_size} is not supported with Medusa "
+                    f"trees: {name} splits it into kernel blocks of "
+                    f"{group.kernel_block_size or block_size}; use that as block_size, or "
+                    "tree='chain'"
+                )
+
+
+def _check_token_budget(vllm_config: Any, config: MedusaConfig) -> None:
+    nodes = config.tree.num_draft_tokens + 1
+    for setting in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        budget = getattr(vllm_config.scheduler_config, setting)
+        if budget is not None and nodes > budget:
+            raise UserError(
+                f"the tree {config.tree_name} verifies {nodes} tokens of a request in one step, "
+                f"over {setting}={budget}; raise it or use a smaller tree"
+            )
+
+
+def _avoid_full_cuda_graphs(vllm_config: Any) -> None:
+    """Full graphs fix the number of sequences, which forks change; piecewise ones are right."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        logger.info("Medusa: cudagraph_mode is PIECEWISE, because path forks change the batch.")
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

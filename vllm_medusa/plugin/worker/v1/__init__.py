@@ -1,0 +1,1 @@
+"""One step on Model Runner V1: path forks, sampler, constraints."""

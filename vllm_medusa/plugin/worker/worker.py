@@ -1,0 +1,84 @@
+"""The worker class of the platform, with our model runner in it.
+
+vLLM resolves ``parallel_config.worker_cls`` by name in every worker process; the class is built
+then, because only then is the platform known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_medusa.plugin.compat import replaced
+from vllm_medusa.plugin.worker import timers
+
+
+def __getattr__(name: str) -> Any:
+    """Build ``MedusaWorker`` when it is first asked for."""
+    if name != "MedusaWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    worker = _build_worker()
+    globals()[name] = worker
+    return worker
+
+
+def _build_worker() -> type:
+    from vllm.platforms import current_platform
+
+    from vllm_medusa.plugin.worker.merged_checkpoint import patch_model_loading
+    from vllm_medusa.plugin.worker.v1.logits_processors import patch_logits_processors
+
+    patch_logits_processors()
+    patch_model_loading()
+    return _build_cpu_worker() if current_platform.is_cpu() else _build_gpu_worker()
+
+
+class _MeasurementsMixin:
+    model_runner: Any
+    _timers: timers.StepTimers | None = None
+
+    def medusa_counters(self) -> dict[str, int]:
+        """Return the plugin's counters, for ``LLM.collective_rpc("medusa_counters")``."""
+        return self.model_runner.counters.to_dict()
+
+    def medusa_step_times(self) -> list[dict[str, float]]:
+        """Return the stages of every step since the last call, in milliseconds (`timers`).
+
+        The first call begins to time; without ``VLLM_MEDUSA_TIMERS=1`` there never is anything.
+        """
+        if self._timers is None and timers.are_wanted():
+            self._timers = timers.StepTimers(self.model_runner)
+        return [] if self._timers is None else self._timers.take()
+
+
+def _build_cpu_worker() -> type:
+    from vllm.v1.worker import cpu_worker
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
+
+    class MedusaCPUModelRunner(MedusaRunnerMixin, CPUModelRunner):
+        pass
+
+    class MedusaWorker(_MeasurementsMixin, cpu_worker.CPUWorker):
+        def init_device(self) -> None:
+            # The CPU worker names its runner's class inside init_device (cpu_worker.py).
+            with replaced(cpu_worker, "CPUModelRunner", MedusaCPUModelRunner):
+                super().init_device()
+
+    return MedusaWorker
+
+
+def _build_gpu_worker() -> type:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
+
+    class MedusaGPUModelRunner(MedusaRunnerMixin, GPUModelRunner):
+        pass
+
+    class MedusaWorker(_MeasurementsMixin, Worker):
+        def _make_model_runner(self) -> GPUModelRunner:
+            return MedusaGPUModelRunner(self.vllm_config, self.device)
+
+    return MedusaWorker

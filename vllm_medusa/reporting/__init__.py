@@ -1,0 +1,1 @@
+"""What all tools print, draw and note: tables, plots, provenance, progress."""

@@ -1,0 +1,135 @@
+"""The frozen target: its hidden states, and its own distribution of the next token."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads.io.resolve import resolve
+
+
+class FrozenTarget:
+    """A causal language model that is read and never trained.
+
+    Args:
+        model: of `transformers`, on its device and in its dtype.
+
+    Attributes:
+        model: the whole model.
+        weight: [V, H], of its lm_head.
+        hidden_size, vocab_size: H and V.
+        max_tokens: its largest number of positions.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+        self._lm_head: nn.Linear | None = model.get_output_embeddings()
+        if self._body is None or self._body is model or self._lm_head is None:
+            raise UserError(
+                f"the target is a {type(model).__name__}, which does not show its decoder and its "
+                "lm_head; name a causal language model"
+            )
+        self.weight: Tensor = self._lm_head.weight
+        self.vocab_size, self.hidden_size = self.weight.shape
+        config = model.config.get_text_config()
+        self.max_tokens: int = getattr(config, "max_position_embeddings", None) or 2**20
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Compute the hidden states after the final norm, which vLLM feeds the heads.
+
+        A position attends to its own document only: `transformers` takes every place where
+        position_ids do not rise by one for the start of a document, if it gets neither an
+        attention mask nor a cache. `check` proves that this target keeps to it.
+
+        Args:
+            tokens: [B, S] int64, packed documents.
+            position_ids: [B, S] int64, from 0 in every document.
+
+        Returns:
+            [B, S, H]
+        """
+        output = self._body(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the target's own logits: [..., H] to [..., V]."""
+        assert self._lm_head is not None
+        logits: Tensor = self._lm_head(hidden)
+        return logits
+
+    def compile(self) -> None:
+        """Compile the body, for batches that all have one shape."""
+        self._body = torch.compile(self._body, dynamic=False)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the lm_head, which tells two targets of the same sizes apart."""
+        weight = self.weight.detach().cpu().contiguous().view(torch.uint8)
+        return hashlib.sha256(weight.numpy().data).hexdigest()[:16]
+
+    @torch.no_grad()
+    def check(self, needs_distribution: bool) -> None:
+        """Check on a few tokens what training relies on and few targets lack.
+
+        Args:
+            needs_distribution: whether the loss needs the target's own distribution.
+
+        Raises:
+            UserError: packed documents see each other, or the model's logits are not those of
+                its lm_head (capped or scaled).
+        """
+        device = self.weight.device
+        tokens = (torch.arange(12, device=device) * 7 + 1) % self.vocab_size
+        alone = [
+            self.hidden(part[None], torch.arange(6, device=device)[None])
+            for part in torch.split(tokens, 6)
+        ]
+        packed = self.hidden(tokens[None], torch.arange(6, device=device).repeat(2)[None])
+        if not _close(torch.cat(alone, dim=1), packed):
+            raise UserError(
+                f"{type(self.model).__name__}: documents packed into one sequence see each other "
+                "with the installed transformers; update transformers"
+            )
+        own = self.model(input_ids=tokens[None, :6], use_cache=False).logits
+        if needs_distribution and not _close(own, self.logits(alone[0])):
+            raise UserError(
+                f"{type(self.model).__name__}: scales or caps the logits of its lm_head, so that "
+                "they are not its distribution; use --loss ce"
+            )
+
+
+def load_target(
+    name: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> FrozenTarget:
+    """Load the target with `transformers`.
+
+    Raises:
+        UserError: there is no such model.
+        UserError: it cannot be loaded, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    resolve(name, "model", None, revision=revision)  # its message says more than transformers'
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except Exception as exc:  # transformers raises its own, the hub's, safetensors' and OS errors
+        reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        raise UserError(
+            f"model {name!r}: transformers cannot load it ({type(exc).__name__}: {reason}); name a "
+            "causal language model that it can load"
+        ) from None
+    return FrozenTarget(model.to(device))
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    """Compare to what rounding in the tensors' dtype explains."""
+    tolerance = 1e-4 if first.dtype == torch.float32 else 0.05
+    scale = first.float().abs().max()
+    return bool((first.float() - second.float()).abs().max() <= tolerance * scale)
