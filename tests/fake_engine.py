@@ -1,4 +1,4 @@
-"""An engine for `distill.answerers.answer_locally` without vLLM: its model's name is what it does."""
+"""An engine for `distill.answerers` without vLLM: its model's name is what it does."""
 
 from __future__ import annotations
 

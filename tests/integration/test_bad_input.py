@@ -25,7 +25,7 @@ from tests.integration.command_line import (
 from vllm_medusa.errors import UserError
 from vllm_medusa.plugin import compat
 from vllm_medusa.plugin.identity import medusa_config_of
-from vllm_medusa.plugin.one_line_errors import USER_ERRORS, exit_in_one_line
+from vllm_medusa.plugin.one_line_errors import exit_in_one_line
 from vllm_medusa.plugin.support import check_supported
 
 pytestmark = pytest.mark.engine
@@ -38,7 +38,7 @@ REMEDY = re.compile(
 
 def refusal(model: Path, speculative_config: Any, **arguments: Any) -> str:
     """The message of the refusal, checked for its form."""
-    with pytest.raises(USER_ERRORS) as caught:
+    with pytest.raises(UserError) as caught:
         engine_config(model, speculative_config, skip_tokenizer_init=True, **arguments)
     message = str(caught.value)
     assert "\n" not in message

@@ -2,7 +2,7 @@
 
 A case is a request with its parameters, one of 40 on an engine drawn from a seed, with drafts that
 are right up to a random node (`tests.tiny.Oracle`). Greedy and seeded requests are compared token
-for token: seeded draws belong to positions (`plugin.worker.v1.noise`). A failure tells the engine's seed:
+for token: seeded draws belong to positions (`plugin.worker.v1.noise`). A failure tells the seed:
 ``pytest -m slow "tests/integration/test_random_cases.py::test_random_cases[SEED]"`` runs it alone.
 """
 
