@@ -78,13 +78,12 @@ def make_heads(path: Path, num_heads: int = 4, seed: int = 5) -> Path:
 class Oracle:
     """Drafts that are right up to a node of the test's choice, and wrong everywhere else.
 
-    It stands in for a runner's drafts (``MedusaRunnerMixin._draft``), so that every node and leaf
-    path of any tree is accepted and committed sooner or later, on any model.
+    So every node and leaf path of any tree is accepted and committed sooner or later, on any
+    model. `OracleDrafter` drafts with it in an engine.
 
     Args:
         futures: for each prompt, the tokens that the target continues it with.
         seed: of the choice of nodes.
-        choose: picks the node to be right up to, of ``num_nodes``; at random by default.
 
     """
 
@@ -93,35 +92,30 @@ class Oracle:
         self.rng = random.Random(seed)
         self.fixed_node: int | None = None
         self.chosen: dict[int, int] = {}
-        self.num_accepted_as_planned = 0
 
-    def draft(self, runner: Any, sampled_token_ids: list[list[int]], drafts: Any) -> Any:
-        """Return [B, N] drafts in place of the heads'."""
-        tree = runner.drafter.config.tree
-        rows = drafts.tolist()
-        for index, sampled in enumerate(sampled_token_ids):
-            if sampled:
-                rows[index] = self._row(runner, index, tree) or rows[index]
-        return torch.tensor(rows)
+    def future_of(self, prompt: tuple[int, ...], output: list[int]) -> list[int]:
+        """The tokens that follow a request's output."""
+        return self.futures.get(prompt, [])[len(output) :]
 
-    def _row(self, runner: Any, index: int, tree: Any) -> list[int] | None:
-        request = runner.requests[runner.input_batch.req_ids[index]]
-        prompt, output = tuple(request.prompt_token_ids), request.output_token_ids
-        future = self.futures.get(prompt, [])[len(output) :]
-        paths = [(), *tree.paths]
-        node = self.rng.randrange(len(paths)) if self.fixed_node is None else self.fixed_node
-        target = paths[node]
-        if len(target) > len(future):
+    def tokens(self, future: list[int], parents: tuple[int, ...]) -> list[int] | None:
+        """A token for each node of a tree; None if the future ends before the chosen node."""
+        node = self.rng.randrange(len(parents) + 1)
+        node = node if self.fixed_node is None else self.fixed_node
+        depths = [0]
+        for parent in parents:
+            depths.append(depths[parent] + 1)
+        if depths[node] > len(future):
             return None
-        row = []
-        for path in tree.paths:
-            right = future[len(path) - 1] if len(path) <= len(future) else None
-            if path == target[: len(path)]:
-                row.append(right)
-            else:
-                row.append(self._wrong(right))
         self.chosen[node] = self.chosen.get(node, 0) + 1
-        return row
+        on_way = set()
+        while node:
+            on_way.add(node)
+            node = parents[node - 1]
+        rights = [future[depth - 1] if 0 < depth <= len(future) else None for depth in depths]
+        return [
+            rights[node] if node in on_way else self._wrong(rights[node])
+            for node in range(1, len(depths))
+        ]
 
     def _wrong(self, right: int | None) -> int:
         while True:
@@ -140,11 +134,41 @@ class OracleOfMany(Oracle):
     def add(self, prompt: list[int], tokens: list[int]) -> None:
         self.continuations.setdefault(tuple(prompt), []).append(tokens)
 
-    def _row(self, runner: Any, index: int, tree: Any) -> list[int] | None:
-        request = runner.requests[runner.input_batch.req_ids[index]]
-        prompt, output = tuple(request.prompt_token_ids), list(request.output_token_ids)
+    def future_of(self, prompt: tuple[int, ...], output: list[int]) -> list[int]:
         for tokens in self.continuations.get(prompt, []):
             if tokens[: len(output)] == output:
-                self.futures[prompt] = tokens
-                return super()._row(runner, index, tree)
-        return None
+                return tokens[len(output) :]
+        return []
+
+
+class OracleDrafter:
+    """Drafts the trees of a runner's own drafter with an oracle's tokens.
+
+    Args:
+        oracle: knows the tokens.
+        runner: the model runner whose ``tree_drafter`` this replaces.
+
+    """
+
+    def __init__(self, oracle: Oracle, runner: Any) -> None:
+        self._oracle = oracle
+        self._runner = runner
+        self._drafter = runner.tree_drafter
+        self._parents = runner.drafter.config.tree.parents[1:]
+
+    def num_paths(self, batch_size: int) -> int:
+        return self._drafter.num_paths(batch_size)
+
+    def draft(self, batch: Any) -> list[Any]:
+        drafts = self._drafter.draft(batch)
+        return [self._replaced(*pair) for pair in zip(batch.req_ids, drafts, strict=True)]
+
+    def _replaced(self, req_id: str, draft: Any) -> Any:
+        if not draft.tokens:
+            return draft
+        request = self._runner.requests[req_id]
+        future = self._oracle.future_of(
+            tuple(request.prompt_token_ids), list(request.output_token_ids)
+        )
+        tokens = self._oracle.tokens(future, self._parents)
+        return draft if tokens is None else draft._replace(tokens=tokens[: len(draft.tokens)])

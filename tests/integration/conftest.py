@@ -42,6 +42,8 @@ def open_engine(model: Path, **options: Any) -> Iterator[Any]:
     }
     llm = LLM(model=str(model), **{**defaults, **options})
     try:
+        if _drafting.make is not None and "speculative_config" in options:
+            draft_with(llm, _drafting.make)
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -99,26 +101,37 @@ def spec_metrics(llm: Any) -> dict[str, Any]:
     }
 
 
+def make_oracle(prompts: list[Any], futures: list[list[int]], seed: int = 0) -> tiny.Oracle:
+    """An oracle that knows how the target continues the prompts."""
+    pairs = zip(prompts, futures, strict=True)
+    return tiny.Oracle({tuple(p["prompt_token_ids"]): future for p, future in pairs}, seed)
+
+
 @pytest.fixture
 def use_oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tiny.Oracle]:
-    """Replace the heads' drafts by an oracle's, in engines of this process."""
+    """Have the engines that are opened from now on draft with an oracle."""
 
     def install(prompts: list[Any], futures: list[list[int]], seed: int = 0) -> tiny.Oracle:
-        from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
-
-        oracle = tiny.Oracle(
-            {
-                tuple(prompt["prompt_token_ids"]): future
-                for prompt, future in zip(prompts, futures, strict=True)
-            },
-            seed,
-        )
-        drafted = MedusaRunnerMixin._draft
-
-        def draft(runner: Any, hidden_states: Any, sampled: list[list[int]]) -> Any:
-            return oracle.draft(runner, sampled, drafted(runner, hidden_states, sampled))
-
-        monkeypatch.setattr(MedusaRunnerMixin, "_draft", draft)
+        oracle = make_oracle(prompts, futures, seed)
+        monkeypatch.setattr(_drafting, "make", lambda runner: tiny.OracleDrafter(oracle, runner))
         return oracle
 
     return install
+
+
+class _Drafting:
+    """What drafts in the engines of this process in place of their own drafter."""
+
+    make: Callable[[Any], Any] | None = None
+
+
+_drafting = _Drafting()
+
+
+def draft_with(llm: Any, make: Callable[[Any], Any]) -> None:
+    """Replace the drafter of an engine of this process by ``make(its runner)``."""
+
+    def replace(worker: Any) -> None:
+        worker.model_runner.tree_drafter = make(worker.model_runner)
+
+    llm.collective_rpc(replace)

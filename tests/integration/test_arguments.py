@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,15 @@ from tests.integration.command_line import (
     merge_heads,
     serve_arguments,
 )
-from tests.integration.conftest import counters, greedy, open_engine, random_prompts, spec_metrics
+from tests.integration.conftest import (
+    counters,
+    draft_with,
+    greedy,
+    make_oracle,
+    open_engine,
+    random_prompts,
+    spec_metrics,
+)
 from vllm_medusa.config import MedusaConfig
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, medusa_config_of
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
@@ -250,7 +257,6 @@ def test_model_that_holds_its_heads(
     tiny_heads: Path,
     tmp_path: Path,
     apart: tuple[list[list[int]], list[int]],
-    use_oracle: Callable[..., Any],
     prefix: str | None,
 ) -> None:
     """A merged Medusa-2 model, and heads in a file of their own beside the model's."""
@@ -258,9 +264,10 @@ def test_model_that_holds_its_heads(
     directory = merge_heads(tiny_model, tiny_heads, tmp_path / "merged", prefix)
     with open_engine(directory, speculative_config="medusa") as llm:
         assert first_drafts(llm) == drafts
-        use_oracle(PROMPTS, reference)
+        oracle = make_oracle(PROMPTS, reference)
+        draft_with(llm, lambda runner: tiny.OracleDrafter(oracle, runner))
         assert greedy(llm, PROMPTS, 40) == reference
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
         # Reloading goes the same way.
         llm.collective_rpc("reload_weights")
         assert greedy(llm, PROMPTS, 40) == reference
@@ -287,7 +294,7 @@ def test_offline(arguments: dict[str, Any]) -> None:
     with open_engine(DEMO_MODEL, skip_tokenizer_init=False, **arguments) as llm:
         greedy(llm, ["def main(", "class Queue:\n"], 40)
         assert spec_metrics(llm)["num_accepted_tokens"] > 20
-        assert counters(llm)["commits"] > 0
+        assert counters(llm)["forks_accepted"] > 0
 
 
 def bench_arguments(*extra: str) -> list[str]:

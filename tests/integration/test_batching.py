@@ -61,9 +61,9 @@ def free_blocks(llm: Any) -> int:
     return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-def held_slots(llm: Any) -> int:
+def num_grants(llm: Any) -> int:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    return worker.model_runner.forks.slots.num_held
+    return worker.model_runner.forks.grants.num_granted
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
@@ -85,12 +85,12 @@ def test_requests_that_come_and_go(
         for index, tokens in results.items():
             assert tokens == reference[index][: lengths[index]], index
         counted = counters(llm)
-        assert counted["commits"] > 50
+        assert counted["forks_accepted"] > 50
         # One more request, so that the runner hears of the last ones' end.
         greedy(llm, prompts[:1], 1)
         greedy(llm, prompts[:1], 1)
         assert free_blocks(llm) == before
-        assert held_slots(llm) <= 1
+        assert num_grants(llm) <= 1
 
 
 @pytest.mark.parametrize("tree", ["mc_sim_7b_63", [[0], [1], [0, 0], [1, 0], [1, 0, 0]], "cpu-8"])
@@ -101,7 +101,7 @@ def test_trees(engine: Engine, tiny_heads: Path, use_oracle: UseOracle, tree: An
     oracle = use_oracle(prompts, reference)
     with engine(speculative_config=medusa(tiny_heads, tree)) as llm:
         assert greedy(llm, prompts, 120) == reference
-        assert counters(llm)["commits"] > 50
+        assert counters(llm)["forks_accepted"] > 50
     assert len(oracle.chosen) > 5
 
 
@@ -118,7 +118,7 @@ def test_every_node_accepted_gives_its_depth(
         for leaf in tree.leaves:
             oracle.fixed_node = leaf
             before = spec_metrics(llm)
-            forked = counters(llm)["commits"]
+            forked = counters(llm)["forks_accepted"]
             assert greedy(llm, prompts, 101) == reference
             after = spec_metrics(llm)
             depth = len(tree.paths[leaf - 1])
@@ -128,7 +128,7 @@ def test_every_node_accepted_gives_its_depth(
             assert 100 / (depth + 1) <= drafts <= 100 / (depth + 1) + depth + 1
             assert accepted >= 100 - drafts - depth
             if leaf != tree.leaves[0]:
-                assert counters(llm)["commits"] - forked >= drafts - depth - 1
+                assert counters(llm)["forks_accepted"] - forked >= drafts - depth - 1
 
 
 def test_wrong_drafts_change_nothing(
@@ -177,7 +177,7 @@ def test_preemption(engine: Engine, tiny_heads: Path, use_oracle: UseOracle, tre
         preempted = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
         assert preempted > 0
         if tree != "chain":
-            assert counters(llm)["commits"] > 20
+            assert counters(llm)["forks_accepted"] > 20
             assert counters(llm)["chain_fallbacks"] > 0
 
 
@@ -199,7 +199,7 @@ def test_the_longest_sequences(
     with engine(max_model_len=max_model_len, speculative_config=spec) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in outputs] == texts
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
 
 
 def test_prefix_cache_hits_on_blocks_that_trees_wrote(
@@ -221,7 +221,7 @@ def test_prefix_cache_hits_on_blocks_that_trees_wrote(
         prompt_only = sum(len(p["prompt_token_ids"]) // 32 * 32 for p in prompts)
         new_hits = after["vllm:prefix_cache_hits"] - hits["vllm:prefix_cache_hits"]
         assert new_hits > prompt_only + 3 * 100
-        assert counters(llm)["commits"] > 50
+        assert counters(llm)["forks_accepted"] > 50
 
 
 def test_requests_beyond_the_pool_draft_a_chain(
@@ -236,7 +236,7 @@ def test_requests_beyond_the_pool_draft_a_chain(
         assert greedy(llm, prompts, 80) == reference
         counted = counters(llm)
     assert counted["chain_fallbacks"] > 20
-    assert counted["commits"] > 10
+    assert counted["forks_accepted"] > 10
 
 
 def test_token_budget_cuts_trees_short(
@@ -251,7 +251,7 @@ def test_token_budget_cuts_trees_short(
         assert greedy(llm, prompts, 100) == reference
         metrics = spec_metrics(llm)
         assert metrics["num_draft_tokens"] < 24 * metrics["num_drafts"]
-        assert counters(llm)["commits"] > 20
+        assert counters(llm)["forks_accepted"] > 20
 
 
 def test_sliding_window(tmp_path: Path, tiny_heads: Path, use_oracle: UseOracle) -> None:
@@ -266,7 +266,7 @@ def test_sliding_window(tmp_path: Path, tiny_heads: Path, use_oracle: UseOracle)
     use_oracle(prompts, reference)
     with open_engine(model, speculative_config=medusa(tiny_heads)) as llm:
         assert greedy(llm, prompts, 120) == reference
-        assert counters(llm)["commits"] > 50
+        assert counters(llm)["forks_accepted"] > 50
         groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
         assert len(groups) == 2
 

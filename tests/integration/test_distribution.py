@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tests import tiny
-from tests.integration.conftest import counters, open_engine
+from tests.integration.conftest import counters, draft_with, open_engine
+from vllm_medusa.plugin.worker.v1.drafting import Draft
 from vllm_medusa.tree.draft_tree import DraftTree
 
 pytestmark = pytest.mark.engine
@@ -132,14 +133,18 @@ class LawDrafts:
     without any verification, and the law would be kept.
     """
 
-    def __init__(self, law: Law, seed: int) -> None:
+    def __init__(self, law: Law, seed: int, runner: Any) -> None:
+        self.runner = runner
         self.scores = {text: np.log(probs + 1e-6) / 2 for text, probs in law.items()}
         self.rng = np.random.default_rng(seed)
 
-    def draft(self, runner: Any, sampled_token_ids: list[list[int]]) -> Tensor:
-        rows = []
-        for req_id in runner.input_batch.req_ids[: len(sampled_token_ids)]:
-            text = tuple(runner.requests[req_id].output_token_ids)
+    def num_paths(self, batch_size: int) -> int:
+        return len(TREE.leaves)
+
+    def draft(self, batch: Any) -> list[Draft]:
+        drafts = []
+        for req_id in batch.req_ids:
+            text = tuple(self.runner.requests[req_id].output_token_ids)
             order: dict[Text, np.ndarray] = {}
             tokens: dict[Text, Text] = {(): text}
             for path in TREE.paths:
@@ -147,8 +152,8 @@ class LawDrafts:
                 if path[:-1] not in order:
                     order[path[:-1]] = self._order(above)
                 tokens[path] = (*above, int(order[path[:-1]][path[-1]]))
-            rows.append([tokens[path][-1] for path in TREE.paths])
-        return torch.tensor(rows)
+            drafts.append(Draft([tokens[path][-1] for path in TREE.paths], TREE.parents[1:]))
+        return drafts
 
     def _order(self, text: Text) -> np.ndarray:
         return np.argsort(-self.scores.get(text, 0.0) - self.rng.gumbel(size=VOCAB))
@@ -177,20 +182,15 @@ Measure = Callable[[str, int], float]
 
 
 @pytest.fixture
-def measure(small: tuple[Any, dict[Text, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Measure:
+def measure(small: tuple[Any, dict[Text, Tensor]]) -> Measure:
     """Return the p-value of a number of samples of a case of CASES."""
-    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
-
     llm, logits = small
 
     def run(name: str, num_samples: int) -> float:
         params = CASES[name]
         law = {text: processed_law(row, text, params) for text, row in logits.items()}
-        source = LawDrafts(law, seed=0)
-        monkeypatch.setattr(
-            MedusaRunnerMixin, "_draft", lambda runner, _, sampled: source.draft(runner, sampled)
-        )
-        before = counters(llm)["commits"]
+        draft_with(llm, lambda runner: LawDrafts(law, 0, runner))
+        before = counters(llm)["forks_accepted"]
         torch.manual_seed(0)
         texts: list[Text] = []
         sampling = SamplingParams(
@@ -200,7 +200,7 @@ def measure(small: tuple[Any, dict[Text, Tensor]], monkeypatch: pytest.MonkeyPat
             (result,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
             texts += [tuple(output.token_ids) for output in result.outputs]
         # A path other than the first was accepted for every sixth text at least.
-        assert counters(llm)["commits"] - before > len(texts) / 6
+        assert counters(llm)["forks_accepted"] - before > len(texts) / 6
         return p_value(texts, text_probs(law))
 
     return run
@@ -224,10 +224,11 @@ def accept_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
 
     accept = sampler.accept_lossless
 
-    def accept_first(layout: Any, target: Tensor, drafts: Tensor, count: Tensor) -> Any:
+    def accept_first(rows: Any, target: Tensor, drafts: Tensor) -> Any:
         target = target.clone()
-        target[:, 0] = torch.where(count > 0, drafts[:, 0], target[:, 0])
-        return accept(layout, target, drafts, count)
+        if drafts.numel():
+            target[:, 0] = torch.where(rows.num_drafts > 0, drafts[:, 0], target[:, 0])
+        return accept(rows, target, drafts)
 
     monkeypatch.setattr(sampler, "accept_lossless", accept_first)
 
@@ -251,10 +252,10 @@ def sample_again_if_no_draft_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sample = TreeSampler._sample
 
-    def sample_twice(self: Any, logits: Tensor, rows: Any, drafts: Tensor, params: Any) -> Any:
-        tokens, processed = sample(self, logits, rows, drafts, params)
-        again, _ = sample(self, processed.clone(), rows, drafts, params)
-        roots = rows.row[:, 0]
+    def sample_twice(self: Any, logits: Tensor, rows: Any, constraints: Any, params: Any) -> Any:
+        tokens, processed = sample(self, logits, rows, constraints, params)
+        again, _ = sample(self, processed.clone(), rows, constraints, params)
+        roots, drafts = rows.row[:, 0], constraints._draft_tokens
         fits = (drafts[:, :3] == tokens[roots, None].to(drafts.dtype)).any(dim=1)
         tokens = tokens.clone()
         tokens[roots] = torch.where(fits, tokens[roots], again[roots])
@@ -267,11 +268,11 @@ def penalise_the_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the tokens of a node's own path out of its history."""
     from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
 
-    path_tokens = NodeConstraints._path_tokens
+    path_tokens = NodeConstraints._path_tokens.func
     monkeypatch.setattr(
         NodeConstraints,
         "_path_tokens",
-        lambda self, rows, drafts: torch.full_like(path_tokens(self, rows, drafts), -1),
+        property(lambda self: torch.full_like(path_tokens(self), -1)),
     )
 
 

@@ -84,13 +84,13 @@ def test_increases_add_up() -> None:
     totals = Counters()
     assert totals.to_dict() == NONE_COUNTED
     assert totals.take_increase() == {}
-    totals.commits += 2
-    assert totals.take_increase() == {"commits": 2}
-    totals.commits += 1
+    totals.forks_accepted += 2
+    assert totals.take_increase() == {"forks_accepted": 2}
+    totals.forks_accepted += 1
     totals.fork_paths += 5
-    assert totals.take_increase() == {"commits": 1, "fork_paths": 5}
+    assert totals.take_increase() == {"forks_accepted": 1, "fork_paths": 5}
     assert totals.take_increase() == {}
-    assert totals.to_dict() == {**NONE_COUNTED, "commits": 3, "fork_paths": 5}
+    assert totals.to_dict() == {**NONE_COUNTED, "forks_accepted": 3, "fork_paths": 5}
 
 
 def test_counters_are_metrics_of_each_engine(
@@ -169,7 +169,7 @@ def test_metrics_of_known_acceptance_are_exact(
             assert increase(medusa_metrics(llm), counted) == {
                 "forked_requests": sum(steps) if others else 0,
                 "fork_paths": sum(steps) * len(others),
-                "commits": 0 if leaf == first else sum(steps),
+                "forks_accepted": 0 if leaf == first else sum(steps),
                 "chain_fallbacks": 0,
             }
 
@@ -201,7 +201,7 @@ def test_sums_are_consistent(
     assert 0 <= surplus <= tree.depth * len(PROMPTS)
     # Requests without fork blocks draft the first path alone.
     trees = counted["forked_requests"]
-    assert 0 < counted["commits"] < trees < drafts
+    assert 0 < counted["forks_accepted"] < trees < drafts
     first_path = len(tree.paths[tree.leaves[0] - 1])
     assert metrics["num_draft_tokens"] == (
         trees * tree.num_draft_tokens + (drafts - trees) * first_path
@@ -293,7 +293,7 @@ def test_metrics_page(tmp_path: Path) -> None:
         page = fetch(f"{url}/metrics")
         rpc = fetch(f"{url}/collective_rpc", {"method": "medusa_counters"})
     counted = json.loads(rpc)["results"][0]
-    assert min(counted["forked_requests"], counted["fork_paths"], counted["commits"]) > 0
+    assert min(counted["forked_requests"], counted["fork_paths"], counted["forks_accepted"]) > 0
     lines = page.splitlines()
     labels = '{engine="0",model_name="demo"}'
     for name, description in DESCRIPTIONS.items():

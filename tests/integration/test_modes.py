@@ -56,7 +56,7 @@ def check(llm: Any, prompts: list[str], reference: list[list[int]]) -> None:
     """The same text, from trees whose second and later paths were accepted as well."""
     assert greedy(llm, prompts, MAX_TOKENS) == reference
     counted = llm.collective_rpc("medusa_counters")
-    assert counted[0]["commits"] > NUM_PROMPTS
+    assert counted[0]["forks_accepted"] > NUM_PROMPTS
     # Every rank verified and committed the same paths.
     assert all(other == counted[0] for other in counted)
     assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 4
@@ -91,7 +91,7 @@ def test_bfloat16(prompts: list[str]) -> None:
         reference = llm.generate(prompts, params, use_tqdm=False)
     with demo_engine(dtype="bfloat16", speculative_config=SPEC) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert counters(llm)["commits"] > NUM_PROMPTS
+        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
     # Logits around 16 have steps of 1/16 in bfloat16.
     num_equal = check_up_to_ties(reference, outputs, tolerance=0.13)
     assert num_equal > NUM_PROMPTS * MAX_TOKENS / 2
@@ -117,7 +117,7 @@ def test_bfloat16_in_processes_of_their_own(
     with demo_engine(**options, speculative_config=SPEC) as llm:
         outputs = greedy(llm, prompts, MAX_TOKENS)
         assert [len(tokens) for tokens in outputs] == [MAX_TOKENS] * NUM_PROMPTS
-        assert counters(llm)["commits"] > NUM_PROMPTS
+        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
 
 
 # Compilation.
@@ -180,7 +180,7 @@ def test_async_llm(prompts: list[str], reference: list[list[int]]) -> None:
 
     tokens, counted = asyncio.run(run())
     assert tokens == reference
-    assert counted[0]["commits"] > NUM_PROMPTS
+    assert counted[0]["forks_accepted"] > NUM_PROMPTS
 
 
 @pytest.fixture

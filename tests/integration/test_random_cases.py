@@ -18,14 +18,14 @@ import pytest
 from vllm import SamplingParams
 
 from tests import tiny
-from tests.integration.conftest import counters, open_engine
+from tests.integration.conftest import counters, draft_with, open_engine
 from tests.integration.test_sampling_parameters import ForbidRecent
+from tests.oracles.tree import random_order, random_subtree
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.forks import ForkGeometry
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.named import named_tree, tree_names
-from vllm_medusa.tree.reference import random_order, random_subtree
 from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 
 pytestmark = pytest.mark.engine
@@ -109,7 +109,9 @@ class EngineCase:
     def _num_blocks(self, block_size: int, tree_requests: int) -> int:
         """Return the forks' blocks, those of one full sequence, and none to many more."""
         num_groups = 2 if self.windowed else 1
-        forks = ForkGeometry.of(TreeLayout.build(self.tree), block_size).blocks_per_request
+        forks = ForkGeometry.of(
+            TreeLayout.build(self.tree).num_paths, self.tree.depth, block_size
+        ).blocks_per_request
         one_sequence = 1 + num_groups * (-(-MAX_MODEL_LEN // block_size) + 1)
         spare = self.rng.choice([0, 1, 3, 60]) * num_groups
         return tree_requests * forks * num_groups + one_sequence + spare
@@ -319,8 +321,8 @@ def leaks(llm: Any, free_before: int) -> Iterator[str]:
     if free != free_before:
         yield f"{free_before - free} KV blocks"
     runner = engine_core.model_executor.driver_worker.worker.model_runner
-    if runner.forks is not None and runner.forks.slots.num_held:
-        yield f"{runner.forks.slots.num_held} fork slots"
+    if runner.forks is not None and runner.forks.grants.num_granted:
+        yield f"{runner.forks.grants.num_granted} grants of fork blocks"
     if runner.rejection_sampler.noise._waiting:
         yield f"draws of {list(runner.rejection_sampler.noise._waiting)}"
 
@@ -341,25 +343,16 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_engine_case(
-    models: dict[bool, Path], heads: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[int], dict[str, Any]]:
+def run_engine_case(models: dict[bool, Path], heads: Path) -> Callable[[int], dict[str, Any]]:
     def run(seed: int) -> dict[str, Any]:
-        from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
-
         case = EngineCase(seed)
         requests, expected = run_reference(models[case.windowed], case)
         oracle = tiny.OracleOfMany(seed)
         for request, completions in zip(requests, expected, strict=True):
             for said in completions:
                 oracle.add(request.prompt, said.tokens)
-        drafted = MedusaRunnerMixin._draft
-
-        def draft(runner: Any, hidden_states: Any, sampled: list[list[int]]) -> Any:
-            return oracle.draft(runner, sampled, drafted(runner, hidden_states, sampled))
-
-        monkeypatch.setattr(MedusaRunnerMixin, "_draft", draft)
         with open_engine(models[case.windowed], **case.engine_options(heads)) as llm:
+            draft_with(llm, lambda runner: tiny.OracleDrafter(oracle, runner))
             pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             free = pool.get_num_free_blocks()
             outputs = run_with_tree(llm, case, requests)
@@ -368,9 +361,8 @@ def run_engine_case(
             assert not list(leaks(llm, free)), f"engine {seed}"
             preempted = next(m.value for m in llm.get_metrics() if m.name.endswith("preemptions"))
             counted = {**counters(llm), "preempted": preempted}
-        monkeypatch.undo()
         assert len(oracle.chosen) > 2
-        assert case.tree.is_chain or counted["commits"] > 20
+        assert case.tree.is_chain or counted["forks_accepted"] > 20
         return counted
 
     return run

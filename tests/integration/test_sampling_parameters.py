@@ -124,7 +124,7 @@ def test_outputs_equal_those_without_speculation(
         accepted = spec_metrics(llm)["num_accepted_tokens_per_pos"]
         assert all(count > 20 for count in accepted[:4]), accepted
         if tree != "chain":
-            assert counters(llm)["commits"] > 100
+            assert counters(llm)["forks_accepted"] > 100
         # The same seeds give the same texts in another batch.
         alone = [
             llm.generate([p], [s], use_tqdm=False)[0] for p, s in zip(prompts, params, strict=True)
@@ -144,7 +144,7 @@ def test_several_completions_of_a_seeded_request(
     spec = {"method": "medusa", "model": str(tiny_heads), "tree": "cpu-16"}
     with engine(speculative_config=spec) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
     for expected, output in zip(reference, outputs, strict=True):
         texts = [list(completion.token_ids) for completion in output.outputs]
         assert texts == [list(completion.token_ids) for completion in expected.outputs]
@@ -167,7 +167,7 @@ def test_logprobs_modes(
     spec = {"method": "medusa", "model": str(tiny_heads), "tree": "cpu-16"}
     with engine(logprobs_mode=mode, speculative_config=spec) as llm:
         check_same(reference, llm.generate(prompts, params, use_tqdm=False), [mode] * 3)
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
 
 
 def test_native_sampler_noise(
@@ -182,7 +182,7 @@ def test_native_sampler_noise(
     spec = {"method": "medusa", "model": str(tiny_heads), "tree": "cpu-16"}
     with engine(use_fp64_gumbel=True, speculative_config=spec) as llm:
         check_same(reference, llm.generate(prompts, params, use_tqdm=False), ["fp64"] * 4)
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
 
 
 def test_thinking_budget_is_refused(engine: Callable[..., Any], tiny_heads: Path) -> None:

@@ -180,7 +180,7 @@ def test_text_and_metrics(server: Server, prompts: Prompts, offline: Texts) -> N
     assert sum(by_depth) == num_accepted
     assert by_depth == sorted(by_depth, reverse=True)
     assert by_depth[3] > 0
-    assert grown["vllm:medusa_commits_total"] > 8
+    assert grown["vllm:medusa_forks_accepted_total"] > 8
     assert grown["vllm:medusa_fork_paths_total"] > grown["vllm:medusa_forked_requests_total"] > 8
     server.assert_healthy()
 
@@ -222,7 +222,7 @@ def test_several_servers_and_engines(tmp_path: Path, prompts: Prompts, offline: 
             ]
         metrics = server.metrics()
         assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 4 * 8 * MAX_TOKENS / 4
-        assert metrics["vllm:medusa_commits_total"] > 4 * 8
+        assert metrics["vllm:medusa_forks_accepted_total"] > 4 * 8
         server.assert_healthy()
 
 
@@ -321,7 +321,7 @@ def test_many_clients_that_come_and_go(
         assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
         assert metrics["vllm:kv_cache_usage_perc"] == 0
         assert metrics["vllm:num_preemptions_total"] > 0
-        assert metrics["vllm:medusa_commits_total"] > 100
+        assert metrics["vllm:medusa_forks_accepted_total"] > 100
         assert metrics["vllm:medusa_chain_fallbacks_total"] > 100
         assert min(tally.finished.total(), tally.aborted, tally.sampled) > STRESS_S / 4
         assert len(tally.finished) > len(prompts) / 2

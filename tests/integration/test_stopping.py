@@ -36,7 +36,7 @@ def test_stops_inside_an_accepted_path() -> None:
     spec = {"method": "medusa", "model": str(DEMO_HEADS), "tree": "cpu-32"}
     with open_engine(DEMO_MODEL, speculative_config=spec, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10
     for expected, output in zip(reference, outputs, strict=True):
         assert output.outputs[0].text == expected.outputs[0].text
         assert output.outputs[0].finish_reason == expected.outputs[0].finish_reason
@@ -62,4 +62,4 @@ def test_seeds_with_prompts_in_chunks(
     assert max(len(prompt["prompt_token_ids"]) for prompt in prompts) > 4 * 32
     with engine(speculative_config=spec, **options) as llm:
         assert token_ids(llm.generate(prompts, params, use_tqdm=False)) == reference
-        assert counters(llm)["commits"] > 10
+        assert counters(llm)["forks_accepted"] > 10

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.integration.conftest import draft_with
 from tests.training import make_settings, write_rows
 from vllm_medusa.data.rows import Row
 from vllm_medusa.training.loop import Outcome, Training
@@ -51,34 +52,31 @@ def train(model: Path, directory: Path, **kind: Any) -> tuple[Training, Outcome]
     return training, outcome
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
-    """Of every step of a single request: tokens sampled in it, and the heads' logits [K, 1, V]."""
-    from vllm_medusa.plugin.worker.proposer import MedusaProposer
-    from vllm_medusa.plugin.worker.v1.runner import MedusaRunnerMixin
+class RecordingDrafter:
+    """Drafts as a runner does; keeps the tokens sampled before it and the heads' logits [K, 1, V].
 
-    steps: list[tuple[int, Tensor]] = []
-    load, draft = MedusaProposer.load_model, MedusaRunnerMixin._draft
-    logits: list[Tensor] = []
+    For a single request.
+    """
 
-    def load_and_record(proposer: Any, target: Any) -> None:
-        load(proposer, target)
-        local_logits = proposer._local_logits
+    def __init__(self, steps: list[tuple[int, Tensor]], runner: Any) -> None:
+        self._steps = steps
+        self._drafter = runner.tree_drafter
+        self._logits: list[Tensor] = []
+        local_logits = runner.drafter._local_logits
 
         def record(features: Tensor) -> Tensor:
-            logits.append(local_logits(features).clone())
-            return logits[-1]
+            self._logits.append(local_logits(features).clone())
+            return self._logits[-1]
 
-        proposer._local_logits = record
+        runner.drafter._local_logits = record
 
-    def draft_and_record(runner: Any, hidden_states: Tensor, sampled: list[list[int]]) -> Tensor:
-        drafts = draft(runner, hidden_states, sampled)
-        steps.append((len(sampled[0]), logits[-1]))
+    def num_paths(self, batch_size: int) -> int:
+        return self._drafter.num_paths(batch_size)
+
+    def draft(self, batch: Any) -> list[Any]:
+        drafts = self._drafter.draft(batch)
+        self._steps.append((len(batch.sampled[0]), self._logits[-1]))
         return drafts
-
-    monkeypatch.setattr(MedusaProposer, "load_model", load_and_record)
-    monkeypatch.setattr(MedusaRunnerMixin, "_draft", draft_and_record)
-    return steps
 
 
 @pytest.mark.parametrize(
@@ -90,13 +88,15 @@ def test_logits_agree(
     tiny_model: Path,
     tmp_path: Path,
     engine: Callable[..., Any],
-    recorded: list[tuple[int, Tensor]],
     kind: dict[str, Any],
 ) -> None:
     training, outcome = train(tiny_model, tmp_path, **kind)
     heads = {"method": "medusa", "model": str(tmp_path / "heads"), "tree": "chain"}
+    recorded: list[tuple[int, Tensor]] = []
     with engine(speculative_config=heads) as llm:
         from vllm import SamplingParams
+
+        draft_with(llm, lambda runner: RecordingDrafter(recorded, runner))
 
         greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
         (output,) = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)

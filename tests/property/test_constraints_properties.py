@@ -22,11 +22,11 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from tests.oracles.tree import ancestor_tokens, random_subtree
 from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
-from vllm_medusa.plugin.worker.v1.node_rows import NodeRows, NodeRowsCache
 from vllm_medusa.tree.draft_tree import DraftTree
-from vllm_medusa.tree.layout import TreeLayout
-from vllm_medusa.tree.reference import ancestor_tokens, random_subtree
+from vllm_medusa.tree.rows import NodeRows
+from vllm_medusa.tree.step_trees import StepTrees
 
 # Not the engine, but its logits processing: to be run again on the next vLLM.
 pytestmark = pytest.mark.engine
@@ -173,16 +173,15 @@ def expected_row(logits: Tensor, request: Request, history: list[int]) -> tuple[
 def process(
     tree: DraftTree, batch: list[Request], logits: Tensor
 ) -> tuple[NodeRows, Tensor, Tensor]:
-    layout = TreeLayout.build(tree)
-    rows = NodeRowsCache(layout, "cpu").get(tuple(request.num_drafts for request in batch))
+    parents = [tree.parents[1 : request.num_drafts + 1] for request in batch]
+    rows = NodeRows.build(StepTrees.build(parents))
     verified = [token for r in batch for token in r.drafts[: r.num_drafts]]
     drafts = torch.tensor(verified)[rows.draft] if verified else rows.draft
     outputs = [list(request.output) for request in batch]
     sampling = sampling_of(batch, outputs)
-    constraints = NodeConstraints(layout)
-    constraints.begin_step(outputs)
-    greedy = constraints.apply(logits.clone(), rows, drafts, sampling)
-    random = constraints.apply_argmax_invariant(greedy.clone(), rows, drafts, sampling)
+    constraints = NodeConstraints(rows, drafts, outputs)
+    greedy = constraints.apply(logits.clone(), sampling)
+    random = constraints.apply_argmax_invariant(greedy.clone(), sampling)
     assert outputs == [request.output for request in batch]
     return rows, greedy, random
 

@@ -1,16 +1,15 @@
 """The fork pool's plan and slots, over random trees, caches and orders of events."""
 
-import itertools
 import random
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.oracles.tree import random_subtree
 from vllm_medusa.errors import UserError
 from vllm_medusa.plugin.fork_pool import plan_fork_pool
-from vllm_medusa.plugin.worker.v1.fork_slots import ForkSlots
+from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.tree.layout import TreeLayout
-from vllm_medusa.tree.reference import random_subtree
 
 
 @example(
@@ -39,12 +38,18 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
     # A fork holds the tokens of a path from anywhere in a block on, the root's among them.
     forks = [
         (layout.num_paths - 1)
-        * max(-(-(start + layout.depth + 1) // size) for start in range(size))
+        * max(-(-(start + layout.tree.depth + 1) // size) for start in range(size))
         for size in block_sizes
     ]
     try:
         pool = plan_fork_pool(
-            layout, num_blocks, block_sizes, max_model_len, max_num_seqs, max_tree_requests
+            layout.num_paths,
+            layout.tree.depth,
+            num_blocks,
+            block_sizes,
+            max_model_len,
+            max_num_seqs,
+            max_tree_requests,
         )
     except UserError:
         assert num_blocks < needed + sum(forks)
@@ -52,11 +57,11 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
     owners: dict[int, tuple[int, int]] = {}
     for group, geometry in enumerate(pool.geometries):
         assert geometry.blocks_per_request == forks[group]
-        for slot in range(pool.num_requests):
-            first = pool.group_base(group) + slot * geometry.blocks_per_request
+        for place in range(pool.num_requests):
+            first = pool.group_base(group) + place * geometry.blocks_per_request
             for block in range(first, first + geometry.blocks_per_request):
                 assert block not in owners
-                owners[block] = (group, slot)
+                owners[block] = (group, place)
     assert sorted(owners) == list(range(pool.first_block, num_blocks))
     assert pool.num_blocks == len(owners)
     if not layout.tree.is_chain:
@@ -68,33 +73,34 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
 
 
 @given(
-    num_slots=st.integers(0, 4),
+    num_places=st.integers(0, 4),
     events=st.lists(
         st.tuples(st.sampled_from(["acquire", "release", "mirror"]), st.integers(0, 5)), max_size=60
     ),
 )
-def test_slots_follow_the_obvious_model(num_slots: int, events: list[tuple[str, int]]) -> None:
-    slots = ForkSlots(num_slots)
+def test_grants_follow_the_obvious_model(num_places: int, events: list[tuple[str, int]]) -> None:
+    grants = ForkGrants(num_places)
     holders: dict[str, tuple[int, int] | None] = {}
     for count, (event, number) in enumerate(events):
         req_id = f"request-{number}"
         if event == "acquire":
-            fits = req_id in holders or len(holders) < num_slots
-            assert slots.acquire(req_id) == fits
+            fits = req_id in holders or len(holders) < num_places
+            assert grants.acquire(req_id) == fits
             if fits:
                 holders.setdefault(req_id, None)
         elif event == "release":
-            slots.release([req_id])
+            grants.release([req_id])
             holders.pop(req_id, None)
         elif req_id in holders:
-            slots.set_mirrored(req_id, count, 1 + count % 3)
+            grants.set_mirrored(req_id, count, 1 + count % 3)
             holders[req_id] = (count, 1 + count % 3)
-        assert slots.num_held == len(holders)
-        held = [slots.get(holder) for holder in holders]
+        assert grants.num_granted == len(holders)
+        held = [grants.place_of(holder) for holder in holders]
         assert len(set(held)) == len(held)
-        assert set(held) <= set(range(num_slots))
+        assert set(held) <= set(range(num_places))
         for number in range(6):
             mirrored = holders.get(f"request-{number}")
-            for tokens, paths in itertools.product(range(count + 1), range(1, 5)):
-                expected = mirrored is not None and mirrored[0] == tokens and mirrored[1] >= paths
-                assert slots.is_mirrored(f"request-{number}", tokens, paths) == expected
+            for tokens in range(count + 1):
+                is_there = mirrored is not None and mirrored[0] == tokens
+                expected = mirrored[1] if is_there else 1
+                assert grants.num_mirrored(f"request-{number}", tokens) == expected

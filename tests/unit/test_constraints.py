@@ -17,16 +17,17 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
-from vllm_medusa.plugin.worker.v1.node_rows import NodeRowsCache
 from vllm_medusa.tree.draft_tree import DraftTree
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.rows import NodeRows
+from vllm_medusa.tree.step_trees import StepTrees
 
 # Not the engine, but its logits processing: to be run again on the next vLLM.
 pytestmark = pytest.mark.engine
 
 VOCAB = 5
 #: Nodes: root, (0), (0, 0), (1); with tokens 2, 3 and 4 below the output [0, 1].
-LAYOUT = TreeLayout.build(DraftTree.from_paths([[0], [0, 0], [1]]))
+TREE = DraftTree.from_paths([[0], [0, 0], [1]])
+ROWS = NodeRows.build(StepTrees.build([TREE.parents[1:]]))
 OUTPUT = [0, 1]
 DRAFTS = torch.tensor([[2, 3, 4]])
 HISTORIES = [[0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
@@ -64,11 +65,9 @@ def apply(
     for processor in processors or []:
         added = [(0, params, [0], output)]
         processor.update_state(BatchUpdate(1, removed=[], added=added, moved=[]))
-    constraints = NodeConstraints(LAYOUT)
-    constraints.begin_step([output])
-    rows = NodeRowsCache(LAYOUT, "cpu").get((3,))
+    constraints = NodeConstraints(ROWS, DRAFTS, [output])
     try:
-        return constraints.apply(logits, rows, DRAFTS, sampling_of(processors or [], **changed))
+        return constraints.apply(logits, sampling_of(processors or [], **changed))
     finally:
         assert output == OUTPUT
 
@@ -102,17 +101,14 @@ def test_presence_penalty_counts_the_nodes_own_path() -> None:
 
 
 def test_frequency_penalty_adds_the_path_to_the_output() -> None:
-    constraints = NodeConstraints(LAYOUT)
-    constraints.begin_step([[2, 2]])
     sampling = sampling_of(
         [],
         no_penalties=False,
         prompt_token_ids=torch.tensor([[0]]),
         frequency_penalties=torch.ones(1),
     )
-    rows = NodeRowsCache(LAYOUT, "cpu").get((3,))
-    drafts = torch.tensor([[2, 2, 1]])
-    logits = constraints.apply(torch.zeros(4, VOCAB), rows, drafts, sampling)
+    constraints = NodeConstraints(ROWS, torch.tensor([[2, 2, 1]]), [[2, 2]])
+    logits = constraints.apply(torch.zeros(4, VOCAB), sampling)
     assert (-logits[:, 2]).tolist() == [2, 3, 4, 2]
     assert (-logits[:, 1]).tolist() == [0, 0, 0, 1]
 

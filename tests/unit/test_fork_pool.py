@@ -6,7 +6,7 @@ import pytest
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.plugin.fork_pool import plan_fork_pool
-from vllm_medusa.plugin.worker.v1.fork_slots import ForkSlots
+from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.layout import TreeLayout
 
@@ -22,7 +22,7 @@ def plan(tree: DraftTree = TREE, **changed: Any) -> Any:
         "max_num_seqs": 256,
         "max_tree_requests": None,
     }
-    return plan_fork_pool(TreeLayout.build(tree), **{**values, **changed})
+    return plan_fork_pool(TreeLayout.build(tree).num_paths, tree.depth, **{**values, **changed})
 
 
 def test_an_eighth_of_the_cache_by_default() -> None:
@@ -72,27 +72,27 @@ def test_a_cache_too_small_is_refused_with_the_remedy() -> None:
     assert plan(num_blocks=16).num_requests == 1
 
 
-def test_a_slot_is_held_until_it_is_released() -> None:
-    slots = ForkSlots(2)
-    assert slots.acquire("a")
-    assert slots.acquire("b")
-    assert slots.get("a") != slots.get("b")
-    assert not slots.acquire("c")
-    assert slots.acquire("a")
-    assert slots.num_held == 2
-    slots.release(["a", "unknown"])
-    assert slots.acquire("c")
-    assert slots.get("c") != slots.get("b")
+def test_a_grant_is_kept_until_it_is_released() -> None:
+    grants = ForkGrants(2)
+    assert grants.acquire("a")
+    assert grants.acquire("b")
+    assert grants.place_of("a") != grants.place_of("b")
+    assert not grants.acquire("c")
+    assert grants.acquire("a")
+    assert grants.num_granted == 2
+    grants.release(["a", "unknown"])
+    assert grants.acquire("c")
+    assert grants.place_of("c") != grants.place_of("b")
 
 
-def test_a_new_holder_finds_nothing_mirrored() -> None:
-    slots = ForkSlots(1)
-    slots.acquire("a")
-    slots.set_mirrored("a", 7, 3)
-    assert slots.is_mirrored("a", 7, 3)
-    assert slots.is_mirrored("a", 7, 2)
-    assert not slots.is_mirrored("a", 7, 4)
-    assert not slots.is_mirrored("a", 8, 3)
-    slots.release(["a"])
-    slots.acquire("a")
-    assert not slots.is_mirrored("a", 7, 1)
+def test_a_new_grant_has_nothing_mirrored() -> None:
+    grants = ForkGrants(1)
+    grants.acquire("a")
+    assert grants.num_mirrored("a", 7) == 1
+    grants.set_mirrored("a", 7, 3)
+    assert grants.num_mirrored("a", 7) == 3
+    assert grants.num_mirrored("a", 8) == 1
+    assert grants.num_mirrored("b", 7) == 1
+    grants.release(["a"])
+    grants.acquire("a")
+    assert grants.num_mirrored("a", 7) == 1

@@ -5,52 +5,44 @@ import random
 import pytest
 import torch
 
-from vllm_medusa.plugin.worker.v1.node_rows import NodeRowsCache
-from vllm_medusa.tree.layout import TreeLayout
-from vllm_medusa.tree.reference import random_subtree
+from tests.oracles.tree import random_subtree
+from vllm_medusa.tree.rows import NodeRows
+from vllm_medusa.tree.step_trees import StepTrees
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_rows_are_counted_out_request_by_request(seed: int) -> None:
     rng = random.Random(seed)
-    tree = random_subtree(rng.randrange, rng.randint(1, 20), 4, 3)
-    layout = TreeLayout.build(tree)
-    counts = tuple(rng.randint(0, tree.num_draft_tokens) for _ in range(rng.randint(1, 6)))
-    rows = NodeRowsCache(layout, "cpu").get(counts)
+    trees = [
+        random_subtree(rng.randrange, rng.randint(1, 20), 4, 3) for _ in range(rng.randint(1, 6))
+    ]
+    counts = tuple(rng.randint(0, tree.num_draft_tokens) for tree in trees)
+    parents = [tree.parents[1 : n + 1] for tree, n in zip(trees, counts, strict=True)]
+    rows = NodeRows.build(StepTrees.build(parents))
     assert rows.num_requests == len(counts)
-    assert rows.num_draft_tokens.tolist() == list(counts)
+    assert rows.num_drafts.tolist() == list(counts)
     num_rows = num_drafts = 0
     for req, count in enumerate(counts):
         assert rows.starts[req] == num_rows
         root = num_rows
-        for node in range(layout.num_nodes):
+        for node in range(max(counts) + 1):
             if node > count:
                 assert rows.row[req, node] == root
                 continue
             assert (rows.req[num_rows], rows.node[num_rows]) == (req, node)
-            assert rows.depth[num_rows] == len(([(), *tree.paths])[node])
+            assert rows.depth[num_rows] == len(([(), *trees[req].paths])[node])
             assert rows.row[req, node] == num_rows
             num_rows += 1
             if node > 0:
                 assert rows.draft[req, node - 1] == num_drafts
                 num_drafts += 1
     assert rows.starts[-1] == num_rows == len(rows.req)
-    assert rows.draft.min() >= 0
-    assert rows.draft.max() <= max(num_drafts - 1, 0)
+    assert ((rows.draft >= 0) & (rows.draft <= max(num_drafts - 1, 0))).all()
 
 
 def test_rows_of_a_step_without_drafts() -> None:
-    layout = TreeLayout.build(random_subtree(random.Random(1).randrange, 5, 3, 2))
-    rows = NodeRowsCache(layout, "cpu").get((0, 0, 0))
+    rows = NodeRows.build(StepTrees.build([(), (), ()]))
     assert rows.req.tolist() == [0, 1, 2]
     assert rows.node.tolist() == rows.depth.tolist() == [0, 0, 0]
-    assert torch.equal(rows.row, torch.arange(3)[:, None].expand(-1, layout.num_nodes))
-    assert not rows.draft.any()
-
-
-def test_rows_of_a_recent_step_are_kept() -> None:
-    cache = NodeRowsCache(
-        TreeLayout.build(random_subtree(random.Random(1).randrange, 5, 3, 2)), "cpu"
-    )
-    assert cache.get((2, 0)) is cache.get((2, 0))
-    assert cache.get((2, 0)) is not cache.get((0, 2))
+    assert torch.equal(rows.row, torch.arange(3)[:, None])
+    assert not rows.draft.numel()

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Generator, Tensor
+from vllm.platforms import current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from vllm_medusa.plugin.worker.v1.noise import ExponentialDraws, PositionNoise
 
 # Not the engine, but its numbers: to be run again on the next vLLM.
 pytestmark = pytest.mark.engine
+
+current_platform.import_kernels()
 
 VOCAB = 11
 DEPTH = 3
@@ -25,11 +28,11 @@ def seeded(seed: int) -> Generator:
 
 def draws_in_order(seed: int, count: int, use_fp64_gumbel: bool) -> list[Tensor]:
     """The generator's draws, taken one token after the other as without drafts."""
-    noise = PositionNoise(1, use_fp64_gumbel)
+    noise = PositionNoise(use_fp64_gumbel)
     generator = seeded(seed)
     draws = []
     for _ in range(count):
-        draws.append(noise.draw(["alone"], 1, {0: generator}, LOGITS)[0, 0].clone())
+        draws.append(noise.draw(["alone"], (1, 1), {0: generator}, LOGITS)[0, 0].clone())
         noise.use(["alone"], {0: generator}, torch.tensor([0]))
     return draws
 
@@ -39,8 +42,9 @@ def step(
     req_ids: Sequence[str],
     generators: dict[int, Generator],
     accepted: Sequence[int],
+    depth: int = DEPTH,
 ) -> Tensor:
-    draws = noise.draw(req_ids, len(req_ids), generators, LOGITS)
+    draws = noise.draw(req_ids, (len(req_ids), depth + 1), generators, LOGITS)
     noise.use(req_ids, generators, torch.tensor(accepted))
     return draws
 
@@ -50,7 +54,7 @@ def step(
 def test_draws_belong_to_positions(seed: int, use_fp64_gumbel: bool) -> None:
     """Whatever is accepted, whoever else is in the batch, at whatever place in it."""
     rng = random.Random(seed)
-    noise = PositionNoise(DEPTH + 1, use_fp64_gumbel)
+    noise = PositionNoise(use_fp64_gumbel)
     generators = {f"seeded-{i}": seeded(i) for i in range(3)}
     expected = {f"seeded-{i}": draws_in_order(i, 200, use_fp64_gumbel) for i in range(3)}
     num_emitted = dict.fromkeys(generators, 0)
@@ -64,12 +68,13 @@ def test_draws_belong_to_positions(seed: int, use_fp64_gumbel: bool) -> None:
             for index, req_id in enumerate(batch)
             if req_id in generators and req_id not in discarded
         }
-        accepted = [rng.randint(0, DEPTH) for _ in batch]
-        draws = step(noise, batch, present, accepted)
+        depth = rng.randint(0, DEPTH)  # of the step's deepest tree
+        accepted = [rng.randint(0, depth) for _ in batch]
+        draws = step(noise, batch, present, accepted, depth)
         assert len(draws) == len(batch)
         for index in present:
             first = num_emitted[batch[index]]
-            mine = expected[batch[index]][first : first + DEPTH + 1]
+            mine = expected[batch[index]][first : first + depth + 1]
             assert torch.equal(draws[index], torch.stack(mine))
             num_emitted[batch[index]] += accepted[index] + 1
     assert all(count > 20 for count in num_emitted.values())
@@ -77,7 +82,7 @@ def test_draws_belong_to_positions(seed: int, use_fp64_gumbel: bool) -> None:
 
 @BOTH_KINDS
 def test_unseeded_draws_differ_everywhere_and_take_from_no_generator(use_fp64_gumbel: bool) -> None:
-    noise = PositionNoise(DEPTH + 1, use_fp64_gumbel)
+    noise = PositionNoise(use_fp64_gumbel)
     generator = seeded(1)
     state = generator.get_state()
     steps = [step(noise, ["a", "b"], {}, [1, 2]) for _ in range(3)]
@@ -88,7 +93,7 @@ def test_unseeded_draws_differ_everywhere_and_take_from_no_generator(use_fp64_gu
 
 @BOTH_KINDS
 def test_forgotten_draws_are_not_handed_to_a_later_request(use_fp64_gumbel: bool) -> None:
-    noise = PositionNoise(DEPTH + 1, use_fp64_gumbel)
+    noise = PositionNoise(use_fp64_gumbel)
     step(noise, ["a", "b"], {0: seeded(1), 1: seeded(2)}, [0, 0])
     noise.forget({"a", "unknown"})
     draws = step(noise, ["b", "a"], {0: seeded(2), 1: seeded(3)}, [0, 0])
@@ -98,7 +103,7 @@ def test_forgotten_draws_are_not_handed_to_a_later_request(use_fp64_gumbel: bool
 
 def test_a_step_of_greedy_requests_between_changes_nothing() -> None:
     """Then nothing is drawn, and only `use` is called."""
-    noise = PositionNoise(DEPTH + 1, use_fp64_gumbel=False)
+    noise = PositionNoise(use_fp64_gumbel=False)
     generator = seeded(4)
     step(noise, ["a"], {0: generator}, [1])
     noise.use(["greedy"], {}, torch.tensor([3]))
@@ -112,7 +117,7 @@ def test_tokens_are_those_of_vllms_own_sampler(use_fp64_gumbel: bool) -> None:
     sampler = TopKTopPSampler(use_fp64_gumbel=use_fp64_gumbel)
     generator = seeded(9)
     expected = [sampler(row[None].clone(), {0: generator}, None, None)[0].item() for row in logits]
-    noise = PositionNoise(DEPTH + 1, use_fp64_gumbel)
+    noise = PositionNoise(use_fp64_gumbel)
     generator = seeded(9)
     tokens: list[int] = []
     for accepted in random.Random(0).choices(range(DEPTH + 1), k=60):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 DESCRIPTIONS = {
     "forked_requests": "Request steps that verified more than one leaf path.",
     "fork_paths": "Leaf paths verified in fork blocks.",
-    "commits": "Request steps that accepted a path other than the first.",
+    "forks_accepted": "Request steps whose accepted path ran in fork blocks.",
     "chain_fallbacks": "Drafts cut to the first path because no fork blocks were free.",
 }
 
@@ -21,7 +21,7 @@ class Counters:
 
     forked_requests: int = 0
     fork_paths: int = 0
-    commits: int = 0
+    forks_accepted: int = 0
     chain_fallbacks: int = 0
     _taken: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 

@@ -46,7 +46,8 @@ class ForkPool:
 
 
 def plan_fork_pool(
-    layout: TreeLayout,
+    max_paths: int,
+    max_depth: int,
     num_blocks: int,
     block_sizes: Sequence[int],
     max_model_len: int,
@@ -56,7 +57,8 @@ def plan_fork_pool(
     """Divide the KV cache between the scheduler and the forks.
 
     Args:
-        layout: the draft tree.
+        max_paths: fork paths of the widest tree.
+        max_depth: depth of the deepest tree.
         num_blocks: blocks of the KV cache.
         block_sizes: tokens of a block, for each KV-cache group.
         max_model_len: longest sequence; the scheduler keeps room for one of this length.
@@ -67,7 +69,7 @@ def plan_fork_pool(
         UserError: if not even one request's forks fit.
 
     """
-    geometries = tuple(ForkGeometry.of(layout, size) for size in block_sizes)
+    geometries = tuple(ForkGeometry.of(max_paths, max_depth, size) for size in block_sizes)
     per_request = sum(geometry.blocks_per_request for geometry in geometries)
     if per_request == 0:
         return ForkPool(0, num_blocks, 0, geometries)
@@ -101,7 +103,8 @@ def fork_pool_of(vllm_config: Any, kv_cache_config: Any, config: MedusaConfig) -
 
     """
     return plan_fork_pool(
-        TreeLayout.build(config.tree),
+        TreeLayout.build(config.tree).num_paths,
+        config.tree.depth,
         kv_cache_config.num_blocks,
         [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups],
         vllm_config.model_config.max_model_len,

@@ -1,28 +1,29 @@
-"""Path forks: the index arithmetic that lets a plain causal kernel verify a tree.
+"""Path forks: the index arithmetic that lets a plain causal kernel verify trees.
 
-Each fork path (`TreeLayout`) becomes a *pseudo-sequence* of its request: its block table is the
-request's, except that the blocks from the tail on are private *fork blocks*. The nodes a path adds
-to those before are contiguous, so they are the pseudo-sequence's queries and the plain causal mask
-is the ancestor mask. The first path uses the request's own blocks.
+Each fork path (`step_trees.path_starts`) becomes a *pseudo-sequence* of its request: its block
+table is the request's, except that the blocks from the tail on are private *fork blocks*. The nodes
+a path adds to those before are contiguous, so they are the pseudo-sequence's queries and the plain
+causal mask is the ancestor mask. The first path uses the request's own blocks.
 
 Fork blocks stay with a request from step to step and *mirror* its tail: after each step the
-accepted tokens' K/V is written to the request's own blocks and to all forks that the step used, so
-that the next step finds every fork's tail in place. Whole blocks are copied only for a request's
-first tree, or after steps with a smaller one or none.
+accepted tokens' K/V is written to the request's own blocks and to all its mirrors, so that the next
+step finds every fork's tail in place. Whole blocks are copied only to paths that have no mirror
+yet, or after steps without drafts.
 
 All functions here map indices to indices: they know neither vLLM nor what a block holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.step_trees import IntArray, StepTrees
 
 #: Slot that a K/V write skips, as vLLM's ``PAD_SLOT_ID``.
 PAD_SLOT = -1
@@ -37,7 +38,7 @@ class ForkGeometry:
 
     Attributes:
         block_size: tokens of a block.
-        ring: blocks of one fork: the most that the tree's tokens can straddle.
+        ring: blocks of one fork: the most that a tree's tokens can straddle.
         num_forks: forks of one request: fork paths other than the first.
 
     """
@@ -47,10 +48,10 @@ class ForkGeometry:
     num_forks: int
 
     @classmethod
-    def of(cls, layout: TreeLayout, block_size: int) -> ForkGeometry:
-        """Return the geometry of a tree's forks."""
-        ring = (block_size - 1 + layout.depth) // block_size + 1
-        return cls(block_size=block_size, ring=ring, num_forks=layout.num_paths - 1)
+    def of(cls, max_paths: int, max_depth: int, block_size: int) -> ForkGeometry:
+        """Return the geometry for trees of so many fork paths and of such a depth."""
+        ring = (block_size - 1 + max_depth) // block_size + 1
+        return cls(block_size=block_size, ring=ring, num_forks=max_paths - 1)
 
     @property
     def blocks_per_request(self) -> int:
@@ -70,11 +71,11 @@ class ForkGeometry:
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """The indices of one step that depend only on how many tokens each request runs.
+class ForkIndices:
+    """The indices of one step that do not depend on where in the cache its requests are.
 
-    B requests run T tokens as Q pseudo-sequences and write K/V to E slots; R of the requests are
-    forked (run more than one fork path). A commit writes to C further slots at most.
+    B requests run T tokens as Q pseudo-sequences, F of them in fork blocks, and write K/V to E
+    slots. A commit writes to C further slots at most.
 
     Attributes:
         token_req: [T] request of each token.
@@ -86,14 +87,11 @@ class StepShape:
         fork_req: [F] their requests.
         fork_path: [F] their fork paths.
         write_token: [E] token whose K/V is written.
-        slot_seq: [E + C] pseudo-sequence whose blocks a write goes to; the commit's writes follow
-            the step's own.
-        slot_req: [E + C] its request.
+        slot_req: [E + C] request whose blocks a write goes to; the commit's writes follow the
+            step's own.
+        slot_path: [E + C] the fork path whose blocks it goes to; 0: the request's own.
         slot_offset: [E + C] the write's position, from the request's number of computed tokens.
         node_write: [B, N + 1] a place among the E that holds each node; 0 for nodes not run.
-        forked_reqs: [R] the forked requests.
-        num_paths: [R] fork paths that each of them runs.
-        max_query_len: queries of the longest pseudo-sequence.
 
     """
 
@@ -106,154 +104,185 @@ class StepShape:
     fork_req: Tensor
     fork_path: Tensor
     write_token: Tensor
-    slot_seq: Tensor
     slot_req: Tensor
+    slot_path: Tensor
     slot_offset: Tensor
     node_write: Tensor
-    forked_reqs: Tensor
-    num_paths: Tensor
+
+    def to(self, device: torch.device) -> ForkIndices:
+        """Return the indices on a device."""
+        return ForkIndices(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class ForkStep:
+    """One step that runs trees in forks.
+
+    Attributes:
+        host: the indices, on the host.
+        device: the same on the device of the KV cache.
+        num_tokens: [B] tokens that each request runs.
+        num_paths: [B] fork paths that each request runs: 1 for one that runs no tree.
+        num_mirrored: [B] paths that hold the request's tail before the step; 1: its own blocks.
+        num_live: [B] paths that hold the request's tail after the commit; 1: its own blocks only.
+        max_query_len: queries of the longest pseudo-sequence.
+
+    """
+
+    host: ForkIndices
+    device: ForkIndices
+    num_tokens: IntArray
+    num_paths: IntArray
+    num_mirrored: IntArray
+    num_live: IntArray
     max_query_len: int
 
     @property
     def num_seqs(self) -> int:
-        """Number of pseudo-sequences."""
-        return self.seq_req.numel()
+        """Number of pseudo-sequences, Q."""
+        return self.host.seq_req.numel()
 
-    @property
+    @cached_property
     def num_writes(self) -> int:
-        """Number of slots that the step writes, E."""
-        return self.write_token.numel()
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether any request is forked; if not, the step is vLLM's own but for positions."""
-        return self.forked_reqs.numel() > 0
+        """Number of slots that the step itself writes, E."""
+        return self.host.write_token.numel()
 
 
-class _Parts:
-    """One request's share of a `StepShape`, as plain lists."""
-
-    def __init__(self, layout: TreeLayout, num_tokens: int, num_draft_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        paths = layout.num_live_paths(num_draft_tokens)
-        self.num_paths = paths
-        self.is_forked = num_draft_tokens > 0 and paths > 1
-        if not self.is_forked:
-            # One path at most: the tokens lie one behind the other, as in any other request.
-            self.token_offset = list(range(num_tokens))
-            self.query_lens, self.seq_length = [num_tokens], [num_tokens]
-            self.writes = [(0, token, token) for token in range(num_tokens)]
-            self.commits: list[tuple[int, int]] = []
-            self.node_write = [0] * layout.num_nodes
-            return
-        depths, ancestors = layout.depths.tolist(), layout.ancestors.tolist()
-        self.token_offset = depths[: num_draft_tokens + 1]
-        self.query_lens, self.seq_length, self.writes = [], [], []
-        self.node_write = [0] * layout.num_nodes
-        for path in range(paths):
-            start = layout.path_starts[path]
-            last = min(layout.path_ends[path], num_draft_tokens)
-            self.query_lens.append(last - start + 1)
-            self.seq_length.append(depths[last] + 1)
-            for depth in range(depths[last] + 1):
-                node = ancestors[last][depth]
-                self.node_write[node] = len(self.writes)
-                self.writes.append((path, node, depth))
-        # A step writes the root to all of its paths by itself.
-        offsets = range(1, max(self.seq_length))
-        self.commits = [(path, offset) for path in range(paths) for offset in offsets]
-
-
-class StepShapes:
-    """Makes the `StepShape` of a step; the shapes of recent steps are kept.
+def make_fork_step(
+    trees: StepTrees,
+    runs_tree: NDArray[np.bool_],
+    num_tokens: IntArray,
+    num_mirrored: IntArray,
+    device: torch.device | str = "cpu",
+) -> ForkStep | None:
+    """Compute a step's indices.
 
     Args:
-        layout: the full tree.
-        device: where the index tensors are needed.
+        trees: the step's trees.
+        runs_tree: [B] whether a request's tokens are the root and the nodes of its tree; if not,
+            they are tokens in a row.
+        num_tokens: [B] tokens that each request runs.
+        num_mirrored: [B] fork paths of each request that hold its tail; 1: its own blocks only.
+        device: of the KV cache.
+
+    Returns:
+        The step; None if no request runs more than one fork path or has mirrors to keep.
 
     """
+    requests = np.arange(len(num_tokens))
+    token_start = _starts(num_tokens)
+    token_req = np.repeat(requests, num_tokens)
+    place = np.arange(len(token_req)) - token_start[token_req]
+    in_tree = runs_tree[token_req]
+    node = np.where(in_tree, place, 0)
+    depth = np.where(in_tree, trees.depths[token_req, node], place)
+    parent = np.where(in_tree, trees.parents[token_req, node], place - 1)
+    seq_start = np.flatnonzero((place == 0) | (parent != place - 1))
+    seq_end = np.append(seq_start[1:], len(token_req)) - 1
+    seq_req = token_req[seq_start]
+    num_paths = np.bincount(seq_req, minlength=len(requests))
+    # A request that runs a prompt has no mirrors; one that decodes keeps those it has.
+    num_live = np.where(runs_tree | (num_tokens == 1), np.maximum(num_paths, num_mirrored), 1)
+    if not ((num_live > 1) & runs_tree).any():
+        return None
+    seq_path = np.arange(len(seq_req)) - _starts(num_paths)[seq_req]
+    seq_length = depth[seq_end] + 1
+    writes = _writes(trees, runs_tree, seq_req, place[seq_end], seq_length)
+    commits = _commits(seq_req, seq_length, num_paths, num_live)
+    node_write = np.zeros_like(trees.parents)
+    holds = runs_tree[writes.req] | (writes.offset == 0)
+    node_write[writes.req[holds], writes.node[holds]] = np.flatnonzero(holds)
+    forks = np.flatnonzero(seq_path)
 
-    def __init__(self, layout: TreeLayout, device: torch.device | str = "cpu") -> None:
-        self._layout = layout
-        self._device = torch.device(device)
-        self._parts = lru_cache(maxsize=4096)(self._make_parts)
-        self.get = lru_cache(maxsize=256)(self._make_shape)
+    def tensor(values: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))
 
-    def _make_parts(self, num_tokens: int, num_draft_tokens: int) -> _Parts:
-        return _Parts(self._layout, num_tokens, num_draft_tokens)
-
-    def _make_shape(
-        self, num_tokens: tuple[int, ...], num_draft_tokens: tuple[int, ...]
-    ) -> StepShape:
-        """Return the shape of a step; called as ``get``.
-
-        Args:
-            num_tokens: tokens that each request runs.
-            num_draft_tokens: how many of them are drafts; 0, or ``num_tokens - 1``.
-
-        """
-        counts = zip(num_tokens, num_draft_tokens, strict=True)
-        requests = [self._parts(*count) for count in counts]
-        token_start = _exclusive_sums([parts.num_tokens for parts in requests])
-        seq_start = _exclusive_sums([len(parts.query_lens) for parts in requests])
-        write_start = _exclusive_sums([len(parts.writes) for parts in requests])
-        query_lens = [length for parts in requests for length in parts.query_lens]
-        writes = [
-            (req, path, token_start[req] + token, offset)
-            for req, parts in enumerate(requests)
-            for path, token, offset in parts.writes
-        ]
-        commits = [(req, *commit) for req, parts in enumerate(requests) for commit in parts.commits]
-        slots = [(req, path, offset) for req, path, _, offset in writes] + commits
-        seqs = [
-            (req, path)
-            for req, parts in enumerate(requests)
-            for path in range(len(parts.query_lens))
-        ]
-        forks = [(seq, req, path) for seq, (req, path) in enumerate(seqs) if path > 0]
-        forked = [req for req, parts in enumerate(requests) if parts.is_forked]
-        return StepShape(
-            token_req=self._indices(
-                [req for req, parts in enumerate(requests) for _ in range(parts.num_tokens)]
-            ),
-            token_offset=self._indices([o for parts in requests for o in parts.token_offset]),
-            seq_req=self._indices([req for req, _ in seqs]),
-            seq_length=self._indices([n for parts in requests for n in parts.seq_length]),
-            query_start_loc=self._indices(
-                [*_exclusive_sums(query_lens), sum(query_lens)], torch.int32
-            ),
-            fork_seqs=self._indices([seq for seq, _, _ in forks]),
-            fork_req=self._indices([req for _, req, _ in forks]),
-            fork_path=self._indices([path for _, _, path in forks]),
-            write_token=self._indices([token for _, _, token, _ in writes]),
-            slot_seq=self._indices([seq_start[req] + path for req, path, _ in slots]),
-            slot_req=self._indices([req for req, _, _ in slots]),
-            slot_offset=self._indices([offset for _, _, offset in slots]),
-            node_write=self._indices(
-                [
-                    [write_start[req] + write for write in parts.node_write]
-                    for req, parts in enumerate(requests)
-                ]
-            ),
-            forked_reqs=self._indices(forked),
-            num_paths=self._indices([requests[req].num_paths for req in forked]),
-            max_query_len=max(query_lens),
-        )
-
-    def _indices(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    host = ForkIndices(
+        token_req=tensor(token_req),
+        token_offset=tensor(depth),
+        seq_req=tensor(seq_req),
+        seq_length=tensor(seq_length),
+        query_start_loc=tensor(np.append(seq_start, len(token_req))).to(torch.int32),
+        fork_seqs=tensor(forks),
+        fork_req=tensor(seq_req[forks]),
+        fork_path=tensor(seq_path[forks]),
+        write_token=tensor(token_start[writes.req] + writes.node),
+        slot_req=tensor(np.concatenate((writes.req, commits.req))),
+        slot_path=tensor(np.concatenate((seq_path[writes.seq], commits.path))),
+        slot_offset=tensor(np.concatenate((writes.offset, commits.offset))),
+        node_write=tensor(node_write),
+    )
+    return ForkStep(
+        host=host,
+        device=host.to(torch.device(device)),
+        num_tokens=num_tokens,
+        num_paths=num_paths,
+        num_mirrored=num_mirrored,
+        num_live=num_live,
+        max_query_len=int((seq_end - seq_start).max()) + 1,
+    )
 
 
-def _exclusive_sums(counts: Sequence[int]) -> list[int]:
-    sums, total = [], 0
-    for count in counts:
-        sums.append(total)
-        total += count
-    return sums
+@dataclass(frozen=True)
+class _Writes:
+    """[E] a step's writes: pseudo-sequence, request, node (or token's place) and offset."""
+
+    seq: IntArray
+    req: IntArray
+    node: IntArray
+    offset: IntArray
+
+
+def _writes(
+    trees: StepTrees,
+    runs_tree: NDArray[np.bool_],
+    seq_req: IntArray,
+    last_node: IntArray,
+    seq_length: IntArray,
+) -> _Writes:
+    """Write each pseudo-sequence's whole way from the root, not only what it adds."""
+    seq = np.repeat(np.arange(len(seq_req)), seq_length)
+    req = seq_req[seq]
+    offset = np.arange(len(seq)) - _starts(seq_length)[seq]
+    in_tree = runs_tree[req]
+    last = np.where(in_tree, last_node[seq], 0)
+    on_way = trees.ancestors[req, last, np.minimum(offset, trees.depth)]
+    return _Writes(seq, req, np.where(in_tree, on_way, offset), offset)
+
+
+@dataclass(frozen=True)
+class _Commits:
+    """[C] where a commit may write: request, fork path and offset."""
+
+    req: IntArray
+    path: IntArray
+    offset: IntArray
+
+
+def _commits(
+    seq_req: IntArray, seq_length: IntArray, num_paths: IntArray, num_live: IntArray
+) -> _Commits:
+    """Write what is accepted to all live paths; the step has the root in those that it ran."""
+    deepest = np.zeros_like(num_live)
+    np.maximum.at(deepest, seq_req, seq_length - 1)
+    kept = np.flatnonzero(num_live > 1)
+    req = np.repeat(kept, num_live[kept])
+    path = np.arange(len(req)) - np.repeat(_starts(num_live[kept]), num_live[kept])
+    has_root = path < num_paths[req]
+    counts = deepest[req] + ~has_root
+    pair = np.repeat(np.arange(len(req)), counts)
+    offset = np.arange(len(pair)) - _starts(counts)[pair] + has_root[pair]
+    return _Commits(req[pair], path[pair], offset)
+
+
+def _starts(counts: IntArray) -> IntArray:
+    """Exclusive cumulative sums."""
+    starts: IntArray = np.cumsum(counts) - counts
+    return starts
 
 
 def expand_block_table(
-    shape: StepShape,
+    indices: ForkIndices,
     geometry: ForkGeometry,
     block_table: Tensor,
     num_computed_tokens: Tensor,
@@ -262,7 +291,7 @@ def expand_block_table(
     """Return the block table of every pseudo-sequence.
 
     Args:
-        shape: the step's shape.
+        indices: the step's, on the device of the tables.
         geometry: layout of the forks in this KV-cache group.
         block_table: [B, W] the requests' block tables, at least as wide as any sequence is long.
         num_computed_tokens: [B] int64, tokens in the KV cache; the root is the next one.
@@ -272,41 +301,45 @@ def expand_block_table(
         [Q, W + ring]; entries behind a pseudo-sequence's last block are arbitrary.
 
     """
-    rows = block_table.index_select(0, shape.seq_req)
+    rows = block_table.index_select(0, indices.seq_req)
     rows = torch.nn.functional.pad(rows, (0, geometry.ring))
-    tail = (num_computed_tokens // geometry.block_size).index_select(0, shape.fork_req)
+    tail = (num_computed_tokens // geometry.block_size).index_select(0, indices.fork_req)
     block_idx = tail[:, None] + torch.arange(geometry.ring, device=block_table.device)
-    base = fork_base.index_select(0, shape.fork_req)
-    blocks = geometry.block(base[:, None], shape.fork_path[:, None], block_idx)
-    rows[shape.fork_seqs[:, None], block_idx] = blocks.to(rows.dtype)
+    base = fork_base.index_select(0, indices.fork_req)
+    blocks = geometry.block(base[:, None], indices.fork_path[:, None], block_idx)
+    rows[indices.fork_seqs[:, None], block_idx] = blocks.to(rows.dtype)
     return rows
 
 
 def write_slots(
-    shape: StepShape, geometry: ForkGeometry, rows: Tensor, num_computed_tokens: Tensor
+    indices: ForkIndices,
+    geometry: ForkGeometry,
+    block_table: Tensor,
+    num_computed_tokens: Tensor,
+    fork_base: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the [E] slots of a step's K/V writes and the [C] slots of its commit's, int64.
 
-    Args:
-        shape: the step's shape.
-        geometry: layout of the forks in this KV-cache group.
-        rows: [Q, >= W] block tables from `expand_block_table`.
-        num_computed_tokens: [B] int64.
-
+    The arguments are those of `expand_block_table`.
     """
-    positions = num_computed_tokens.index_select(0, shape.slot_req) + shape.slot_offset
-    blocks = rows[shape.slot_seq, positions // geometry.block_size].to(torch.int64)
+    positions = num_computed_tokens.index_select(0, indices.slot_req) + indices.slot_offset
+    block_idx = positions // geometry.block_size
+    own = block_table[indices.slot_req, block_idx].to(torch.int64)
+    base = fork_base.index_select(0, indices.slot_req)
+    forked = geometry.block(base, indices.slot_path, block_idx)
+    blocks = torch.where(indices.slot_path > 0, forked, own)
     slots = blocks * geometry.block_size + positions % geometry.block_size
-    return slots[: shape.num_writes], slots[shape.num_writes :]
+    num_writes = indices.write_token.numel()
+    return slots[:num_writes], slots[num_writes:]
 
 
 def commit_writes(
-    shape: StepShape, commit_slots: Tensor, path: Tensor, length: Tensor
+    indices: ForkIndices, commit_slots: Tensor, path: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the writes that put the accepted tokens into own blocks and mirrors.
 
     Args:
-        shape: the step's shape.
+        indices: the step's.
         commit_slots: [C] from `write_slots`.
         path: [B, D + 1] accepted nodes from the root on (`Acceptance.path`).
         length: [B] how many of them behind the root were accepted.
@@ -316,29 +349,37 @@ def commit_writes(
         K/V, and the slot it goes to or `PAD_SLOT`.
 
     """
-    req, offset = shape.slot_req[shape.num_writes :], shape.slot_offset[shape.num_writes :]
-    source = shape.node_write[req, path[req, offset]]
+    num_writes = indices.write_token.numel()
+    req, offset = indices.slot_req[num_writes:], indices.slot_offset[num_writes:]
+    source = indices.node_write[req, path[req, offset]]
     accepted = offset <= length.index_select(0, req)
     return source, commit_slots.where(accepted, PAD_SLOT)
 
 
 def mirror_copies(
-    num_paths: int, geometry: ForkGeometry, tail_block: Tensor, block_idx: Tensor, fork_base: Tensor
+    geometry: ForkGeometry,
+    first_path: Tensor,
+    num_paths: Tensor,
+    tail_block: Tensor,
+    block_idx: Tensor,
+    fork_base: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the whole-block copies that put requests' tails into their first forks.
+    """Return the whole-block copies that put requests' partial tail blocks into forks.
 
     Args:
-        num_paths: how many fork paths are to find the tail in place, the first one included.
         geometry: layout of the forks in this KV-cache group.
+        first_path: [M] first fork path, at least 1, of each request that is to find its tail.
+        num_paths: [M] all of its paths; those from ``first_path`` on get a copy.
         tail_block: [M] block that holds each request's partial tail.
         block_idx: [M] its index in the request's block table.
         fork_base: [M] first fork block of each request.
 
     Returns:
-        ``(source, destination)``, each [M * (num_paths - 1)] int64 block ids.
+        ``(source, destination)`` block ids, both int64 and of the same length.
 
     """
-    paths = torch.arange(1, num_paths, device=tail_block.device)
-    destination = geometry.block(fork_base[:, None], paths, block_idx[:, None])
-    source = tail_block.to(torch.int64)[:, None].expand_as(destination)
-    return source.flatten(), destination.flatten()
+    counts = num_paths - first_path
+    request = torch.repeat_interleave(counts)
+    place = torch.arange(len(request), device=counts.device)
+    path = place - (counts.cumsum(0) - counts)[request] + first_path[request]
+    return tail_block[request], geometry.block(fork_base[request], path, block_idx[request])

@@ -1,4 +1,4 @@
-"""Lossless acceptance: walk the tree along the tokens taken from the target's distribution."""
+"""Lossless acceptance: walk each tree along the tokens taken from the target's distribution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.rows import NodeRows
 
 #: Fills the places of an output row behind its last token, as in vLLM's ``RejectionSampler``.
 PLACEHOLDER_TOKEN_ID = -1
@@ -15,7 +15,7 @@ PLACEHOLDER_TOKEN_ID = -1
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What one step accepted, for B requests and a tree of depth D.
+    """What one step accepted, for B requests and trees of depth D at most.
 
     Attributes:
         node: [B] int64, the last accepted node; 0 if no draft was accepted.
@@ -32,9 +32,7 @@ class Acceptance:
     tokens: Tensor
 
 
-def accept_lossless(
-    layout: TreeLayout, target_tokens: Tensor, draft_tokens: Tensor, num_draft_tokens: Tensor
-) -> Acceptance:
+def accept_lossless(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor) -> Acceptance:
     """Accept the drafts that agree with the target's own tokens.
 
     From the root on, the child whose token is the one taken from the target's distribution at the
@@ -43,50 +41,37 @@ def accept_lossless(
     the same token the first counts.
 
     Args:
-        layout: the full tree.
+        rows: the step's trees.
         target_tokens: [B, N + 1] token taken from the target at each node.
-        draft_tokens: [B, N] token of each draft node.
-        num_draft_tokens: [B] how many of the nodes were verified, from the first on; what the
-            other columns hold does not matter.
+        draft_tokens: [B, N] token of each draft node; what it holds for nodes that a request does
+            not run does not matter.
 
     Returns:
         The acceptance. It is computed by a fixed number of tensor operations, on the tensors'
         device, without synchronising with the host.
 
     """
-    matches = _matching_nodes(layout, target_tokens, draft_tokens, num_draft_tokens)
-    on_path = matches[:, layout.depth_first_ancestors].all(dim=-1)
-    node = _first_chain(layout, on_path)
-    length = layout.depths[node]
-    path = layout.ancestors[node]
-    emitted = torch.arange(layout.depth + 1, device=node.device) <= length[:, None]
+    matches = _matching_nodes(rows, target_tokens, draft_tokens)
+    batch, num_nodes, width = rows.ancestors.shape
+    on_path = matches.gather(1, rows.ancestors.view(batch, -1)).view(batch, num_nodes, width)
+    # At most one child of a node matches, so the accepted nodes lie on one path.
+    node = torch.where(on_path.all(dim=-1), rows.depths, -1).argmax(dim=-1)
+    path = rows.ancestors[torch.arange(batch, device=node.device), node]
+    length = rows.depths.gather(1, node[:, None])
+    emitted = torch.arange(width, device=node.device) <= length
     tokens = target_tokens.gather(1, path).where(emitted, PLACEHOLDER_TOKEN_ID)
-    return Acceptance(node=node, length=length, path=path, tokens=tokens)
+    return Acceptance(node=node, length=length.squeeze(1), path=path, tokens=tokens)
 
 
-def _matching_nodes(
-    layout: TreeLayout, target_tokens: Tensor, draft_tokens: Tensor, num_draft_tokens: Tensor
-) -> Tensor:
-    """[B, N + 1] whether a node was verified and has the token taken at its parent."""
-    nodes = torch.arange(layout.num_nodes, device=target_tokens.device)
+def _matching_nodes(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor) -> Tensor:
+    """[B, N + 1] whether a node is run and the first child with the token taken at its parent."""
+    nodes = torch.arange(target_tokens.shape[1], device=target_tokens.device)
+    parents = rows.parents[:, 1:]
     matches = torch.ones_like(target_tokens, dtype=torch.bool)
-    matches[:, 1:] = draft_tokens == target_tokens[:, layout.parents[1:]]
-    return matches & (nodes <= num_draft_tokens[:, None])
-
-
-def _first_chain(layout: TreeLayout, on_path: Tensor) -> Tensor:
-    """[B] deepest node of the chain that takes the first matching child at every depth.
-
-    ``on_path`` is [B, N + 1] in depth-first order. There the first candidate of a depth is the
-    first matching child of the chosen node if it is below that node at all, because siblings'
-    subtrees do not interleave. If it is not, the chain ends above it.
-    """
-    levels = torch.arange(1, layout.depth + 1, device=on_path.device)
-    candidates = on_path[:, None, :] & (layout.depth_first_depths == levels[:, None])
-    found, place = candidates.max(dim=-1)
-    first = layout.depth_first[place]
-    above = torch.nn.functional.pad(first[:, :-1], (1, 0))
-    connected = found & (layout.parents[first] == above)
-    length = connected.cumprod(dim=-1).sum(dim=-1)
-    chain = torch.nn.functional.pad(first, (1, 0))
-    return chain.gather(1, length[:, None]).squeeze(1)
+    matches[:, 1:] = draft_tokens == target_tokens.gather(1, parents)
+    matches &= nodes <= rows.num_drafts[:, None]
+    # Siblings that match have the same token; only the first of them may stay.
+    is_sibling = parents[:, :, None] == parents[:, None, :]
+    is_later = (is_sibling & matches[:, None, 1:]).tril(-1).any(dim=-1)
+    matches[:, 1:] &= ~is_later
+    return matches

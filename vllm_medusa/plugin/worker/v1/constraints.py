@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,34 +23,33 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.penalties import _convert_to_tensors
 
-from vllm_medusa.plugin.worker.v1.node_rows import NodeRows
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.rows import NodeRows
 
 _FORBIDDEN = float("-inf")
 
 
 class NodeConstraints:
-    """Applies a batch's sampling constraints to the logits of all nodes."""
+    """Applies a batch's sampling constraints to the logits of all nodes of a step.
 
-    def __init__(self, layout: TreeLayout) -> None:
-        self._layout = layout
-        self._outputs: Sequence[list[int]] = ()
+    Args:
+        rows: whose rows the logits are.
+        draft_tokens: [B, N] token of each draft node.
+        outputs: the output tokens of each request so far; the lists that vLLM itself appends to.
 
-    def begin_step(self, outputs: Sequence[list[int]]) -> None:
-        """Tell whose logits come next: the output tokens of each request of the batch."""
+    """
+
+    def __init__(self, rows: NodeRows, draft_tokens: Tensor, outputs: Sequence[list[int]]) -> None:
+        self._rows = rows
+        self._draft_tokens = draft_tokens
         self._outputs = outputs
 
-    def apply(
-        self, logits: Tensor, rows: NodeRows, draft_tokens: Tensor, sampling: SamplingMetadata
-    ) -> Tensor:
+    def apply(self, logits: Tensor, sampling: SamplingMetadata) -> Tensor:
         """Apply everything that can change the most probable token, in vLLM's order.
 
         Follows ``Sampler.apply_logits_processors``.
 
         Args:
             logits: [R, V] float32, changed in place where possible.
-            rows: whose rows they are.
-            draft_tokens: [B, N] token of each draft node.
             sampling: the requests' parameters.
 
         """
@@ -61,40 +61,39 @@ class NodeConstraints:
             and not processors
         ):
             return logits
-        path_tokens = self._path_tokens(rows, draft_tokens)
+        rows = self._rows
         if sampling.allowed_token_ids_mask is not None:
             mask = sampling.allowed_token_ids_mask[: rows.num_requests]
             logits.masked_fill_(mask[rows.req], _FORBIDDEN)
         if sampling.bad_words_token_ids:
-            self._apply_bad_words(logits, rows, path_tokens, sampling.bad_words_token_ids)
+            self._apply_bad_words(logits, sampling.bad_words_token_ids)
         for processor in processors:
-            logits = self._apply_processor(processor, logits, rows, path_tokens)
+            logits = self._apply_processor(processor, logits)
         if not sampling.no_penalties:
-            logits = self._apply_penalties(logits, rows, path_tokens, sampling)
+            logits = self._apply_penalties(logits, sampling)
         return logits
 
-    def apply_argmax_invariant(
-        self, logits: Tensor, rows: NodeRows, draft_tokens: Tensor, sampling: SamplingMetadata
-    ) -> Tensor:
+    def apply_argmax_invariant(self, logits: Tensor, sampling: SamplingMetadata) -> Tensor:
         """Apply the processors that matter to random sampling only, after the temperature."""
-        processors = [p for p in sampling.logitsprocs.argmax_invariant if not _is_idle(p)]
-        if processors:
-            path_tokens = self._path_tokens(rows, draft_tokens)
-            for processor in processors:
-                logits = self._apply_processor(processor, logits, rows, path_tokens)
+        for processor in sampling.logitsprocs.argmax_invariant:
+            if not _is_idle(processor):
+                logits = self._apply_processor(processor, logits)
         return logits
 
-    def _path_tokens(self, rows: NodeRows, draft_tokens: Tensor) -> Tensor:
+    @cached_property
+    def _path_tokens(self) -> Tensor:
         """[R, D] tokens of the drafts on the way to each row's node, then -1."""
-        nodes = self._layout.ancestors[rows.node][:, 1:]
-        tokens = draft_tokens[rows.req[:, None], (nodes - 1).clamp(min=0)]
-        depths = torch.arange(1, self._layout.depth + 1, device=tokens.device)
+        rows = self._rows
+        nodes = rows.ancestors[rows.req, rows.node][:, 1:]
+        if not nodes.numel():
+            return nodes
+        tokens = self._draft_tokens[rows.req[:, None], (nodes - 1).clamp(min=0)]
+        depths = torch.arange(1, rows.max_depth + 1, device=tokens.device)
         return tokens.where(depths <= rows.depth[:, None], -1)
 
-    def _apply_penalties(
-        self, logits: Tensor, rows: NodeRows, path_tokens: Tensor, sampling: SamplingMetadata
-    ) -> Tensor:
+    def _apply_penalties(self, logits: Tensor, sampling: SamplingMetadata) -> Tensor:
         """Follows vLLM's ``apply_penalties``, with the path's tokens counted for each row."""
+        rows, path_tokens = self._rows, self._path_tokens
         vocab_size = logits.shape[1]
         num_requests = rows.num_requests
         _, prompt_mask = get_token_bin_counts_and_mask(
@@ -113,14 +112,9 @@ class NodeConstraints:
         logits -= sampling.presence_penalties[rows.req, None] * mask
         return logits
 
-    def _apply_bad_words(
-        self,
-        logits: Tensor,
-        rows: NodeRows,
-        path_tokens: Tensor,
-        bad_words: dict[int, list[list[int]]],
-    ) -> None:
+    def _apply_bad_words(self, logits: Tensor, bad_words: dict[int, list[list[int]]]) -> None:
         """Forbid the last token of each bad word whose other tokens end the node's history."""
+        rows, path_tokens = self._rows, self._path_tokens
         for req, words in bad_words.items():
             mine = slice(rows.starts[req], rows.starts[req + 1])
             longest = max(len(word) for word in words) - 1
@@ -141,28 +135,16 @@ class NodeConstraints:
         window = torch.arange(count, device=depth.device)
         return history.gather(1, depth[:, None] + window)
 
-    def _apply_processor(
-        self,
-        processor: LogitsProcessor,
-        logits: Tensor,
-        rows: NodeRows,
-        path_tokens: Tensor,
-    ) -> Tensor:
+    def _apply_processor(self, processor: LogitsProcessor, logits: Tensor) -> Tensor:
         if isinstance(processor, MinTokensLogitsProcessor):
-            return _apply_min_tokens(processor, logits, rows)
+            return _apply_min_tokens(processor, logits, self._rows)
         if isinstance(processor, LogitBiasLogitsProcessor):
-            return _apply_logit_bias(processor, logits, rows)
+            return _apply_logit_bias(processor, logits, self._rows)
         if isinstance(processor, MinPLogitsProcessor):
-            return _apply_min_p(processor, logits, rows)
-        return self._apply_custom(processor, logits, rows, path_tokens)
+            return _apply_min_p(processor, logits, self._rows)
+        return self._apply_custom(processor, logits)
 
-    def _apply_custom(
-        self,
-        processor: LogitsProcessor,
-        logits: Tensor,
-        rows: NodeRows,
-        path_tokens: Tensor,
-    ) -> Tensor:
+    def _apply_custom(self, processor: LogitsProcessor, logits: Tensor) -> Tensor:
         """Apply a processor of the user's, whose interface knows one row per request.
 
         It is called once per node with a batch of that node's rows, the requests' output lists
@@ -170,9 +152,10 @@ class NodeConstraints:
         processor was loaded.
         """
         result = logits.clone()
-        path_of_row = path_tokens.tolist()
+        rows = self._rows
+        path_of_row = self._path_tokens.tolist()
         for node in range(int(rows.row.shape[1])):
-            present = (rows.num_draft_tokens >= node).nonzero().flatten()
+            present = (rows.num_drafts >= node).nonzero().flatten()
             if not len(present):
                 break
             node_rows = rows.row[:, node]

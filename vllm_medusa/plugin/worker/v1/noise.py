@@ -70,13 +70,11 @@ class PositionNoise:
     """Hands out the draws of each request's next positions.
 
     Args:
-        num_positions: positions of one step: tree depth + 1.
         use_fp64_gumbel: vLLM's setting of that name.
 
     """
 
-    def __init__(self, num_positions: int, use_fp64_gumbel: bool) -> None:
-        self._num_positions = num_positions
+    def __init__(self, use_fp64_gumbel: bool) -> None:
         self._draws: SeedDraws | ExponentialDraws
         if current_platform.is_cpu() and not use_fp64_gumbel:
             self._draws = SeedDraws()
@@ -88,7 +86,7 @@ class PositionNoise:
     def draw(
         self,
         req_ids: Sequence[str],
-        num_requests: int,
+        shape: tuple[int, int],
         generators: dict[int, Generator],
         logits: Tensor,
     ) -> Tensor:
@@ -96,19 +94,19 @@ class PositionNoise:
 
         Args:
             req_ids: the batch's requests; not read where none has a generator.
-            num_requests: B.
+            shape: B and D + 1, the depth of the step's deepest tree and one.
             generators: generators of those with a seed, by their index in the batch; requests whose
                 sample will be thrown away must not be among them.
             logits: [R, V] float32.
 
         """
         self._drop_used()
-        draws = self._draws.batch(num_requests, self._num_positions, logits)
+        draws = self._draws.batch(*shape, logits)
         for index, generator in generators.items():
             waiting = self._waiting.setdefault(req_ids[index], [])
-            while len(waiting) < self._num_positions:
+            while len(waiting) < shape[1]:
                 waiting.append(self._draws.single(generator, logits))
-            draws[index] = torch.stack(waiting)
+            draws[index] = torch.stack(waiting[: shape[1]])
         return draws
 
     def sample(self, logits: Tensor, draws: Tensor) -> Tensor:

@@ -11,23 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.plugin.fork_pool import ForkPool
-from vllm_medusa.plugin.worker.v1.fork_slots import ForkSlots
+from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
+from vllm_medusa.plugin.worker.v1.step import Step
 from vllm_medusa.tree.forks import (
     ForkGeometry,
-    StepShape,
-    StepShapes,
+    ForkStep,
     commit_writes,
     expand_block_table,
     mirror_copies,
     write_slots,
 )
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.step_trees import IntArray
 from vllm_medusa.tree.verify import Acceptance
 
 
@@ -58,13 +59,13 @@ class _Layer:
     def _write_forked(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        shape = self._forks.shape
-        if shape is None:
+        forks = self._forks.forks
+        if forks is None:
             self._write(layer, key, value, kv_cache, slot_mapping)
             return
-        key = key.index_select(0, shape.write_token)
-        value = value.index_select(0, shape.write_token)
-        self._write(layer, key, value, kv_cache, self._forks.step_of(self._group).slots)
+        key = key.index_select(0, forks.device.write_token)
+        value = value.index_select(0, forks.device.write_token)
+        self._write(layer, key, value, kv_cache, self._forks.group_step(self._group).slots)
         self._kept = (key, value)
 
     def commit(self, source: Tensor, slots: Tensor) -> None:
@@ -85,7 +86,6 @@ class PathForks:
     """Verifies trees with the platform's own attention kernel.
 
     Args:
-        layout: the draft tree.
         pool: where the fork blocks are.
         attn_groups: vLLM's attention groups, by KV-cache group; their ``build_metadata`` is
             wrapped.
@@ -93,28 +93,24 @@ class PathForks:
         device: of the KV cache.
 
     Attributes:
-        shape: shape of the current step if it has forks, else None.
-        slots: which request holds which fork blocks.
+        forks: indices of the current step if it is forked, else None.
+        grants: which request holds which fork blocks.
 
     """
 
     def __init__(
         self,
-        layout: TreeLayout,
         pool: ForkPool,
         attn_groups: Sequence[Sequence[AttentionGroup]],
         layers: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self.shape: StepShape | None = None
-        self.slots = ForkSlots(pool.num_requests)
-        self._layout = layout
+        self.forks: ForkStep | None = None
+        self.grants = ForkGrants(pool.num_requests)
         self._pool = pool
         self._device = device
-        self._shapes = StepShapes(layout, device)
-        self._cpu_shapes = self._shapes if device.type == "cpu" else StepShapes(layout)
-        self._num_paths: dict[int, int] = {}
-        self._steps: list[_GroupStep] = []
+        self._step: Step
+        self._groups: list[_GroupStep] = []
         self._layers: list[list[_Layer]] = []
         self._caches: list[list[Tensor]] = []
         for group_idx, groups in enumerate(attn_groups):
@@ -127,80 +123,54 @@ class PathForks:
             for group in groups:
                 self._wrap_metadata(group, group_idx)
 
-    def num_paths(self, req: int) -> int:
-        """Return how many paths the batch's request ``req`` ran if it was forked, else 0."""
-        return self._num_paths.get(req, 0) if self.shape is not None else 0
+    def num_mirrored(self, req_ids: Sequence[str], num_computed: IntArray) -> IntArray:
+        """Return [B]: how many fork paths of each request hold its tail, at least 1."""
+        tokens = zip(req_ids, num_computed.tolist(), strict=True)
+        return np.array([self.grants.num_mirrored(*pair) for pair in tokens], dtype=np.int64)
 
-    def step_of(self, group: int) -> _GroupStep:
+    def group_step(self, group: int) -> _GroupStep:
         """Return what a KV-cache group needs in the current step."""
-        return self._steps[group]
+        return self._groups[group]
 
     def begin_step(
-        self,
-        req_ids: Sequence[str],
-        num_tokens: tuple[int, ...],
-        num_draft_tokens: tuple[int, ...],
-        num_computed_tokens: Tensor,
-        num_computed_tokens_cpu: Sequence[int],
-        block_tables: Sequence[Tensor],
-    ) -> StepShape | None:
-        """Prepare a step; return its shape if any request is forked.
+        self, step: Step, num_computed_tokens: Tensor, block_tables: Sequence[Tensor]
+    ) -> None:
+        """Prepare the forks of a step.
 
         Args:
-            req_ids: the batch's requests.
-            num_tokens: tokens each of them runs.
-            num_draft_tokens: how many of these are drafts.
-            num_computed_tokens: [B] tokens in the KV cache.
-            num_computed_tokens_cpu: the same, on the host.
+            step: the step.
+            num_computed_tokens: [B] tokens in the KV cache, on the device.
             block_tables: [B, W] of each KV-cache group.
 
         """
-        self.shape = None
-        if max(num_draft_tokens) <= self._layout.first_path_length:
-            return None
-        shape = self._shapes.get(num_tokens, num_draft_tokens)
-        self._host_shape = self._cpu_shapes.get(num_tokens, num_draft_tokens)
-        forked = self._host_shape.forked_reqs.tolist()
-        self._num_paths = dict(zip(forked, self._host_shape.num_paths.tolist(), strict=True))
-        computed = num_computed_tokens.to(torch.int64)
-        fork_slots = [0] * len(req_ids)
-        for req in forked:
-            fork_slots[req] = self.slots.get(req_ids[req])
-        slot = torch.tensor(fork_slots, device=self._device)
-        stale = [
-            req
-            for req in forked
-            if not self.slots.is_mirrored(
-                req_ids[req], num_computed_tokens_cpu[req], self._num_paths[req]
-            )
-        ]
-        longest = max(map(sum, zip(num_computed_tokens_cpu, num_tokens, strict=True)))
-        self._steps = []
+        self.forks = forks = step.plan.forks
+        if forks is None:
+            return
+        self._step = step
+        places = [self.grants.place_of(req_id) for req_id in step.req_ids]
+        place = torch.tensor(places, device=self._device)
+        self._computed = num_computed_tokens.to(torch.int64)
+        longest = int((step.num_computed + forks.num_tokens).max())
+        self._groups = []
         for group, geometry in enumerate(self._pool.geometries):
-            width = -(-longest // geometry.block_size)
-            table = block_tables[group][:, :width]
-            base = self._pool.group_base(group) + slot * geometry.blocks_per_request
-            if stale:
-                self._mirror_tails(group, geometry, table, base, stale, num_computed_tokens_cpu)
-            rows = expand_block_table(shape, geometry, table, computed, base)
-            slots, commit_slots = write_slots(shape, geometry, rows, computed)
-            self._steps.append(_GroupStep(rows, slots, commit_slots))
-        self._computed = computed
-        self.shape = shape
-        return shape
+            table = block_tables[group][:, : -(-longest // geometry.block_size)]
+            base = self._pool.group_base(group) + place * geometry.blocks_per_request
+            self._mirror_tails(group, geometry, table, base)
+            where = (forks.device, geometry, table, self._computed, base)
+            slots, commit_slots = write_slots(*where)
+            self._groups.append(_GroupStep(expand_block_table(*where), slots, commit_slots))
 
     def end_step(self) -> None:
         """Forget the current step, so that vLLM's next one runs as its own."""
-        self.shape = None
+        self.forks = None
 
     def commit(self, acceptance: Acceptance) -> None:
         """Write the accepted tokens' K/V to the requests' own blocks and to their forks."""
-        shape = self.shape
-        if shape is None:
+        if self.forks is None:
             return
-        for step, layers in zip(self._steps, self._layers, strict=True):
+        for step, layers in zip(self._groups, self._layers, strict=True):
             source, slots = commit_writes(
-                shape, step.commit_slots, acceptance.path, acceptance.length
+                self.forks.device, step.commit_slots, acceptance.path, acceptance.length
             )
             if self._device.type == "cpu":
                 # Nothing to wait for on the host: leave out what would be skipped.
@@ -211,25 +181,42 @@ class PathForks:
             for layer in layers:
                 layer.commit(source, slots)
 
-    def _mirror_tails(
-        self,
-        group: int,
-        geometry: ForkGeometry,
-        table: Tensor,
-        base: Tensor,
-        reqs: Sequence[int],
-        num_computed_tokens: Sequence[int],
-    ) -> None:
-        """Copy the partial tail blocks of requests whose forks do not hold them yet."""
-        size = geometry.block_size
-        reqs = [req for req in reqs if num_computed_tokens[req] % size]
-        if not reqs:
+    def note_committed(self, sampled: Sequence[Sequence[int]]) -> None:
+        """Note how far the forks of each request hold its tail, once its tokens are known.
+
+        Args:
+            sampled: [B] tokens that the step emitted; none for a chunk of a prompt.
+
+        """
+        if self.forks is None:
             return
-        rows = torch.tensor(reqs, device=self._device)
-        tail = torch.tensor([num_computed_tokens[r] // size for r in reqs], device=self._device)
-        num_paths = max(self._num_paths[req] for req in reqs)
+        for index in np.flatnonzero(self.forks.num_live > 1).tolist():
+            if sampled[index]:
+                computed = int(self._step.num_computed[index]) + len(sampled[index])
+                live = int(self.forks.num_live[index])
+                self.grants.set_mirrored(self._step.req_ids[index], computed, live)
+
+    def _mirror_tails(
+        self, group: int, geometry: ForkGeometry, table: Tensor, base: Tensor
+    ) -> None:
+        """Copy the partial tail blocks of requests to those of their forks that lack them."""
+        assert self.forks is not None
+        computed = self._step.num_computed
+        has_tail = computed % geometry.block_size > 0
+        missing = has_tail & (self.forks.num_paths > self.forks.num_mirrored)
+        if not missing.any():
+            return
+        reqs = np.flatnonzero(missing)
+        block_idx = computed[reqs] // geometry.block_size
+        rows = torch.from_numpy(reqs).to(self._device)
+        tails = table[rows, torch.from_numpy(block_idx).to(self._device)]
         source, destination = mirror_copies(
-            num_paths, geometry, table[rows, tail], tail, base[rows]
+            geometry,
+            torch.from_numpy(self.forks.num_mirrored[reqs]).to(self._device),
+            torch.from_numpy(self.forks.num_paths[reqs]).to(self._device),
+            tails.to(torch.int64),
+            torch.from_numpy(block_idx).to(self._device),
+            base[rows],
         )
         for cache in self._caches[group]:
             cache.index_copy_(0, destination, cache.index_select(0, source))
@@ -238,7 +225,7 @@ class PathForks:
         build = group.build_metadata
 
         def build_expanded(metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> Any:
-            if self.shape is not None:
+            if self.forks is not None:
                 metadata = self._expand(metadata, group_idx)
             return build(metadata, *args, **kwargs)
 
@@ -250,9 +237,9 @@ class PathForks:
 
     def _expand(self, metadata: CommonAttentionMetadata, group: int) -> CommonAttentionMetadata:
         """Return metadata in which every fork path is a sequence of its own."""
-        shape, host = self.shape, self._host_shape
-        assert shape is not None
-        seq_lens = self._computed.index_select(0, shape.seq_req) + shape.seq_length
+        assert self.forks is not None
+        indices, host = self.forks.device, self.forks.host
+        seq_lens = self._computed.index_select(0, indices.seq_req) + indices.seq_length
         upper_bound = metadata.seq_lens_cpu_upper_bound
         if upper_bound is not None:
             upper_bound = (
@@ -263,13 +250,13 @@ class PathForks:
             is_prefilling = is_prefilling[host.seq_req]
         return replace(
             metadata,
-            query_start_loc=shape.query_start_loc,
+            query_start_loc=indices.query_start_loc,
             query_start_loc_cpu=host.query_start_loc,
             seq_lens=seq_lens.to(metadata.seq_lens.dtype),
             seq_lens_cpu_upper_bound=upper_bound,
-            num_reqs=shape.num_seqs,
-            max_query_len=shape.max_query_len,
-            block_table_tensor=self._steps[group].rows,
+            num_reqs=self.forks.num_seqs,
+            max_query_len=self.forks.max_query_len,
+            block_table_tensor=self._groups[group].rows,
             is_prefilling=is_prefilling,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,

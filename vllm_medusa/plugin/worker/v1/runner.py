@@ -1,7 +1,7 @@
 """One step of the engine with draft trees: what is added to vLLM's V1 model runner.
 
 Read the methods in the order of a step: vLLM calls `_prepare_inputs`, builds the attention
-metadata and runs the model (through `attention.PathForks`), calls `_sample` (which ends in
+metadata and runs the model (through `path_forks.PathForks`), calls `_sample` (which ends in
 `sampler.TreeSampler`), then `_bookkeeping_sync` and `propose_draft_token_ids`.
 """
 
@@ -21,10 +21,11 @@ from vllm_medusa.plugin.fork_pool import fork_pool_of
 from vllm_medusa.plugin.identity import masks_trees
 from vllm_medusa.plugin.support import check_attention
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.plugin.worker.v1.drafting import Drafter, DraftingBatch, StaticDrafter
 from vllm_medusa.plugin.worker.v1.path_forks import PathForks
 from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
+from vllm_medusa.plugin.worker.v1.step import Step, StepPlanner
 from vllm_medusa.tree.layout import TreeLayout
-from vllm_medusa.tree.schedule import nodes_for_batch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,37 +41,39 @@ class MedusaRunnerMixin(_Base):
 
     drafter: MedusaProposer
     rejection_sampler: TreeSampler
+    tree_drafter: Drafter
     forks: PathForks | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tree_layout = TreeLayout.build(self.drafter.config.tree, self.device)
-        self.rejection_sampler = TreeSampler(self.sampler, self.tree_layout, self.device)
+        self._layout = TreeLayout.build(self.drafter.config.tree, self.device)
+        self.tree_drafter = StaticDrafter(self.drafter, self._layout)
+        self.rejection_sampler = TreeSampler(self.sampler, self.device)
         self.masks_trees = masks_trees(self.vllm_config)
         self.counters = counters.Counters()
+        self._planner = StepPlanner(self.device)
+        self._step: Step
+        self._parents: dict[str, tuple[int, ...]] = {}
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """Wrap the attention seams once the layers and their caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         is_profiling = kwargs.get("is_profiling", args[0] if args else False)
-        if self.tree_layout.tree.is_chain or is_profiling:
+        if self.drafter.config.tree.is_chain or is_profiling:
             return
         tables = self.input_batch.block_table.block_tables
         check_attention(self.attn_groups, [table.block_size for table in tables])
         pool = fork_pool_of(self.vllm_config, self.kv_cache_config, self.drafter.config)
-        self.forks = PathForks(
-            self.tree_layout,
-            pool,
-            self.attn_groups,
-            self.compilation_config.static_forward_context,
-            self.device,
-        )
+        layers = self.compilation_config.static_forward_context
+        self.forks = PathForks(pool, self.attn_groups, layers, self.device)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         """Give back what finished and preempted requests held."""
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         if self.forks is not None:
-            self.forks.slots.release(ended)
+            self.forks.grants.release(ended)
+        for req_id in ended:
+            self._parents.pop(req_id, None)
         self.rejection_sampler.noise.forget(scheduler_output.finished_req_ids)
         return super()._update_states(scheduler_output)
 
@@ -79,32 +82,54 @@ class MedusaRunnerMixin(_Base):
     ) -> Any:
         """Prepare the forks, and put the nodes at the positions of their depths."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        num_reqs = self.input_batch.num_reqs
-        self.rejection_sampler.begin_step(
-            self.input_batch.req_ids,
-            self.input_batch.req_output_token_ids,
-            np.nonzero(self.discard_request_mask.np[:num_reqs])[0].tolist(),
-        )
+        self._step = step = self._make_step(scheduler_output, num_scheduled_tokens)
+        self.rejection_sampler.step = step
         if self.forks is None:
             return prepared
-        drafts = scheduler_output.scheduled_spec_decode_tokens
+        num_reqs = len(step.req_ids)
+        computed = self.num_computed_tokens[:num_reqs]
         tables = self.input_batch.block_table.block_tables
-        shape = self.forks.begin_step(
-            self.input_batch.req_ids,
-            tuple(num_scheduled_tokens.tolist()),
-            tuple(_num_drafts(drafts.get(req_id)) for req_id in self.input_batch.req_ids),
-            self.num_computed_tokens[:num_reqs],
-            self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
-            [table.get_device_tensor(num_reqs) for table in tables],
+        self.forks.begin_step(
+            step, computed, [table.get_device_tensor(num_reqs) for table in tables]
         )
-        if shape is not None:
-            computed = self.num_computed_tokens[:num_reqs].to(torch.int64)
-            positions = computed.index_select(0, shape.token_req) + shape.token_offset
+        if step.plan.forks is not None:
+            indices, paths = step.plan.forks.device, step.plan.forks.num_paths
+            positions = computed.to(torch.int64)[indices.token_req] + indices.token_offset
             # In place: compiled graphs read this very buffer.
             self.positions[: positions.numel()].copy_(positions)
-            self.counters.forked_requests += shape.forked_reqs.numel()
-            self.counters.fork_paths += shape.fork_seqs.numel()
+            self.counters.forked_requests += int((paths > 1).sum())
+            self.counters.fork_paths += int((paths - 1).sum())
         return prepared
+
+    def _make_step(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Step:
+        """Gather what is known of the step before it runs."""
+        req_ids = self.input_batch.req_ids
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        drafts = [scheduled.get(req_id) or [] for req_id in req_ids]
+        # The scheduler gives a new request that has one token left to compute as many placeholders
+        # (-1) as others have drafts. They are run as tokens in a row; no target token equals one.
+        are_real = [bool(tokens) and tokens[0] >= 0 for tokens in drafts]
+        parents = [
+            self._parents[req_id][: len(tokens)] if is_real else (0,) * len(tokens)
+            for req_id, tokens, is_real in zip(req_ids, drafts, are_real, strict=True)
+        ]
+        num_reqs = len(req_ids)
+        computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        return Step(
+            req_ids=tuple(req_ids),
+            outputs=self.input_batch.req_output_token_ids,
+            discarded=frozenset(np.flatnonzero(self.discard_request_mask.np[:num_reqs]).tolist()),
+            drafts=drafts,
+            num_computed=computed,
+            plan=self._planner.plan(
+                num_scheduled_tokens[:num_reqs].astype(np.int64),
+                parents,
+                np.array(are_real, dtype=bool),
+                None if self.forks is None else self.forks.num_mirrored(req_ids, computed),
+            ),
+        )
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         if self.forks is not None:
@@ -160,65 +185,59 @@ class MedusaRunnerMixin(_Base):
         *args: Any,
     ) -> list[list[int]]:
         """Draft the next step's trees, for the requests that sampled a token in this one."""
-        acceptance = self.rejection_sampler.acceptance
-        self._count_acceptance(acceptance.node.tolist(), spec_decode_metadata.num_draft_tokens)
-        # Not by vLLM's own lookup, which 0.33 has for its V2 runner only.
-        sizes = self.drafter.config.sizes_by_batch
-        num_nodes = nodes_for_batch(sizes, len(sampled_token_ids)) if sizes else None
-        if num_nodes == 0 or not any(sampled_token_ids):
-            return [[] for _ in sampled_token_ids]
+        self._count_acceptance(sampled_token_ids)
+        if self.forks is not None:
+            self.forks.note_committed(sampled_token_ids)
         counts = spec_decode_metadata.cu_num_sampled_tokens
         roots = torch.nn.functional.pad(counts[:-1], (1, 0))
-        last = sample_hidden_states.index_select(0, roots + acceptance.node)
-        drafts = self._draft(last, sampled_token_ids)[:, :num_nodes].tolist()
-        return [
-            self._fit_drafts(index, tokens, draft)
-            for index, (tokens, draft) in enumerate(zip(sampled_token_ids, drafts, strict=True))
-        ]
+        last = sample_hidden_states.index_select(0, roots + self.rejection_sampler.acceptance.node)
+        drafts = self.tree_drafter.draft(
+            DraftingBatch(
+                req_ids=self._step.req_ids,
+                sampled=sampled_token_ids,
+                hidden_states=last,
+                max_paths=self._max_paths(sampled_token_ids),
+            )
+        )
+        for req_id, draft in zip(self._step.req_ids, drafts, strict=True):
+            self._parents[req_id] = draft.parents
+        return [draft.tokens for draft in drafts]
 
-    def _draft(self, hidden_states: Tensor, sampled_token_ids: list[list[int]]) -> Tensor:
-        """Return [B, N] drafts; tests put other sources of drafts here."""
-        return self.drafter.propose(hidden_states)
+    def _max_paths(self, sampled_token_ids: list[list[int]]) -> list[int]:
+        """Return how many fork paths the next tree of each request may have."""
+        wanted = self.tree_drafter.num_paths(len(sampled_token_ids))
+        if wanted == 1 or self.forks is None:
+            return [1] * len(sampled_token_ids)
+        max_paths = []
+        for req_id, sampled in zip(self._step.req_ids, sampled_token_ids, strict=True):
+            may_fork = bool(sampled) and self._may_fork(req_id)
+            max_paths.append(wanted if may_fork else 1)
+        return max_paths
 
-    def _fit_drafts(self, index: int, sampled: list[int], draft: list[int]) -> list[int]:
-        """Return as much of a request's tree as it can have verified in the next step."""
-        if not sampled:
-            return []
-        if self.forks is None:
-            return draft
-        req_id = self.input_batch.req_ids[index]
-        held = self.forks.slots
-        computed = int(self.input_batch.num_computed_tokens_cpu[index]) + len(sampled)
-        if num_paths := self.forks.num_paths(index):
-            held.set_mirrored(req_id, computed, num_paths)
-        if len(draft) <= self.tree_layout.first_path_length:
-            return draft
+    def _may_fork(self, req_id: str) -> bool:
+        """Grant a request fork blocks if it can use them and there are any left."""
+        assert self.forks is not None
         params = self.requests[req_id].sampling_params
         if params is not None and params.structured_outputs and not self.masks_trees:
-            return draft[: self.tree_layout.first_path_length]
-        if not held.acquire(req_id):
-            self.counters.chain_fallbacks += 1
-            logger.warning_once(
-                "All %d requests' fork blocks are in use: further requests draft the tree's first "
-                "path only. Raise max_tree_requests to give trees more of the KV cache.",
-                held.num_slots,
-            )
-            return draft[: self.tree_layout.first_path_length]
-        return draft
+            return False
+        if self.forks.grants.acquire(req_id):
+            return True
+        self.counters.chain_fallbacks += 1
+        logger.warning_once(
+            "All %d requests' fork blocks are in use: further requests draft the tree's first "
+            "path only. Raise max_tree_requests to give trees more of the KV cache.",
+            self.forks.grants.num_places,
+        )
+        return False
 
-    def _count_acceptance(self, nodes: list[int], num_draft_tokens: list[int]) -> None:
-        node_path = self.tree_layout.node_path.tolist()
-        for node, num_drafts in zip(nodes, num_draft_tokens, strict=True):
-            if num_drafts and node_path[node] > 0:
-                self.counters.commits += 1
-
-
-def _num_drafts(draft_token_ids: list[int] | None) -> int:
-    """Return how many drafts a request verifies; placeholders are none.
-
-    The scheduler gives a new request that has one token left to compute as many placeholders (-1)
-    as others have drafts. They are run as so many tokens in a row, and no target token equals one.
-    """
-    if not draft_token_ids or draft_token_ids[0] < 0:
-        return 0
-    return len(draft_token_ids)
+    def _count_acceptance(self, sampled_token_ids: list[list[int]]) -> None:
+        """Count the requests whose accepted path is not the first."""
+        if self._step.plan.forks is None:
+            return
+        lengths = self._step.plan.first_path_lengths
+        for drafts, sampled, length in zip(
+            self._step.drafts, sampled_token_ids, lengths, strict=True
+        ):
+            accepted = sampled[:-1]
+            if len(accepted) > length or accepted != drafts[: len(accepted)]:
+                self.counters.forks_accepted += 1

@@ -7,8 +7,6 @@ node's distribution is the one that vLLM would sample from had it arrived there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Generator, Tensor
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -19,9 +17,9 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
-from vllm_medusa.plugin.worker.v1.node_rows import NodeRows, NodeRowsCache
 from vllm_medusa.plugin.worker.v1.noise import PositionNoise
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.plugin.worker.v1.step import Step
+from vllm_medusa.tree.rows import NodeRows
 from vllm_medusa.tree.verify import Acceptance, accept_lossless
 
 
@@ -29,35 +27,17 @@ class TreeSampler(RejectionSampler):
     """Samples at every node of every request's tree and accepts what agrees.
 
     Attributes:
+        step: whose logits come next; set by the runner before each step.
         acceptance: what the last step accepted.
 
     """
 
+    step: Step
     acceptance: Acceptance
 
-    def __init__(self, sampler: Sampler, layout: TreeLayout, device: torch.device) -> None:
+    def __init__(self, sampler: Sampler, device: torch.device) -> None:
         super().__init__(sampler, None, device)
-        self._layout = layout
-        self._rows = NodeRowsCache(layout, device)
-        self._constraints = NodeConstraints(layout)
-        self.noise = PositionNoise(layout.depth + 1, self.use_fp64_gumbel)
-        self._req_ids: Sequence[str] = ()
-        self._discarded: frozenset[int] = frozenset()
-
-    def begin_step(
-        self, req_ids: Sequence[str], outputs: Sequence[list[int]], discarded: Sequence[int]
-    ) -> None:
-        """Tell the sampler whose logits come next.
-
-        Args:
-            req_ids: the batch's requests.
-            outputs: the output tokens of each, so far; the lists that vLLM itself appends to.
-            discarded: indices of those whose sample will be thrown away (chunks of a prompt).
-
-        """
-        self._req_ids = req_ids
-        self._discarded = frozenset(discarded)
-        self._constraints.begin_step(outputs)
+        self.noise = PositionNoise(self.use_fp64_gumbel)
 
     def forward(
         self,
@@ -75,7 +55,7 @@ class TreeSampler(RejectionSampler):
             sampling_metadata: the requests' sampling parameters.
 
         """
-        rows = self._rows.get(tuple(metadata.num_draft_tokens))
+        rows = self.step.rows
         raw = logits.to(torch.float32)
         keep_raw = _wants_logprobs(sampling_metadata) and not self.is_processed_logprobs_mode
         processed = raw.clone() if keep_raw else raw
@@ -83,13 +63,13 @@ class TreeSampler(RejectionSampler):
             draft_tokens = metadata.draft_token_ids.to(torch.int64)[rows.draft]
         else:
             draft_tokens = rows.draft
-        processed = self._constraints.apply(processed, rows, draft_tokens, sampling_metadata)
-        tokens, processed = self._sample(processed, rows, draft_tokens, sampling_metadata)
-        acceptance = accept_lossless(
-            self._layout, tokens.to(torch.int64)[rows.row], draft_tokens, rows.num_draft_tokens
-        )
+        constraints = NodeConstraints(rows, draft_tokens, self.step.outputs)
+        processed = constraints.apply(processed, sampling_metadata)
+        tokens, processed = self._sample(processed, rows, constraints, sampling_metadata)
+        acceptance = accept_lossless(rows, tokens.to(torch.int64)[rows.row], draft_tokens)
         self.acceptance = acceptance
-        self.noise.use(self._req_ids, self._generators(sampling_metadata), acceptance.length)
+        generators = self._generators(sampling_metadata)
+        self.noise.use(self.step.req_ids, generators, acceptance.length)
         return SamplerOutput(
             sampled_token_ids=acceptance.tokens.to(torch.int32),
             logprobs_tensors=self._logprobs(
@@ -98,7 +78,11 @@ class TreeSampler(RejectionSampler):
         )
 
     def _sample(
-        self, logits: Tensor, rows: NodeRows, draft_tokens: Tensor, sampling: SamplingMetadata
+        self,
+        logits: Tensor,
+        rows: NodeRows,
+        constraints: NodeConstraints,
+        sampling: SamplingMetadata,
     ) -> tuple[Tensor, Tensor]:
         """Return [R] tokens and the logits they were taken from."""
         if not sampling.all_random:
@@ -107,13 +91,12 @@ class TreeSampler(RejectionSampler):
                 return greedy, logits
         temperature = sampling.temperature[rows.req]
         logits = self.sampler.apply_temperature(logits, temperature, sampling.all_random)
-        logits = self._constraints.apply_argmax_invariant(logits, rows, draft_tokens, sampling)
+        logits = constraints.apply_argmax_invariant(logits, sampling)
         top_k = None if sampling.top_k is None else sampling.top_k[rows.req]
         top_p = None if sampling.top_p is None else sampling.top_p[rows.req]
         logits = apply_top_k_top_p(logits, top_k, top_p)
-        draws = self.noise.draw(
-            self._req_ids, rows.num_requests, self._generators(sampling), logits
-        )
+        shape = (rows.num_requests, rows.max_depth + 1)
+        draws = self.noise.draw(self.step.req_ids, shape, self._generators(sampling), logits)
         sampled = self.noise.sample(logits, draws[rows.req, rows.depth])
         if sampling.all_random:
             return sampled, logits
@@ -121,9 +104,8 @@ class TreeSampler(RejectionSampler):
         return torch.where(is_greedy, greedy, sampled.to(greedy.dtype)), logits
 
     def _generators(self, sampling: SamplingMetadata) -> dict[int, Generator]:
-        if not self._discarded:
-            return sampling.generators
-        return {i: g for i, g in sampling.generators.items() if i not in self._discarded}
+        discarded = self.step.discarded
+        return {i: g for i, g in sampling.generators.items() if i not in discarded}
 
     def _logprobs(
         self, logits: Tensor, rows: NodeRows, acceptance: Acceptance, sampling: SamplingMetadata

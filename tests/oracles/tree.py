@@ -34,7 +34,7 @@ def walk(
         ]
         if not children:
             return index[node], emitted
-        node = min(children)
+        node = min(children, key=index.__getitem__)
 
 
 def ancestor_tokens(tree: DraftTree, tokens: Sequence[int], node: int) -> list[int]:

@@ -1,0 +1,94 @@
+"""Who drafts the next step's trees, and what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.schedule import nodes_for_batch
+
+
+class Draft(NamedTuple):
+    """One request's draft tree.
+
+    Attributes:
+        tokens: of each draft node.
+        parents: parent of each draft node; 0 is the root, the first draft node is 1.
+
+    """
+
+    tokens: list[int]
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DraftingBatch:
+    """The requests that a step has sampled tokens of.
+
+    Attributes:
+        req_ids: the requests, B.
+        sampled: tokens that the step gave each; none for a chunk of a prompt.
+        hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
+        max_paths: fork paths that each request's next tree may have.
+
+    """
+
+    req_ids: Sequence[str]
+    sampled: Sequence[Sequence[int]]
+    hidden_states: Tensor
+    max_paths: Sequence[int]
+
+
+class Drafter(Protocol):
+    """Drafts trees."""
+
+    def num_paths(self, batch_size: int) -> int:
+        """Return how many fork paths its trees may have at a batch size."""
+
+    def draft(self, batch: DraftingBatch) -> list[Draft]:
+        """Return a tree for each request; one without nodes where nothing is to be drafted."""
+
+
+NO_DRAFT = Draft([], ())
+
+
+class StaticDrafter:
+    """Drafts the same tree for every request, or a part of it by batch size.
+
+    Args:
+        proposer: has the heads and the tree.
+        layout: of the tree.
+
+    """
+
+    def __init__(self, proposer: MedusaProposer, layout: TreeLayout) -> None:
+        self._proposer = proposer
+        self._layout = layout
+
+    def num_paths(self, batch_size: int) -> int:
+        """Return the fork paths of a batch size's tree."""
+        num_nodes = self._num_nodes(batch_size)
+        return sum(start <= num_nodes for start in self._layout.path_starts)
+
+    def draft(self, batch: DraftingBatch) -> list[Draft]:
+        """Return the tree, or its first path where a request may have no more."""
+        num_nodes = self._num_nodes(len(batch.req_ids))
+        if not num_nodes or not any(batch.sampled):
+            return [NO_DRAFT] * len(batch.req_ids)
+        ends = (*self._layout.path_starts[1:], num_nodes + 1)
+        rows = self._proposer.propose(batch.hidden_states)[:, :num_nodes].tolist()
+        drafts = []
+        for sampled, tokens, max_paths in zip(batch.sampled, rows, batch.max_paths, strict=True):
+            size = min(num_nodes, ends[min(max_paths, len(ends)) - 1] - 1) if sampled else 0
+            drafts.append(Draft(tokens[:size], self._layout.parents[:size]))
+        return drafts
+
+    def _num_nodes(self, batch_size: int) -> int:
+        """Look up a batch size: vLLM 0.33 does so for its V2 runner only."""
+        sizes = self._proposer.config.sizes_by_batch
+        return nodes_for_batch(sizes, batch_size) if sizes else len(self._layout.parents)
