@@ -11,11 +11,17 @@ from typing import Any
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.tree import named
-from vllm_medusa.tree.draft_tree import DraftTree, read_tree_file
+from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS, DraftTree, read_tree_file
 from vllm_medusa.tree.schedule import TreeSchedule
+from vllm_medusa.tree.step_trees import path_starts
 
 #: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
 CONFIG_KEY = "medusa"
+
+#: ``tree``: another tree for every request and step.
+DYNAMIC = "dynamic"
+#: Where the candidates of dynamic trees come from.
+SOURCES = ("heads", "text")
 
 #: vLLM's ``num_speculative_tokens_per_batch_size``: first batch size, last one, draft nodes.
 SizesByBatch = tuple[tuple[int, int, int], ...]
@@ -35,6 +41,7 @@ class MedusaOptions:
         acceptance: ``"lossless"`` is the only rule so far.
         max_tree_requests: how many requests may hold fork blocks at once; None: as many as an
             eighth of the KV cache allows. Requests beyond them draft a chain.
+        max_nodes, max_depth, sources, learn: of ``tree="dynamic"`` only, as in `DynamicTrees`.
 
     """
 
@@ -45,6 +52,10 @@ class MedusaOptions:
     num_speculative_tokens_per_batch_size: Sequence[Sequence[int]] | None = None
     acceptance: str = "lossless"
     max_tree_requests: int | None = None
+    max_nodes: int | None = None
+    max_depth: int | None = None
+    sources: Sequence[str] | None = None
+    learn: bool | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MedusaOptions:
@@ -83,7 +94,8 @@ class MedusaOptions:
                 "model is given there; name the heads' model, or leave revision out: heads in the "
                 "target's own repository come with the target's revision"
             )
-        for key in ("num_speculative_tokens", "max_tree_requests"):
+        self._check_dynamic()
+        for key in ("num_speculative_tokens", "max_tree_requests", "max_nodes", "max_depth"):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{key}={value!r} must be a positive integer")
@@ -94,6 +106,68 @@ class MedusaOptions:
                 f"tree={self.tree!r} must be 'auto', a tree's name, a tree file or a list of paths"
             )
 
+    def _check_dynamic(self) -> None:
+        """Check the keys that dynamic trees have and static ones do not."""
+        for key in ("max_nodes", "max_depth", "sources", "learn"):
+            if getattr(self, key) is not None and self.tree != DYNAMIC:
+                raise UserError(
+                    f"{key}={getattr(self, key)!r} bounds dynamic trees, but the tree is "
+                    f"{self.tree!r}; use tree='dynamic' or leave {key} out"
+                )
+        if self.tree == DYNAMIC and (
+            self.num_speculative_tokens is not None
+            or self.num_speculative_tokens_per_batch_size is not None
+        ):
+            raise UserError(
+                "num_speculative_tokens sizes static trees, but the tree is 'dynamic'; bound it "
+                "with max_nodes"
+            )
+        if self.max_nodes is not None and self.max_nodes > MAX_DRAFT_TOKENS:
+            raise UserError(
+                f"max_nodes={self.max_nodes} is over the {MAX_DRAFT_TOKENS} draft tokens that vLLM "
+                "verifies in a step; lower it"
+            )
+        if self.learn is not None and not isinstance(self.learn, bool):
+            raise UserError(f"learn={self.learn!r} must be true or false")
+        sources = self.sources
+        if sources is not None and (
+            not isinstance(sources, (list, tuple))
+            or not sources
+            or not set(sources) <= set(SOURCES)
+        ):
+            raise UserError(
+                f"sources={sources!r} must be a list of some of {', '.join(map(repr, SOURCES))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTrees:
+    """Bounds of trees that are made anew for every request and step.
+
+    Attributes:
+        max_nodes: draft nodes of a request's tree.
+        max_depth: depth of a tree; text goes on where the heads end.
+        max_paths: leaf paths of a tree. On vLLM's V1 runner each costs a sequence of its own.
+        sources: of candidates, some of `SOURCES`.
+        learn: whether probabilities go on being learnt while serving.
+
+    """
+
+    max_nodes: int = 16
+    max_depth: int = 12
+    max_paths: int = 8
+    sources: tuple[str, ...] = SOURCES
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class TreeLimits:
+    """What no draft tree of an engine exceeds: draft nodes, depth and fork paths."""
+
+    max_nodes: int
+    max_depth: int
+    max_paths: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class MedusaConfig:
@@ -102,10 +176,12 @@ class MedusaConfig:
     Attributes:
         heads: directory, file or hub name of the heads.
         revision: hub revision of the heads.
-        tree: the draft tree; with trees by batch size the largest, the others its first nodes.
+        tree: the draft tree; with trees by batch size the largest, the others its first nodes;
+            with dynamic trees the rank paths that the heads' nodes are chosen from.
         tree_name: how the tree was chosen, for messages.
         sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
         max_tree_requests: as in `MedusaOptions`.
+        dynamic: bounds of the trees if they are dynamic.
 
     """
 
@@ -115,6 +191,16 @@ class MedusaConfig:
     tree_name: str
     sizes_by_batch: SizesByBatch | None = None
     max_tree_requests: int | None = None
+    dynamic: DynamicTrees | None = None
+
+    @property
+    def limits(self) -> TreeLimits:
+        """What no draft tree exceeds."""
+        if self.dynamic is not None:
+            nodes, depth = self.dynamic.max_nodes, self.dynamic.max_depth
+            return TreeLimits(nodes, min(depth, nodes), min(self.dynamic.max_paths, nodes))
+        tree = self.tree
+        return TreeLimits(tree.num_draft_tokens, tree.depth, len(path_starts(tree.parents[1:])))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON; `from_dict` is the inverse."""
@@ -125,12 +211,13 @@ class MedusaConfig:
             "tree_name": self.tree_name,
             "sizes_by_batch": self.sizes_by_batch and [list(s) for s in self.sizes_by_batch],
             "max_tree_requests": self.max_tree_requests,
+            "dynamic": self.dynamic and dataclasses.asdict(self.dynamic),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MedusaConfig:
         """Rebuild a configuration from `to_dict`."""
-        sizes = values["sizes_by_batch"]
+        sizes, dynamic = values["sizes_by_batch"], values["dynamic"]
         return cls(
             heads=values["heads"],
             revision=values["revision"],
@@ -138,6 +225,7 @@ class MedusaConfig:
             tree_name=values["tree_name"],
             sizes_by_batch=sizes and tuple(tuple(size) for size in sizes),
             max_tree_requests=values["max_tree_requests"],
+            dynamic=dynamic and DynamicTrees(**{**dynamic, "sources": tuple(dynamic["sources"])}),
         )
 
 
@@ -148,6 +236,7 @@ class TreeChoice:
     tree: DraftTree
     tree_name: str
     sizes_by_batch: SizesByBatch | None = None
+    dynamic: DynamicTrees | None = None
 
 
 def resolve_tree(
@@ -170,6 +259,8 @@ def resolve_tree(
 
     """
     size, by_batch = request.num_speculative_tokens, request.num_speculative_tokens_per_batch_size
+    if request.tree == DYNAMIC:
+        return _dynamic_trees(request, num_heads, heads_tree)
     if by_batch is not None:
         choice = _sized_by_batch(request, by_batch, num_heads, heads_tree)
     elif request.tree == "auto" and size is None and heads_schedule is not None:
@@ -209,6 +300,21 @@ def _sized_by_batch(
         )
     tree = DraftTree.from_stages(stage.paths for stage in stages)
     return TreeChoice(tree, f"{request.tree}, {counts} nodes by batch size", sizes)
+
+
+def _dynamic_trees(
+    request: MedusaOptions, num_heads: int, heads_tree: Sequence[Sequence[int]] | None
+) -> TreeChoice:
+    paths = heads_tree or named.default_paths(num_heads, MAX_DRAFT_TOKENS)
+    tree = DraftTree.from_paths(paths[:MAX_DRAFT_TOKENS])
+    tree.check_heads(num_heads)
+    keys = ("max_nodes", "max_depth", "sources", "learn")
+    given = {key: getattr(request, key) for key in keys if getattr(request, key) is not None}
+    if "sources" in given:
+        given["sources"] = tuple(given["sources"])
+    dynamic = DynamicTrees(**given)
+    name = f"dynamic, up to {dynamic.max_nodes} nodes of {' and '.join(dynamic.sources)}"
+    return TreeChoice(tree, name, dynamic=dynamic)
 
 
 def _auto_tree(

@@ -130,6 +130,7 @@ def _resolve(args: Any, request: MedusaOptions) -> MedusaConfig:
         tree=choice.tree,
         tree_name=choice.tree_name,
         sizes_by_batch=choice.sizes_by_batch,
+        dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
     )
 
@@ -140,7 +141,7 @@ def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
         "speculative_config": {
             "method": "custom_class",
             "model": PROPOSER_CLASS,
-            "num_speculative_tokens": config.tree.num_draft_tokens,
+            "num_speculative_tokens": config.limits.max_nodes,
         },
         "spec_method": None,
         "spec_model": None,

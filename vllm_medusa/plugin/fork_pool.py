@@ -14,7 +14,6 @@ from typing import Any
 from vllm_medusa.config import MedusaConfig
 from vllm_medusa.errors import UserError
 from vllm_medusa.tree.forks import ForkGeometry
-from vllm_medusa.tree.layout import TreeLayout
 
 #: Share of the KV cache that forks take if the user does not say how many requests may have them.
 _DEFAULT_SHARE = 1 / 8
@@ -103,8 +102,8 @@ def fork_pool_of(vllm_config: Any, kv_cache_config: Any, config: MedusaConfig) -
 
     """
     return plan_fork_pool(
-        TreeLayout.build(config.tree).num_paths,
-        config.tree.depth,
+        config.limits.max_paths,
+        config.limits.max_depth,
         kv_cache_config.num_blocks,
         [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups],
         vllm_config.model_config.max_model_len,

@@ -36,7 +36,7 @@ def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
     """
     for setting, value, is_refused, reason in [
         *_refused_always(vllm_config),
-        *([] if config.tree.is_chain else _refused_with_forks(vllm_config)),
+        *([] if config.limits.max_paths == 1 else _refused_with_forks(vllm_config)),
     ]:
         if is_refused:
             raise UserError(f"{setting}={value!r} is not supported with Medusa: {reason}")
@@ -160,7 +160,7 @@ def check_attention(attn_groups: Sequence[Sequence[Any]], block_sizes: Sequence[
 
 
 def _check_token_budget(vllm_config: Any, config: MedusaConfig) -> None:
-    nodes = config.tree.num_draft_tokens + 1
+    nodes = config.limits.max_nodes + 1
     for setting in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         budget = getattr(vllm_config.scheduler_config, setting)
         if budget is not None and nodes > budget:

@@ -53,7 +53,7 @@ def patch_engine_core() -> None:
 
 
 def _log_start(config: MedusaConfig, pool: ForkPool, kv_cache_config: Any) -> None:
-    tree = config.tree
+    limits = config.limits
     cache_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
     fork_mib = cache_bytes * pool.num_blocks / kv_cache_config.num_blocks / 2**20
     logger.info(
@@ -61,9 +61,9 @@ def _log_start(config: MedusaConfig, pool: ForkPool, kv_cache_config: Any) -> No
         "%d requests in %d KV blocks (%.1f MiB)",
         config.heads,
         config.tree_name,
-        tree.num_draft_tokens,
-        len(tree.leaves),
-        tree.depth,
+        limits.max_nodes,
+        limits.max_paths,
+        limits.max_depth,
         pool.num_requests,
         pool.num_blocks,
         fork_mib,

@@ -59,7 +59,7 @@ class MedusaRunnerMixin(_Base):
         """Wrap the attention seams once the layers and their caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         is_profiling = kwargs.get("is_profiling", args[0] if args else False)
-        if self.drafter.config.tree.is_chain or is_profiling:
+        if self.drafter.config.limits.max_paths == 1 or is_profiling:
             return
         tables = self.input_batch.block_table.block_tables
         check_attention(self.attn_groups, [table.block_size for table in tables])
