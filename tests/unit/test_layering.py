@@ -23,12 +23,13 @@ ROOMS: dict[str, set[str]] = {
     "files": {"errors"},
     "reporting": {"errors", "files"},
     "tree": {"errors"},
+    "draft": {"errors", "tree"},
     "heads": {"errors", "tree"},
     "config": {"errors", "tree"},
     "data": {"errors", "files"},
     "target": {"errors", "heads", "data"},
     "acceptance": {"errors", "tree", "heads", "target", "reporting"},
-    "plugin": {"errors", "tree", "heads", "config"},
+    "plugin": {"errors", "tree", "draft", "heads", "config"},
     "engines": {"errors", "data", "target", "plugin"},
     "stepcost": {"errors", "files", "tree", "engines", "reporting"},
 }
@@ -40,7 +41,11 @@ ROOMS["cli"] = BELOW_TOOLS | TOOLS
 
 IMPORTS_VLLM = {"plugin", "engines"}
 # Pure packages import neither vLLM nor anything that brings it; these they may.
-PURE = {"tree": {"torch", "numpy"}, "heads": {"torch", "numpy", "safetensors", "huggingface_hub"}}
+PURE = {
+    "tree": {"torch", "numpy"},
+    "draft": {"numpy", "arctic_inference"},
+    "heads": {"torch", "numpy", "safetensors", "huggingface_hub"},
+}
 _MODULE_NAME = re.compile(rf"{PACKAGE}(\.[a-z_0-9]+)+")
 
 
@@ -186,6 +191,8 @@ def test_lengths() -> None:
         ("vllm_medusa.tree.verify", "from ..config import MedusaConfig"),
         ("vllm_medusa.tree.verify", "import transformers"),
         ("vllm_medusa.heads.module", "import vllm_medusa.config"),
+        ("vllm_medusa.draft.merge", "from vllm_medusa.heads import module"),
+        ("vllm_medusa.draft.merge", "import torch"),
     ],
 )
 def test_offence_is_found(module: str, source: str) -> None:

@@ -1,0 +1,164 @@
+"""Merging and choosing nodes, slowly and obviously; and random candidates to compare on.
+
+A tree is a dict from a node's path, the tuple of its tokens from the root, to what is said of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import strategies as st
+
+from vllm_medusa.draft.types import Candidates, Draft, Guesses, Source
+
+Path = tuple[int, ...]
+#: Of a node: its probability given its parent, and its sources.
+Tree = dict[Path, tuple[float, int]]
+
+NUM_TOKENS = 6
+
+
+@dataclass
+class Case:
+    """What the sources propose to B requests."""
+
+    rank_paths: list[Path]
+    guesses: Guesses | None
+    trees: list[list[Tree]]  # source by source, request by request
+
+    @property
+    def proposals(self) -> list[Candidates]:
+        return [as_candidates(trees) for trees in self.trees]
+
+
+def as_candidates(trees: Sequence[Tree]) -> Candidates:
+    """The trees of all requests as one source's candidates."""
+    depth = max((len(path) for tree in trees for path in tree), default=0)
+    rows: list[tuple[int, int, int, float, int]] = []
+    place: dict[tuple[int, Path], int] = {(b, ()): -1 for b in range(len(trees))}
+    levels = [0]
+    for d in range(1, depth + 1):
+        for b, tree in enumerate(trees):
+            for path, (probability, source) in tree.items():
+                if len(path) == d:
+                    place[b, path] = len(rows)
+                    rows.append((b, place[b, path[:-1]], path[-1], probability, source))
+        levels.append(len(rows))
+    if not rows:
+        return Candidates.none()
+    request, parents, tokens, probability, source = map(np.array, zip(*rows, strict=True))
+    return Candidates(request, parents, tokens, probability, source, np.array(levels))
+
+
+def heads_tree(rank_paths: Sequence[Path], guesses: Guesses, request: int) -> Tree:
+    tree: Tree = {}
+    for ranks in rank_paths:
+        path = tuple(int(guesses.tokens[request, d, r]) for d, r in enumerate(ranks))
+        last = float(guesses.probability[request, len(ranks) - 1, ranks[-1]])
+        tree[path] = (last, int(Source.HEADS))
+    return tree
+
+
+def merged(trees: Sequence[Tree]) -> Tree:
+    result: Tree = {}
+    for tree in trees:
+        for path, (probability, source) in tree.items():
+            before = result.get(path, (0.0, 0))
+            result[path] = (max(before[0], probability), before[1] | source)
+    return result
+
+
+def path_probability(tree: Tree, path: Path) -> float:
+    product = 1.0
+    for depth in range(1, len(path) + 1):
+        product *= tree[path[:depth]][0]
+    return product
+
+
+def merge_slowly(case: Case, num_requests: int) -> list[dict[Path, tuple[float, int]]]:
+    """Of each request: path -> probability from the root on, and sources."""
+    results = []
+    for b in range(num_requests):
+        trees = [source[b] for source in case.trees]
+        if case.guesses is not None:
+            trees.append(heads_tree(case.rank_paths, case.guesses, b))
+        tree = merged(trees)
+        results.append({path: (path_probability(tree, path), s) for path, (_, s) in tree.items()})
+    return results
+
+
+def paths_of(draft: Draft) -> list[Path]:
+    """The path of each node; fails where a parent does not come before its child."""
+    paths: list[Path] = [()]
+    for token, parent in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True):
+        paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+def num_forks(paths: Sequence[Path]) -> int:
+    """Leaves beyond the first of a tree."""
+    inner = {path[:-1] for path in paths}
+    return max(0, sum(path not in inner for path in paths) - 1)
+
+
+def closed_sets(probability: Mapping[tuple[int, Path], float]) -> list[set[tuple[int, Path]]]:
+    """All choices of nodes that hold the parents of their nodes."""
+    names = list(probability)
+    found = []
+    for flags in itertools.product((False, True), repeat=len(names)):
+        chosen = {name for name, flag in zip(names, flags, strict=True) if flag}
+        if all(len(path) == 1 or (b, path[:-1]) in chosen for b, path in chosen):
+            found.append(chosen)
+    return found
+
+
+# Unlike one another, so that the order of nodes is never a matter of rounding.
+probabilities = st.integers(1, 997).map(lambda n: n / 1000)
+
+
+@st.composite
+def trees(draw: st.DrawFn, source: Source, max_nodes: int, max_depth: int) -> Tree:
+    tree: Tree = {}
+    for _ in range(draw(st.integers(0, max_nodes))):
+        parent = draw(st.sampled_from([(), *tree]))
+        if len(parent) < max_depth:
+            path = (*parent, draw(st.integers(0, NUM_TOKENS - 1)))
+            tree.setdefault(path, (draw(probabilities), int(source)))
+    return tree
+
+
+@st.composite
+def rank_paths(draw: st.DrawFn, num_heads: int, num_guesses: int) -> list[Path]:
+    paths: list[Path] = []
+    for _ in range(draw(st.integers(1, 12))):
+        parent = draw(st.sampled_from([(), *paths]))
+        path = (*parent, draw(st.integers(0, num_guesses - 1)))
+        if len(path) <= num_heads and path not in paths:
+            paths.append(path)
+    return paths
+
+
+@st.composite
+def cases(draw: st.DrawFn, num_requests: int, max_nodes: int = 10, max_depth: int = 5) -> Case:
+    num_heads, num_guesses = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    guesses = None
+    if draw(st.integers(0, 4)):
+        tokens = [
+            [draw(st.permutations(range(NUM_TOKENS)))[:num_guesses] for _ in range(num_heads)]
+            for _ in range(num_requests)
+        ]
+        size = num_requests * num_heads * num_guesses
+        given = draw(st.lists(probabilities, min_size=size, max_size=size))
+        guesses = Guesses(
+            np.array(tokens).reshape(num_requests, num_heads, num_guesses),
+            np.array(given).reshape(num_requests, num_heads, num_guesses),
+        )
+    sources = draw(st.lists(st.sampled_from([Source.TEXT, Source.SUFFIX]), max_size=3))
+    others = [
+        [draw(trees(source, max_nodes, max_depth)) for _ in range(num_requests)]
+        for source in sources
+    ]
+    return Case(draw(rank_paths(num_heads, num_guesses)), guesses, others)

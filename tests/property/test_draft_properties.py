@@ -1,0 +1,180 @@
+"""Merging and choosing draft nodes against slow, obvious forms of the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import draft_oracle as oracle
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
+from vllm_medusa.draft.costs import CostCurve
+from vllm_medusa.draft.merge import Nodes, join, merge
+from vllm_medusa.draft.superset import Superset
+from vllm_medusa.draft.types import Drafts
+
+
+def superset_of(case: oracle.Case) -> Superset:
+    if case.guesses is None:
+        return Superset.from_paths(case.rank_paths, 9, 9)
+    return Superset.from_paths(case.rank_paths, *case.guesses.tokens.shape[1:])
+
+
+def nodes_of(case: oracle.Case, pool: int = UNLIMITED) -> Nodes:
+    return merge(superset_of(case), case.guesses, case.proposals, pool)
+
+
+def ranked_of(case: oracle.Case, limits: list[int], **bounds: float) -> Ranked:
+    return rank(nodes_of(case), np.array(limits), **bounds)
+
+
+def as_dicts(drafts: Drafts) -> list[dict[oracle.Path, tuple[float, int]]]:
+    return [
+        dict(
+            zip(
+                oracle.paths_of(draft),
+                zip(draft.probability.tolist(), draft.source.tolist(), strict=True),
+                strict=True,
+            )
+        )
+        for draft in drafts
+    ]
+
+
+def same_trees(left: list[dict], right: list[dict]) -> bool:
+    return [tree.keys() for tree in left] == [tree.keys() for tree in right] and all(
+        a[path] == (pytest.approx(b[path][0]), b[path][1])
+        for a, b in zip(left, right, strict=True)
+        for path in a
+    )
+
+
+@given(oracle.cases(num_requests=2))
+def test_merged_trees(case: oracle.Case) -> None:
+    """Equal tokens under one parent are one node; the largest probability counts."""
+    drafts = ranked_of(case, [99, 99]).drafts
+    assert same_trees(as_dicts(drafts), oracle.merge_slowly(case, 2))
+
+
+@given(oracle.cases(num_requests=3), st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_every_prefix_is_a_tree_of_the_likeliest(case: oracle.Case, limits: list[int]) -> None:
+    drafts = ranked_of(case, limits).drafts
+    for draft, limit, tree in zip(drafts, limits, oracle.merge_slowly(case, 3), strict=True):
+        paths = oracle.paths_of(draft)
+        assert len(paths) == len(set(paths)) == min(limit, len(tree))
+        assert draft.depths.tolist() == [len(path) for path in paths]
+        assert (np.diff(draft.probability) <= 0).all()
+        likeliest = sorted((p for p, _ in tree.values()), reverse=True)[: len(paths)]
+        np.testing.assert_allclose(draft.probability, likeliest)
+
+
+@given(oracle.cases(num_requests=2), st.integers(1, 12))
+def test_pool_changes_nothing_within_it(case: oracle.Case, pool: int) -> None:
+    limits = np.array([pool, pool])
+    expected = as_dicts(rank(nodes_of(case), limits).drafts)
+    # Of equally likely nodes either may be kept.
+    found = as_dicts(rank(nodes_of(case, pool), limits).drafts)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            [p for p, _ in one.values()], [p for p, _ in other.values()], rtol=1e-12
+        )
+
+
+@given(oracle.cases(num_requests=2), st.integers(1, 4))
+def test_leaves_are_bounded(case: oracle.Case, max_leaves: int) -> None:
+    """A node is kept if the forks above it are among the likeliest ``max_leaves - 1``."""
+    drafts = ranked_of(case, [99, 99], max_leaves=max_leaves).drafts
+    for draft, unbounded in zip(drafts, ranked_of(case, [99, 99]).drafts, strict=True):
+        paths = oracle.paths_of(unbounded)
+        forks = [
+            path
+            for place, path in enumerate(paths)
+            if any(other[:-1] == path[:-1] for other in paths[:place])
+        ]
+        dropped = set(forks[max_leaves - 1 :])
+        expected = [
+            path
+            for path in paths
+            if not any(path[:depth] in dropped for depth in range(1, len(path) + 1))
+        ]
+        assert oracle.paths_of(draft) == expected
+        assert oracle.num_forks(expected) < max_leaves
+
+
+@given(oracle.cases(num_requests=2), st.floats(0, 1))
+def test_unlikely_nodes_are_left_out(case: oracle.Case, floor: float) -> None:
+    drafts = ranked_of(case, [99, 99], min_probability=floor).drafts
+    for draft, tree in zip(drafts, oracle.merge_slowly(case, 2), strict=True):
+        assert all(p >= floor for p in draft.probability)
+        assert len(draft) == pytest.approx(sum(p >= floor for p, _ in tree.values()))
+
+
+def curves(costs: list[float]) -> CostCurve:
+    """Of two requests, by number of drafts."""
+    return CostCurve({2: [(2 + drafts, ms) for drafts, ms in enumerate(costs)]})
+
+
+rising_costs = st.lists(st.floats(0.05, 3), min_size=9, max_size=9).map(
+    lambda steps: list(np.cumsum(steps))
+)
+
+
+@given(oracle.cases(num_requests=2, max_nodes=2, max_depth=2), rising_costs)
+def test_budget_is_the_best_of_all_choices(case: oracle.Case, costs: list[float]) -> None:
+    case.rank_paths = case.rank_paths[:2]
+    ranked = ranked_of(case, [4, 4])
+    best, _ = best_size(ranked, 2, curves(costs))
+    drafts = take(ranked, best)
+    probability = {
+        (b, path): p
+        for b, tree in enumerate(as_dicts(ranked.drafts))
+        for path, (p, _) in tree.items()
+    }
+    rates = [
+        (2 + sum(probability[name] for name in chosen)) / costs[len(chosen)]
+        for chosen in oracle.closed_sets(probability)
+    ]
+    assert (2 + drafts.probability.sum()) / costs[best] == pytest.approx(max(rates))
+    assert drafts.num_nodes.sum() == best
+
+
+@given(oracle.cases(num_requests=2), rising_costs, st.floats(0, 2))
+def test_forks_cost(case: oracle.Case, costs: list[float], fork_ms: float) -> None:
+    """The rate of every number of nodes counts the forks that its trees have."""
+    ranked = ranked_of(case, [4, 4])
+    model = CostCurve({2: [(2 + n, ms) for n, ms in enumerate(costs)]}, fork_ms=fork_ms)
+    best, rate = best_size(ranked, 2, model)
+    for size in range(len(ranked.order) + 1):
+        drafts = take(ranked, size)
+        forks = sum(oracle.num_forks(oracle.paths_of(draft)) for draft in drafts)
+        assert rate[size] == pytest.approx(
+            (2 + drafts.probability.sum()) / (costs[size] + fork_ms * forks)
+        )
+    assert rate[best] == rate.max()
+
+
+@given(oracle.cases(num_requests=3), st.integers(0, 30))
+def test_take_is_a_prefix_of_each_request(case: oracle.Case, size: int) -> None:
+    ranked = ranked_of(case, [9, 9, 9])
+    drafts = take(ranked, size)
+    for draft, whole in zip(drafts, ranked.drafts, strict=True):
+        assert oracle.paths_of(draft) == oracle.paths_of(whole)[: len(draft)]
+    left = np.sort(np.concatenate([d.probability for d in ranked.drafts]))[::-1]
+    np.testing.assert_allclose(np.sort(drafts.probability)[::-1], left[:size])
+
+
+@given(oracle.cases(num_requests=2))
+def test_joined_sources(case: oracle.Case) -> None:
+    joined = join(case.proposals)
+    expected = [oracle.merged([source[b] for source in case.trees]) for b in range(2)]
+    paths: list[oracle.Path] = []
+    found: list[oracle.Tree] = [{}, {}]
+    for place, parent in enumerate(joined.parents.tolist()):
+        above = paths[parent] if parent >= 0 else ()
+        paths.append((*above, int(joined.tokens[place])))
+        assert len(paths[-1]) == joined.depths[place]
+        entry = (float(joined.probability[place]), int(joined.source[place]))
+        found[joined.request[place]][paths[-1]] = entry
+    assert found == expected
+    assert len(paths) == sum(map(len, expected))

@@ -1,0 +1,78 @@
+"""What a step costs by requests, tokens and forks, in the shape that the budget reads."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from vllm_medusa.draft.types import Floats, Ints
+from vllm_medusa.errors import UserError
+
+#: Batch sizes whose curves are kept.
+_MAX_CURVES = 256
+
+
+class CostCurve:
+    """Milliseconds of a step, interpolated between measured ones and forced monotone.
+
+    Between two measured numbers of requests, as many drafts are taken to cost what lies between;
+    outside of them, as many tokens to cost the same. A curve goes on at its last slope.
+
+    Args:
+        points: by number of requests, the measured ``(tokens, ms)`` of steps of so many requests,
+            drafts among the tokens.
+        fork_ms: what each path beyond the first of a request costs in addition. On vLLM's V1
+            runner it is a pseudo-sequence that reads the request's context once more.
+        heads_ms: what running the heads costs.
+
+    Raises:
+        UserError: if there are no points, or one is not positive.
+
+    """
+
+    def __init__(
+        self,
+        points: Mapping[int, Sequence[tuple[int, float]]],
+        *,
+        fork_ms: float = 0.0,
+        heads_ms: float = 0.0,
+    ) -> None:
+        curves = {size: np.array(sorted(points[size]), dtype=np.float64) for size in sorted(points)}
+        if not curves or any(curve.size == 0 or curve.min() <= 0 for curve in curves.values()):
+            raise UserError(
+                "the step costs must have for some number of requests at least one point of a "
+                "positive number of tokens and a positive time; measure them again"
+            )
+        self._sizes = list(curves)
+        self._curves = list(curves.values())
+        self.fork_ms = fork_ms
+        self.heads_ms = heads_ms
+        self._table = lru_cache(_MAX_CURVES)(self._make_table)
+
+    def by_drafts(self, num_requests: int, max_drafts: int) -> Floats:
+        """Return [max_drafts + 1]: the time of a step by its drafts, without forks and heads."""
+        # Rounded up, so that few tables are made.
+        return self._table(num_requests, -(-max_drafts // 64) * 64)[: max_drafts + 1]
+
+    def _make_table(self, num_requests: int, max_drafts: int) -> Floats:
+        drafts = np.arange(max_drafts + 1)
+        sizes = self._sizes
+        if not sizes[0] < num_requests < sizes[-1]:
+            nearest = self._curves[0 if num_requests <= sizes[0] else -1]
+            return _curve_at(nearest, num_requests + drafts)
+        high = bisect_left(sizes, num_requests)
+        low = high - 1
+        share = (num_requests - sizes[low]) / (sizes[high] - sizes[low])
+        ms: Floats = (1 - share) * _curve_at(self._curves[low], sizes[low] + drafts)
+        return ms + share * _curve_at(self._curves[high], sizes[high] + drafts)
+
+
+def _curve_at(curve: Floats, tokens: Ints) -> Floats:
+    """Read a curve [points, 2] at numbers of tokens, beyond its end at its last slope."""
+    x, y = curve[:, 0], np.maximum.accumulate(curve[:, 1])
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
+    ms: Floats = np.interp(tokens, x, y) + slope * np.maximum(0, tokens - x[-1])
+    return ms

@@ -1,0 +1,109 @@
+"""The rank paths that the heads' trees are cut from, fixed when the engine starts.
+
+A node of the heads is named by its rank path, as in `vllm_medusa.tree`. Which paths are likely
+changes from step to step, but hardly ever is one of them beyond the few hundred likeliest of all.
+So each step works on the same paths: every probability is a gather, and no loop goes over nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_medusa.draft.types import Floats, Ints
+from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import DraftTree
+
+#: Paths that a superset holds at most: more cost time at every step and are never drafted.
+MAX_PATHS = 256
+
+
+@dataclass(frozen=True)
+class Superset:
+    """S rank paths of up to K heads with k guesses each, in the order of their depths.
+
+    Attributes:
+        parents: [S] place of each path's parent; S is the root.
+        cells: [S] place of each path's last guess in a [K, k] table of guesses.
+        depths: [S] from 1.
+        levels: [K + 1] where the paths of depth 1, 2, ... begin; the last is S.
+        children: [S + 2, k] place of each path's child by rank, -1 for none; row S is the root's,
+            the last row nobody's.
+
+    """
+
+    parents: Ints
+    cells: Ints
+    depths: Ints
+    levels: Ints
+    children: Ints
+
+    @classmethod
+    def from_paths(
+        cls, paths: Iterable[Sequence[int]], num_heads: int, num_guesses: int
+    ) -> Superset:
+        """Build the superset of the given paths, the likeliest first, of which `MAX_PATHS` count.
+
+        Raises:
+            UserError: if the paths are not a tree or go beyond the heads or their guesses.
+
+        """
+        first = list(paths)[:MAX_PATHS]
+        ordered = sorted({tuple(path) for path in first}, key=lambda path: (len(path), path))
+        place = {path: index for index, path in enumerate(ordered)} | {(): len(ordered)}
+        for path in ordered:
+            if not path or path[:-1] not in place:
+                raise UserError(f"the path {list(path)} of the superset has no parent; add it")
+            if len(path) > num_heads or max(path) >= num_guesses:
+                raise UserError(
+                    f"the path {list(path)} of the superset needs more than {num_heads} heads or "
+                    f"{num_guesses} guesses each; remove it"
+                )
+        children = np.full((len(ordered) + 2, num_guesses), -1, dtype=np.int64)
+        for path in ordered:
+            children[place[path[:-1]], path[-1]] = place[path]
+        depths = np.array([len(path) for path in ordered], dtype=np.int64)
+        cells = [num_guesses * (len(path) - 1) + path[-1] for path in ordered]
+        return cls(
+            parents=np.array([place[path[:-1]] for path in ordered], dtype=np.int64),
+            cells=np.array(cells, dtype=np.int64),
+            depths=depths,
+            levels=np.searchsorted(depths, np.arange(1, num_heads + 2)),
+            children=children,
+        )
+
+    @classmethod
+    def from_product(cls, probability: Floats, num_paths: int = MAX_PATHS) -> Superset:
+        """Build the superset of the paths with the largest product of probabilities.
+
+        Args:
+            probability: [K, k] of each head's guess of each rank.
+            num_paths: how many paths, `MAX_PATHS` at most.
+
+        """
+        num_heads, num_guesses = probability.shape
+        size = min(num_paths, MAX_PATHS)
+        found: list[tuple[float, tuple[int, ...]]] = []
+        beam: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
+        for row in probability.tolist():
+            longer = [(p * q, (*path, rank)) for p, path in beam for rank, q in enumerate(row)]
+            # A path among the likeliest of its depth has a parent among the likeliest of its own.
+            beam = sorted(longer, key=lambda item: (-item[0], item[1]))[:size]
+            found += beam
+        found.sort(key=lambda item: (-item[0], len(item[1]), item[1]))
+        return cls.from_paths([path for _, path in found[:size]], num_heads, num_guesses)
+
+    @classmethod
+    def of_tree(cls, tree: DraftTree) -> Superset:
+        """Build the superset that is a static tree."""
+        return cls.from_paths(tree.paths, tree.depth, tree.top_k)
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that the paths may use."""
+        return len(self.levels) - 1
