@@ -14,6 +14,7 @@ from vllm_medusa.config import CONFIG_KEY, MedusaConfig, MedusaOptions, resolve_
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
 from vllm_medusa.plugin.compat import check_version, patch, replaced
+from vllm_medusa.plugin.core.draft_parents import patch_scheduler
 from vllm_medusa.plugin.core.memory import patch_engine_core
 from vllm_medusa.plugin.core.structured_output import patch_structured_output
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, WORKER_CLASS
@@ -69,6 +70,7 @@ def _wrap_create_engine_config(original: Any) -> Any:
         # For an engine core in this process, whose plugins are loaded already.
         patch_engine_core()
         patch_structured_output()
+        patch_scheduler()
         # Here, because it imports what it patches.
         from vllm_medusa.plugin.metrics import patch_metrics
 

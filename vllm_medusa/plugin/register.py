@@ -31,7 +31,7 @@ from vllm_medusa.plugin import compat
 def register() -> None:
     """Make vLLM know ``medusa``; does nothing when called again in the same process."""
     from vllm_medusa.plugin import arguments, one_line_errors, sampling_params
-    from vllm_medusa.plugin.core import memory, structured_output
+    from vllm_medusa.plugin.core import draft_parents, memory, structured_output
 
     one_line_errors.install_one_line_errors()
     if not compat.is_supported_version():
@@ -47,6 +47,7 @@ def register() -> None:
     if "vllm.v1.engine.core" in sys.modules:
         memory.patch_engine_core()
         structured_output.patch_structured_output()
+        draft_parents.patch_scheduler()
         # It imports what it patches, which the engine core has imported by now.
         from vllm_medusa.plugin import metrics
 

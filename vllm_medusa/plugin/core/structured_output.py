@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_medusa.plugin.compat import patch, vllm_version
-from vllm_medusa.plugin.identity import masks_trees, medusa_config_of
-from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.plugin.core.draft_parents import parents_of
+from vllm_medusa.plugin.identity import masks_trees
+from vllm_medusa.tree.step_trees import depth_first_nodes
 
 
 def patch_structured_output() -> None:
@@ -67,16 +68,6 @@ def _masks_trees(manager: Any) -> bool:
     return known
 
 
-def _tree_of(manager: Any) -> DraftTree:
-    """The draft tree of a manager's configuration, likewise looked up once."""
-    tree: DraftTree | None = getattr(manager, "_medusa_tree", None)
-    if tree is None:
-        config = medusa_config_of(manager.vllm_config)
-        assert config is not None
-        tree = manager._medusa_tree = config.tree
-    return tree
-
-
 def _tree_bitmask(
     manager: Any,
     requests: dict[str, Any],
@@ -84,8 +75,8 @@ def _tree_bitmask(
     drafts: dict[str, list[int]],
 ) -> Any:
     """Return the packed masks of all rows: each request's root, then its drafts."""
-    tree = _tree_of(manager)
-    num_nodes = 1 + tree.num_draft_tokens
+    # As many as the speculative configuration says: the most that a tree may have.
+    num_nodes = 1 + manager.vllm_config.speculative_config.num_speculative_tokens
     if manager._grammar_bitmask is None:
         rows = manager.vllm_config.scheduler_config.max_num_seqs * num_nodes
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
@@ -93,9 +84,10 @@ def _tree_bitmask(
     has_fixed_rows = not vllm_version().startswith("0.32")
     row = 0
     for req_id in req_ids:
-        grammar = requests[req_id].structured_output_request.grammar
-        tokens = drafts.get(req_id, [])
-        _fill_tree(manager, grammar, req_id, tokens, tree, row)
+        request, tokens = requests[req_id], drafts.get(req_id, [])
+        grammar = request.structured_output_request.grammar
+        parents = parents_of(request, tokens)
+        _fill_tree(manager, grammar, req_id, tokens, parents, row)
         row += num_nodes if has_fixed_rows else 1 + len(tokens)
     return manager._grammar_bitmask[:row].numpy()
 
@@ -105,7 +97,7 @@ def _fill_tree(
     grammar: Any,
     req_id: str,
     tokens: Sequence[int],
-    tree: DraftTree,
+    parents: Sequence[int],
     first_row: int,
 ) -> None:
     """Fill the rows of one request; the grammar is left in the state it was in.
@@ -115,10 +107,8 @@ def _fill_tree(
     """
     _fill_row(manager, grammar, first_row, True)
     entered = [0]
-    for node in tree.depth_first:
-        if node > len(tokens):
-            continue
-        parent, token = tree.parents[node], tokens[node - 1]
+    for node in depth_first_nodes(parents):
+        parent, token = parents[node - 1], tokens[node - 1]
         allowed = False
         if parent in entered:
             above = entered.index(parent) + 1

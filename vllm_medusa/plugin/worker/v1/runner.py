@@ -17,6 +17,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_medusa.plugin import counters
 from vllm_medusa.plugin.compat import plugin_logger
+from vllm_medusa.plugin.core.draft_parents import send_parents
 from vllm_medusa.plugin.fork_pool import fork_pool_of
 from vllm_medusa.plugin.identity import masks_trees
 from vllm_medusa.plugin.support import check_attention
@@ -202,6 +203,19 @@ class MedusaRunnerMixin(_Base):
         for req_id, draft in zip(self._step.req_ids, drafts, strict=True):
             self._parents[req_id] = draft.parents
         return [draft.tokens for draft in drafts]
+
+    def take_draft_token_ids(self) -> Any:
+        """Send the trees along whose nodes the engine core masks by a grammar."""
+        drafts = super().take_draft_token_ids()
+        if drafts is not None:
+            structured = [
+                req_id
+                for req_id in drafts.req_ids
+                if (params := self.requests[req_id].sampling_params) and params.structured_outputs
+            ]
+            if structured:
+                send_parents(drafts, {req_id: self._parents[req_id] for req_id in structured})
+        return drafts
 
     def _max_paths(self, sampled_token_ids: list[list[int]]) -> list[int]:
         """Return how many fork paths the next tree of each request may have."""
