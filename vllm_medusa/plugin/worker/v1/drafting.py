@@ -35,6 +35,7 @@ class DraftingBatch:
         sampled: tokens that the step gave each; none for a chunk of a prompt.
         hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
         max_paths: fork paths that each request's next tree may have.
+        max_nodes: draft nodes that it may have; 0: the request drafts nothing.
 
     """
 
@@ -42,6 +43,7 @@ class DraftingBatch:
     sampled: Sequence[Sequence[int]]
     hidden_states: Tensor
     max_paths: Sequence[int]
+    max_nodes: Sequence[int]
 
 
 class Drafter(Protocol):
@@ -78,13 +80,13 @@ class StaticDrafter:
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return the tree, or its first path where a request may have no more."""
         num_nodes = self._num_nodes(len(batch.req_ids))
-        if not num_nodes or not any(batch.sampled):
+        if not num_nodes or not any(batch.max_nodes):
             return [NO_DRAFT] * len(batch.req_ids)
         ends = (*self._layout.path_starts[1:], num_nodes + 1)
         rows = self._proposer.propose(batch.hidden_states)[:, :num_nodes].tolist()
         drafts = []
-        for sampled, tokens, max_paths in zip(batch.sampled, rows, batch.max_paths, strict=True):
-            size = min(num_nodes, ends[min(max_paths, len(ends)) - 1] - 1) if sampled else 0
+        for tokens, paths, nodes in zip(rows, batch.max_paths, batch.max_nodes, strict=True):
+            size = min(num_nodes, nodes, ends[min(paths, len(ends)) - 1] - 1)
             drafts.append(Draft(tokens[:size], self._layout.parents[:size]))
         return drafts
 

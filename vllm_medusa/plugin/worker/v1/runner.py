@@ -20,6 +20,7 @@ from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.core.draft_parents import send_parents
 from vllm_medusa.plugin.fork_pool import fork_pool_of
 from vllm_medusa.plugin.identity import masks_trees
+from vllm_medusa.plugin.sampling_params import max_nodes_of
 from vllm_medusa.plugin.support import check_attention
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v1.drafting import Drafter, DraftingBatch, StaticDrafter
@@ -198,6 +199,7 @@ class MedusaRunnerMixin(_Base):
                 sampled=sampled_token_ids,
                 hidden_states=last,
                 max_paths=self._max_paths(sampled_token_ids),
+                max_nodes=self._max_nodes(sampled_token_ids),
             )
         )
         for req_id, draft in zip(self._step.req_ids, drafts, strict=True):
@@ -227,6 +229,15 @@ class MedusaRunnerMixin(_Base):
             may_fork = bool(sampled) and self._may_fork(req_id)
             max_paths.append(wanted if may_fork else 1)
         return max_paths
+
+    def _max_nodes(self, sampled_token_ids: list[list[int]]) -> list[int]:
+        """Return how many draft nodes the next tree of each request may have."""
+        limit = self.drafter.config.limits.max_nodes
+        max_nodes = []
+        for req_id, sampled in zip(self._step.req_ids, sampled_token_ids, strict=True):
+            wanted = max_nodes_of(self.requests[req_id].sampling_params) if sampled else 0
+            max_nodes.append(limit if wanted is None else min(limit, wanted))
+        return max_nodes
 
     def _may_fork(self, req_id: str) -> bool:
         """Grant a request fork blocks if it can use them and there are any left."""
