@@ -234,14 +234,11 @@ def test_convert_leaves_the_targets_lm_head_where_the_format_can(
 ) -> None:
     write_tgi(tmp_path / "in", make_heads(lm_head="target"))
     target = make_target(tmp_path / "model")
-    arguments = ["convert", tmp_path / "in", tmp_path / "out", "--to", "speculators"]
+    arguments = ["convert", tmp_path / "in", tmp_path / "out", "--to", "tgi"]
     run(capsys, *arguments, "--model", target)
     assert load_heads(tmp_path / "out").spec.lm_head == "target"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["speculators_config"]["verifier"] == {
-        "name_or_path": str(target),
-        "architectures": ["LlamaForCausalLM"],
-    }
+    assert config["base_model_name_or_path"] == str(target)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +312,7 @@ def test_as_a_program() -> None:
         text=True,
         check=True,
     )
-    assert "{vllm,fasterdecoding,tgi,speculators}" in shown.stdout
+    assert "{vllm,fasterdecoding,tgi}" in shown.stdout
     version = subprocess.run(
         [sys.executable, "-m", "vllm_medusa.cli.main", "--version"],
         capture_output=True,

@@ -44,8 +44,6 @@ HELD = [
     ("vllm", {"lm_head": "own", "num_layers": 3, "logit_scale": 0.5}),
     ("vllm", {"lm_head": "own", "has_bias": False}),
     ("vllm", {"lm_head": "common"}),
-    ("speculators", {"lm_head": "own", "num_layers": 2, "has_bias": False}),
-    ("speculators", {"lm_head": "target"}),
     ("fasterdecoding", {"lm_head": "own"}),
     ("tgi", {"lm_head": "own", "num_layers": 3}),
     ("tgi", {"lm_head": "target"}),
@@ -59,9 +57,9 @@ def test_comes_back_the_same(
 ) -> None:
     heads = heads_for(**options, dtype=dtype)
     loaded = convert(heads, write_format, tmp_path)
-    source = {"speculators": "vllm", "tgi": "fasterdecoding"}.get(write_format, write_format)
-    if (write_format, options["lm_head"]) == ("tgi", "target"):
-        source = "tgi"
+    source = write_format
+    if write_format == "tgi" and options["lm_head"] == "own":
+        source = "fasterdecoding"
     assert_same_heads(loaded, heads, source_format=source)
     assert loaded.base_model == BASE
     assert loaded.notes == ()
@@ -111,44 +109,7 @@ def test_vllm_files(tmp_path: Path, lm_head: str) -> None:
     }
 
 
-def test_speculators_files(tmp_path: Path) -> None:
-    heads = heads_for(lm_head="target")
-    save_heads(heads, tmp_path / "out", "speculators", target_architectures=("LlamaForCausalLM",))
-    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), vllm_tensors(heads))
-    assert config_of(tmp_path) == {
-        "architectures": ["MedusaModel"],
-        "speculators_model_type": "medusa",
-        "speculators_version": "0.9.0",
-        "num_heads": 3,
-        "num_hidden_layers": 1,
-        "medusa_hidden_size": 8,
-        "medusa_vocab_size": 20,
-        "truncated_vocab_size": 0,
-        "original_lm_head": True,
-        "medusa_fc_bias": True,
-        "speculators_config": {
-            "algorithm": "medusa",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
-            "verifier": {"name_or_path": BASE, "architectures": ["LlamaForCausalLM"]},
-        },
-    }
-
-
-def test_speculators_token_map(tmp_path: Path) -> None:
-    heads = heads_for(draft_vocab_size=6)
-    loaded = convert(heads, "speculators", tmp_path)
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert (
-        sorted(heads.tensors["token_map"].tolist()) == tensors["t2d"].nonzero().flatten().tolist()
-    )
-    token_map, order = heads.tensors["token_map"].sort()
-    assert torch.equal(loaded.tensors["token_map"], token_map)
-    expected = heads.tensors["lm_head.weight"][:, order]
-    assert torch.equal(loaded.tensors["lm_head.weight"], expected)
-
-
-@pytest.mark.parametrize("write_format", ["speculators", "fasterdecoding", "tgi"])
+@pytest.mark.parametrize("write_format", ["fasterdecoding", "tgi"])
 def test_common_lm_head_becomes_every_heads_own(tmp_path: Path, write_format: str) -> None:
     heads = heads_for(lm_head="common")
     loaded = convert(heads, write_format, tmp_path)
@@ -177,7 +138,6 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
     ("write_format", "options", "lost"),
     [
         ("vllm", {"lm_head": "low_rank"}, "the low-rank factors of the lm_heads would be lost"),
-        ("speculators", {"lm_head": "low_rank"}, "the low-rank factors"),
         ("fasterdecoding", {"lm_head": "low_rank"}, "the low-rank factors"),
         ("tgi", {"lm_head": "low_rank"}, "the low-rank factors"),
         ("vllm", {"lm_head": "target"}, "use the target's; name the target with --model"),
@@ -185,8 +145,7 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
         ("vllm", {"draft_vocab_size": 6}, "vLLM 0.32 fails to load one"),
         ("fasterdecoding", {"draft_vocab_size": 6}, "the token map would be lost"),
         ("tgi", {"draft_vocab_size": 6}, "the token map would be lost"),
-        ("speculators", {"logit_scale": 0.5}, "logit_scale 0.5 would be lost; use --to vllm"),
-        ("fasterdecoding", {"logit_scale": 0.5}, "logit_scale 0.5"),
+        ("fasterdecoding", {"logit_scale": 0.5}, "logit_scale 0.5 would be lost; use --to vllm"),
         ("tgi", {"logit_scale": 0.5}, "logit_scale 0.5"),
         ("tgi", {"lm_head": "target", "num_layers": 2}, "name the target with --model"),
         ("fasterdecoding", {"num_layers": 2}, "the 2 different layers of each head would be lost"),
@@ -202,13 +161,6 @@ def test_refuses_what_would_be_lost(
     assert str(caught.value).startswith(f"heads cannot be written as {write_format}: ")
     assert lost in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_refuses_a_format_that_needs_the_vocabulary(tmp_path: Path) -> None:
-    heads = heads_for(lm_head="target")
-    heads = dataclasses.replace(heads, spec=dataclasses.replace(heads.spec, vocab_size=None))
-    with pytest.raises(UserError, match="vocabulary size; give --model"):
-        save_heads(heads, tmp_path / "out", "speculators")
 
 
 def test_fasterdecoding_layers_that_differ_in_the_bias_only(tmp_path: Path) -> None:
@@ -232,7 +184,7 @@ def test_target_lm_head_of_another_model(shape: tuple[int, int]) -> None:
         with_target_lm_head(heads_for(lm_head="target"), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("write_format", ["native", "vllm", "speculators", "fasterdecoding", "tgi"])
+@pytest.mark.parametrize("write_format", ["native", "vllm", "fasterdecoding", "tgi"])
 def test_tree_goes_along(tmp_path: Path, write_format: str) -> None:
     paths = [[0], [1], [0, 0]]
     schedule = TreeSchedule.from_entries([(4, paths), (None, [])])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vllm_medusa.cli.arguments import add_heads_and_model, load_heads_and_model
 
-FORMATS = ("vllm", "fasterdecoding", "tgi", "speculators")
+FORMATS = ("vllm", "fasterdecoding", "tgi")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,7 @@ def run(arguments: argparse.Namespace) -> str:
         heads = dataclasses.replace(heads, base_model=target.name)
         if needs_lm_head(heads, arguments.write_format):
             heads = with_target_lm_head(heads, read_lm_head(target))
-    save_heads(
-        heads,
-        arguments.out,
-        arguments.write_format,
-        target_architectures=target.architectures if target else (),
-        overwrite=arguments.force,
-    )
+    save_heads(heads, arguments.out, arguments.write_format, overwrite=arguments.force)
     return (
         f"wrote {heads.spec.num_heads} heads, read as {heads.spec.source_format}, as "
         f"{arguments.write_format} to {arguments.out}"

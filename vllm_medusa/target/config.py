@@ -23,7 +23,6 @@ class Target:
         revision: of a hub name.
         hidden_size: of its final hidden states.
         vocab_size: rows of its lm_head.
-        architectures: of its config.json.
         is_tied: whether its lm_head is its input embedding; None if config.json does not say.
     """
 
@@ -31,7 +30,6 @@ class Target:
     revision: str | None
     hidden_size: int
     vocab_size: int
-    architectures: tuple[str, ...]
     is_tied: bool | None
 
 
@@ -58,7 +56,6 @@ def read_target(name: str, *, revision: str | None = None) -> Target:
         revision=revision,
         hidden_size=sizes[0],
         vocab_size=sizes[1],
-        architectures=tuple(config.get("architectures") or ()),
         is_tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings")),
     )
 

@@ -7,7 +7,6 @@ format         lm_heads                  no biases token map  logit_scale  layer
 ============== ========================= ========= ========== ============ ======================
 native         any                       yes       yes        yes          any
 vllm           own, common               yes       no         yes          any
-speculators    own, target               yes       own        no           any
 fasterdecoding own                       as zeros  no         no           1, or all the same
 tgi            own, target               as zeros  no         no           any; 1 with the target's
 ============== ========================= ========= ========== ============ ======================
@@ -33,19 +32,17 @@ from vllm_medusa.heads.io.formats import NameStyle, expected_names
 from vllm_medusa.tree.draft_tree import write_tree_file
 from vllm_medusa.tree.schedule import write_schedule_file
 
-WriteFormat = Literal["native", "vllm", "speculators", "fasterdecoding", "tgi"]
+WriteFormat = Literal["native", "vllm", "fasterdecoding", "tgi"]
 
 _STYLE: dict[WriteFormat, NameStyle] = {
     "native": "native",
     "vllm": "vllm",
-    "speculators": "vllm",
     "fasterdecoding": "sequential",
     "tgi": "sequential",
 }
 _WEIGHTS_FILE: dict[WriteFormat, str] = {
     "native": "medusa_heads.safetensors",
     "vllm": "model.safetensors",
-    "speculators": "model.safetensors",
     "fasterdecoding": "medusa_lm_head.pt",
     "tgi": "medusa_lm_head.safetensors",
 }
@@ -57,7 +54,6 @@ def save_heads(
     out: Path,
     write_format: WriteFormat = "native",
     *,
-    target_architectures: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> None:
     """Write heads into a directory, all of it or nothing.
@@ -66,7 +62,6 @@ def save_heads(
         checkpoint: what to write; `base_model` names the target, which fasterdecoding and tgi need.
         out: the directory to make.
         write_format: see the table above.
-        target_architectures: of the target's config.json, for speculators.
         overwrite: replace a directory that was written by this function.
 
     Raises:
@@ -76,9 +71,6 @@ def save_heads(
     _check_out(out, overwrite)
     tensors = _named_tensors(checkpoint, write_format)
     config = _CONFIG[write_format](checkpoint)
-    if write_format == "speculators":
-        verifier = config["speculators_config"]["verifier"]
-        verifier["architectures"] = list(target_architectures)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
@@ -165,11 +157,11 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
         losses.append(
             "it needs lm_heads and these heads use the target's; name the target with --model"
         )
-    if spec.draft_vocab_size and write_format != "speculators":
+    if spec.draft_vocab_size:
         losses.append(
             "the token map would be lost, "
             + ("it has none" if sequential else "vLLM 0.32 fails to load one")
-            + "; use --to speculators, or keep the heads as they are"
+            + "; keep the heads as they are"
         )
     if spec.logit_scale != 1.0 and write_format != "vllm":
         losses.append(f"logit_scale {spec.logit_scale} would be lost; use --to vllm")
@@ -180,8 +172,6 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
         )
     if sequential and not checkpoint.base_model:
         losses.append("its config.json must name the target; give --model")
-    if write_format in ("vllm", "speculators") and spec.vocab_size is None:
-        losses.append("its config.json must give the vocabulary size; give --model")
     return losses
 
 
@@ -208,33 +198,15 @@ def _named_tensors(
     checkpoint: HeadsCheckpoint, write_format: WriteFormat
 ) -> dict[str, torch.Tensor]:
     spec, tensors = checkpoint.spec, checkpoint.tensors
-    token_map: tuple[str, ...] = ()
-    if spec.draft_vocab_size is not None:
-        token_map = ("token_map",)
-        if write_format == "speculators":
-            token_map = ("d2t", "t2d")
-            tensors = _with_speculators_map(checkpoint)
     names = expected_names(
         _STYLE[write_format],
         num_heads=spec.num_heads,
         num_layers=spec.num_layers,
         lm_head=spec.lm_head,
         has_bias=spec.has_bias,
-        token_map=token_map,
+        token_map=() if spec.draft_vocab_size is None else ("token_map",),
     )
     return {name: tensors[canonical][index] for name, (canonical, index) in names.items()}
-
-
-def _with_speculators_map(checkpoint: HeadsCheckpoint) -> dict[str, torch.Tensor]:
-    """Tensors with d2t and t2d for the token map, and the lm_heads' rows in ascending order."""
-    tensors = dict(checkpoint.tensors)
-    assert checkpoint.spec.vocab_size is not None  # `_losses` refused it
-    token_map, order = tensors["token_map"].sort()
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].index_select(-2, order)
-    tensors["d2t"] = token_map - torch.arange(len(token_map))
-    tensors["t2d"] = torch.zeros(checkpoint.spec.vocab_size, dtype=torch.bool)
-    tensors["t2d"][token_map] = True
-    return tensors
 
 
 def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -279,29 +251,6 @@ def _vllm_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     }
 
 
-def _speculators_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
-    """The library has no Medusa of its own yet: the layout is that of its pull request 742."""
-    spec = checkpoint.spec
-    return {
-        "architectures": ["MedusaModel"],
-        "speculators_model_type": "medusa",
-        "speculators_version": "0.9.0",
-        "num_heads": spec.num_heads,
-        "num_hidden_layers": spec.num_layers,
-        "medusa_hidden_size": spec.hidden_size,
-        "medusa_vocab_size": spec.vocab_size,
-        "truncated_vocab_size": spec.draft_vocab_size or 0,
-        "original_lm_head": spec.lm_head == "target",
-        "medusa_fc_bias": spec.has_bias,
-        "speculators_config": {
-            "algorithm": "medusa",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": spec.num_heads}],
-            "verifier": {"name_or_path": checkpoint.base_model, "architectures": []},
-        },
-    }
-
-
 def _sequential_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
     return {
@@ -318,7 +267,6 @@ def _sequential_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
 _CONFIG: dict[WriteFormat, Callable[[HeadsCheckpoint], dict[str, Any]]] = {
     "native": _native_config,
     "vllm": _vllm_config,
-    "speculators": _speculators_config,
     "fasterdecoding": _sequential_config,
     "tgi": _sequential_config,
 }
