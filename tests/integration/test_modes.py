@@ -12,21 +12,16 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from tests import checkpoints
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, engine_config, run_python
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
-from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.heads import load_heads
-from vllm_medusa.plugin.worker import proposer
-from vllm_medusa.tree.named import named_tree
 
 pytestmark = pytest.mark.engine
 
@@ -236,65 +231,6 @@ def check_sampled_blocks(llm: Any, prompts: list[str]) -> None:
     from_blocks = greedy(llm, longer, MAX_TOKENS)
     assert llm.reset_prefix_cache()
     assert greedy(llm, longer, MAX_TOKENS) == from_blocks
-
-
-@pytest.mark.parametrize(
-    ("lm_head", "draft_vocab_size"),
-    [("own", None), ("own", 41), ("common", None), ("low_rank", 41)],
-)
-def test_heads_split_over_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_head: str, draft_vocab_size: int | None
-) -> None:
-    """Every rank drafts what one rank alone drafts, also where a vocabulary does not divide."""
-    heads = checkpoints.make_heads(
-        lm_head=lm_head, vocab_size=67, hidden_size=8, draft_vocab_size=draft_vocab_size
-    )
-    config = MedusaConfig(
-        heads=str(checkpoints.write_native(tmp_path, heads)),
-        revision=None,
-        tree=named_tree("cpu-16", 3),
-        tree_name="cpu-16",
-        max_tree_requests=None,
-    )
-    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    alone = split_drafts(monkeypatch, config, hidden, world_size=1)[0]
-    assert len(alone.unique()) > 20
-    for world_size in (2, 3, 5):
-        for drafts in split_drafts(monkeypatch, config, hidden, world_size):
-            assert torch.equal(drafts, alone)
-
-
-def split_drafts(
-    monkeypatch: pytest.MonkeyPatch, config: MedusaConfig, hidden: torch.Tensor, world_size: int
-) -> list[torch.Tensor]:
-    """Drafts of as many ranks, whose gather is played by going over them twice."""
-    model_config = SimpleNamespace(
-        dtype=torch.float32, get_hidden_size=lambda: 8, get_vocab_size=lambda: 67
-    )
-    vllm_config = SimpleNamespace(
-        additional_config={CONFIG_KEY: config.to_dict()},
-        device_config=SimpleNamespace(device=torch.device("cpu")),
-        model_config=model_config,
-    )
-    monkeypatch.setattr(proposer, "get_tensor_model_parallel_world_size", lambda: world_size)
-    ranks = []
-    for rank in range(world_size):
-        monkeypatch.setattr(proposer, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        ranks.append(proposer.MedusaProposer(vllm_config))
-        ranks[-1].load_model(torch.nn.Module())
-    parts: list[torch.Tensor] = []
-
-    def record(part: torch.Tensor, dim: int) -> torch.Tensor:
-        parts.append(part)
-        return torch.cat([part] * world_size, dim)
-
-    monkeypatch.setattr(proposer, "tensor_model_parallel_all_gather", record)
-    for rank in ranks:
-        rank.propose(hidden)
-    monkeypatch.setattr(
-        proposer, "tensor_model_parallel_all_gather", lambda part, dim: torch.cat(parts, dim)
-    )
-    return [rank.propose(hidden) for rank in ranks]
 
 
 # Ray.

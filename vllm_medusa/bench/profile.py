@@ -11,7 +11,7 @@ from vllm_medusa.bench.results import STEP_COSTS, to_json
 from vllm_medusa.bench.spread import spread
 from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, has_accelerator
 from vllm_medusa.errors import UserError
-from vllm_medusa.heads.checkpoint import load_heads
+from vllm_medusa.heads import load_heads
 from vllm_medusa.reporting.tables import Table, as_text
 from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure

@@ -133,7 +133,7 @@ def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) 
     Raises:
         UnavailableError: heads that vLLM's format cannot hold.
     """
-    from vllm_medusa.heads.checkpoint import load_heads
+    from vllm_medusa.heads import load_heads
     from vllm_medusa.heads.io.write import needs_lm_head, save_heads, with_target_lm_head
     from vllm_medusa.target.config import read_lm_head, read_target
 

@@ -33,7 +33,7 @@ def load_heads_and_model(arguments: argparse.Namespace) -> tuple[HeadsCheckpoint
     Raises:
         UserError: unusable heads, or ones that do not fit the model.
     """
-    from vllm_medusa.heads.checkpoint import load_heads
+    from vllm_medusa.heads import load_heads
     from vllm_medusa.target.config import read_target
 
     if arguments.model is None:

@@ -5,6 +5,8 @@ in a row, followed by a projection onto the vocabulary. The blocks are small and
 per-head calls would cost more than their arithmetic.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,19 +55,22 @@ class MedusaHeads(nn.Module):
         device: torch.device | str | None = None,
     ) -> "MedusaHeads":
         """Build the blocks of a loaded checkpoint, converted to `dtype`."""
-        spec = checkpoint.spec
-        heads = cls(
-            spec.num_heads,
-            spec.num_layers,
-            spec.hidden_size,
-            bias=spec.has_bias,
-            dtype=dtype,
-            device=device,
-        )
+        return cls.from_tensors(checkpoint.tensors, dtype, device)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> "MedusaHeads":
+        """Build blocks of canonical tensors (`HeadsCheckpoint`), converted to `dtype`."""
+        weight, bias = tensors["blocks.weight"], tensors.get("blocks.bias")
+        heads = cls(*weight.shape[:3], bias=bias is not None, dtype=dtype, device=device)
         with torch.no_grad():
-            heads.weight.copy_(checkpoint.tensors["blocks.weight"].transpose(0, 1))
+            heads.weight.copy_(weight.transpose(0, 1))
             if heads.bias is not None:
-                heads.bias.copy_(checkpoint.tensors["blocks.bias"].transpose(0, 1))
+                heads.bias.copy_(tensors["blocks.bias"].transpose(0, 1))
         return heads
 
     def canonical_tensors(self) -> dict[str, Tensor]:
@@ -75,24 +80,22 @@ class MedusaHeads(nn.Module):
             tensors["blocks.bias"] = self.bias.detach().transpose(0, 1).contiguous()
         return tensors
 
-    def forward(self, hidden: Tensor, num_heads: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Compute the features that the lm_heads read.
 
         Args:
             hidden: [B, H], the target's final hidden states (after its last norm).
-            num_heads: compute the first so many heads only; None is all of them.
 
         Returns:
-            [num_heads, B, H]
+            [K, B, H]
         """
-        weight = self.weight[:, :num_heads]
-        x = hidden.expand(weight.shape[1], -1, -1)
-        for layer in range(weight.shape[0]):
-            w = weight[layer].transpose(1, 2)
+        x = hidden.expand(self.weight.shape[1], -1, -1)
+        for layer, weight in enumerate(self.weight):
+            w = weight.transpose(1, 2)
             if self.bias is None:
                 y = torch.bmm(x, w)
             else:
-                y = torch.baddbmm(self.bias[layer, :num_heads].unsqueeze(1), x, w)
+                y = torch.baddbmm(self.bias[layer].unsqueeze(1), x, w)
             x = x + F.silu(y)
         return x
 
@@ -106,15 +109,14 @@ def head_logits(
 ) -> Tensor:
     """Project the heads' features onto the vocabulary, all heads in one or two products.
 
-    Either `weight` or both `down` and `up` are given. The tensors may hold more heads than the
-    features; the first ones are used. `logit_scale` is not applied: it is positive and so changes
-    no ranking.
+    Either `weight` or both `down` and `up` are given. `logit_scale` is not applied: it is positive
+    and so changes no ranking.
 
     Args:
         features: [K, B, H] of `MedusaHeads`.
-        weight: [>= K, V, H], one lm_head per head, or [V, H], one for all (the target's own, say).
-        down: [>= K, rank, H], first factor of low-rank lm_heads.
-        up: [>= K, V, rank], second factor.
+        weight: [K, V, H], one lm_head per head, or [V, H], one for all (the target's own, say).
+        down: [K, rank, H], first factor of low-rank lm_heads.
+        up: [K, V, rank], second factor.
 
     Returns:
         logits [K, B, V]
@@ -130,5 +132,5 @@ def head_logits(
 
 
 def _per_head(features: Tensor, weight: Tensor) -> Tensor:
-    """[K, B, in] times [>= K, out, in] to [K, B, out]."""
-    return torch.bmm(features, weight[: features.shape[0]].transpose(1, 2))
+    """[K, B, in] times [K, out, in] to [K, B, out]."""
+    return torch.bmm(features, weight.transpose(1, 2))

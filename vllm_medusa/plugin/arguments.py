@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import ExitStack
 from typing import Any
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig, MedusaOptions, resolve_tree
 from vllm_medusa.errors import UserError
-from vllm_medusa.heads import load_heads
+from vllm_medusa.heads import HeadsReader
 from vllm_medusa.plugin.compat import check_version, patch, replaced
 from vllm_medusa.plugin.core.draft_parents import patch_scheduler
 from vllm_medusa.plugin.core.memory import patch_engine_core
@@ -59,14 +58,14 @@ def _wrap_create_engine_config(original: Any) -> Any:
         if request is None:
             return original(self, *args, **kwargs)
         check_version()
-        config = _resolve(self, request)
+        config, heads = _resolve(self, request)
         with ExitStack() as stack:
             # Put back afterwards: vLLM may make several configurations from the same arguments.
             for name, value in _vllm_arguments(self, config).items():
                 stack.enter_context(replaced(self, name, value))
             vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config, config)
-        _check_fit(vllm_config, config)
+        _check_fit(vllm_config, config, heads)
         # For an engine core in this process, whose plugins are loaded already.
         patch_engine_core()
         patch_structured_output()
@@ -112,21 +111,15 @@ def take_request(args: Any) -> MedusaOptions | None:
     return MedusaOptions.from_dict(values)
 
 
-def _resolve(args: Any, request: MedusaOptions) -> MedusaConfig:
-    """Find the heads and the tree that a request means."""
+def _resolve(args: Any, request: MedusaOptions) -> tuple[MedusaConfig, HeadsReader]:
+    """Find the heads, of which only headers are read here, and the tree that a request means."""
     check_before(args, WORKER_CLASS)
     heads = request.model or args.model
     revision = request.revision if request.model else args.revision
-    checkpoint = load_heads(heads, revision=revision)
-    spec = checkpoint.spec
-    choice = resolve_tree(request, spec.num_heads, checkpoint.tree_paths, checkpoint.tree_schedule)
-    draft_vocab_size = spec.draft_vocab_size or spec.vocab_size
-    if draft_vocab_size is not None:
-        choice.tree.check_vocab(draft_vocab_size)
-    # Read for its faults only; the workers load it again, each its share.
-    del checkpoint
-    gc.collect()
-    return MedusaConfig(
+    reader = HeadsReader(heads, revision=revision)
+    num_heads = reader.spec.num_heads
+    choice = resolve_tree(request, num_heads, reader.tree_paths, reader.tree_schedule)
+    config = MedusaConfig(
         heads=heads,
         revision=revision,
         tree=choice.tree,
@@ -135,6 +128,7 @@ def _resolve(args: Any, request: MedusaOptions) -> MedusaConfig:
         dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
     )
+    return config, reader
 
 
 def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
@@ -153,12 +147,9 @@ def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
     }
 
 
-def _check_fit(vllm_config: Any, config: MedusaConfig) -> None:
+def _check_fit(vllm_config: Any, config: MedusaConfig, heads: HeadsReader) -> None:
     """Refuse heads of another model, now that vLLM has read the model's configuration."""
     model_config = vllm_config.model_config
-    load_heads(
-        config.heads,
-        revision=config.revision,
-        target_hidden_size=model_config.get_hidden_size(),
-        target_vocab_size=model_config.get_vocab_size(),
-    )
+    vocab_size = model_config.get_vocab_size()
+    heads.check_target(model_config.get_hidden_size(), vocab_size)
+    config.tree.check_vocab(heads.spec.draft_vocab_size or vocab_size)

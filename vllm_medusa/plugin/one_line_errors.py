@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,14 @@ def exit_in_one_line(is_own_process: bool) -> Iterator[None]:
             raise
         _print_line(error)
         raise SystemExit(1) from None
+
+
+def is_vllm_process() -> bool:
+    """Whether vLLM made this process, for an engine core or a worker.
+
+    It names them so in ``v1/engine/utils.py`` and ``v1/executor/multiproc_executor.py``.
+    """
+    return multiprocessing.current_process().name.startswith(("EngineCore", "VllmWorker"))
 
 
 def _print_line(error: BaseException) -> None:

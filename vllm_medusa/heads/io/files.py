@@ -1,8 +1,9 @@
 """Which files hold tensors, and reading single tensors from them.
 
 Nothing here knows what Medusa heads are called: `TensorStore` is a lazy `key -> tensor` view of the
-safetensors or torch files of one directory. Tensors are memory-mapped, so listing the keys of a
-merged seven-billion-parameter model and reading its heads costs the heads only.
+safetensors or torch files of one directory. Tensors are memory-mapped: of a merged seven-billion-
+parameter model the names, shapes and dtypes cost its headers, and what is read of its heads costs
+just that. Torch files of before PyTorch 1.6, which are no zip archives, are read whole.
 """
 
 import json
@@ -35,7 +36,7 @@ class TensorFile(Protocol):
         """The tensors' names."""
 
     def read(self, key: str) -> torch.Tensor:
-        """Read one tensor."""
+        """Return one tensor, memory-mapped: its values are read where they are used."""
 
 
 class _SafetensorsFile:
@@ -123,13 +124,16 @@ class TensorStore:
 
     Args:
         location: the file or directory, for messages.
-        file_of: the file that holds each key. Files are opened when first read.
+        file_of: the file that holds each key.
+        opened: files that are open already; the others are opened when first read.
     """
 
-    def __init__(self, location: Path, file_of: Mapping[str, Path]) -> None:
+    def __init__(
+        self, location: Path, file_of: Mapping[str, Path], opened: Mapping[Path, TensorFile]
+    ) -> None:
         self.location = location
         self._file_of = file_of
-        self._open: dict[Path, TensorFile] = {}
+        self._open = dict(opened)
 
     @property
     def keys(self) -> Collection[str]:
@@ -141,7 +145,7 @@ class TensorStore:
         return self._file_of[key]
 
     def read(self, key: str) -> torch.Tensor:
-        """Read one tensor.
+        """Return one tensor, memory-mapped: its values are read where they are used.
 
         Raises:
             UserError: the file is missing or damaged, or lacks a tensor that the index promised.
@@ -175,14 +179,15 @@ def open_store(location: Path, select: Selector) -> TensorStore:
         UserError: no weights files, an unreadable file or index, or one key in two files.
     """
     if location.is_file():
-        return TensorStore(location, dict.fromkeys(open_tensor_file(location).keys, location))
+        file = open_tensor_file(location)
+        return TensorStore(location, dict.fromkeys(file.keys, location), {location: file})
     store: TensorStore | None = None
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        file_of = _file_of_keys(location, suffixes)
+        file_of, opened = _file_of_keys(location, suffixes)
         if select(file_of):
-            return TensorStore(location, file_of)
+            return TensorStore(location, file_of, opened)
         if file_of and store is None:
-            store = TensorStore(location, file_of)
+            store = TensorStore(location, file_of, opened)
     if store is None:
         raise UserError(
             f"{location}: no weights file (*.safetensors, *{', *'.join(TORCH_SUFFIXES)}) in this "
@@ -191,8 +196,12 @@ def open_store(location: Path, select: Selector) -> TensorStore:
     return store
 
 
-def _file_of_keys(directory: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _file_of_keys(
+    directory: Path, suffixes: tuple[str, ...]
+) -> tuple[dict[str, Path], dict[Path, TensorFile]]:
+    """The file that holds each tensor, and the files that had to be opened to tell."""
     file_of: dict[str, Path] = {}
+    opened: dict[Path, TensorFile] = {}
     for index in sorted(directory.glob("*.index.json")):
         if Path(index.name.removesuffix(".index.json")).suffix in suffixes:
             file_of |= read_index(index)
@@ -201,7 +210,8 @@ def _file_of_keys(directory: Path, suffixes: tuple[str, ...]) -> dict[str, Path]
     for path in sorted(directory.iterdir()):
         if path.suffix not in suffixes or path.name in TRAINER_FILES or path in indexed:
             continue
-        for key in open_tensor_file(path).keys:
+        opened[path] = open_tensor_file(path)
+        for key in opened[path].keys:
             if key in indexed_keys:
                 continue  # the index decides, as in vLLM: the file is a second, consolidated copy
             if key in file_of:
@@ -209,7 +219,7 @@ def _file_of_keys(directory: Path, suffixes: tuple[str, ...]) -> dict[str, Path]
                     f"tensor {key!r} is in both {file_of[key]} and {path}; remove one of the files"
                 )
             file_of[key] = path
-    return file_of
+    return file_of, opened
 
 
 def read_index(path: Path) -> dict[str, Path]:

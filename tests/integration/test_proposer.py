@@ -1,0 +1,190 @@
+"""The engine's heads, built of vLLM's layers and split over ranks, against one head at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import checkpoints
+from tests.integration.command_line import run_vllm
+from tests.integration.conftest import open_engine
+from tests.unit.test_heads_module import slow_features, slow_logits
+from vllm_medusa.config import CONFIG_KEY, MedusaConfig
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsCheckpoint
+from vllm_medusa.plugin.worker import proposer
+from vllm_medusa.tree.draft_tree import DraftTree
+
+pytestmark = pytest.mark.engine
+
+VOCAB_SIZE, HIDDEN_SIZE = 67, 8
+#: Two of the heads' three depths, four ranks.
+TREE = DraftTree.from_paths([[0], [1], [2], [3], [0, 0], [0, 1]])
+
+
+def make_heads(**options: Any) -> HeadsCheckpoint:
+    return checkpoints.make_heads(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, **options)
+
+
+def some_states(num_rows: int = 5) -> torch.Tensor:
+    return torch.randn(num_rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def load_rank(
+    monkeypatch: pytest.MonkeyPatch, heads: Path, rank: int = 0, world_size: int = 1
+) -> proposer.MedusaProposer:
+    """One rank's proposer, outside an engine."""
+    config = MedusaConfig(heads=str(heads), revision=None, tree=TREE, tree_name="test")
+    model_config = SimpleNamespace(
+        dtype=torch.float32,
+        get_hidden_size=lambda: HIDDEN_SIZE,
+        get_vocab_size=lambda: VOCAB_SIZE,
+    )
+    vllm_config = SimpleNamespace(
+        additional_config={CONFIG_KEY: config.to_dict()},
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        model_config=model_config,
+    )
+    for what, value in (("rank", rank), ("world_size", world_size)):
+        name = f"get_tensor_model_parallel_{what}"
+        monkeypatch.setattr(proposer, name, lambda value=value: value)
+        # vLLM's parameters ask for it even in layers that are not split.
+        monkeypatch.setattr(f"vllm.model_executor.parameter.{name}", lambda value=value: value)
+    loaded = proposer.MedusaProposer(vllm_config)  # type: ignore[arg-type]
+    loaded.load_model(torch.nn.Module())
+    return loaded
+
+
+def expected_guesses(heads: HeadsCheckpoint, hidden: torch.Tensor) -> tuple[Any, Any]:
+    """[K, B, k] logits and tokens, by the oracle of the heads' module."""
+    logits = slow_logits(heads, slow_features(heads, hidden))[: TREE.depth] * heads.spec.logit_scale
+    values, tokens = logits.topk(TREE.top_k, dim=-1)
+    token_map = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE))
+    return values, token_map[tokens]
+
+
+KINDS: list[dict[str, Any]] = [
+    {"lm_head": "own"},
+    {"lm_head": "own", "num_layers": 2, "has_bias": False, "draft_vocab_size": 41},
+    {"lm_head": "own", "logit_scale": 0.5},
+    {"lm_head": "common", "draft_vocab_size": 9},
+    {"lm_head": "common", "num_layers": 3},
+    {"lm_head": "low_rank"},
+    {"lm_head": "low_rank", "draft_vocab_size": 41, "rank": 5},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
+    heads = make_heads(**kind)
+    loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
+    for num_rows in (1, 5):
+        hidden = some_states(num_rows)
+        values, tokens = loaded.guesses(hidden)
+        expected_values, expected_tokens = expected_guesses(heads, hidden)
+        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(tokens, expected_tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_heads_split_over_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], world_size: int
+) -> None:
+    """Every rank guesses what one alone does, also where it has fewer rows than the tree ranks."""
+    heads, hidden = make_heads(**kind), some_states()
+    path = checkpoints.write_native(tmp_path, heads)
+    ranks = [load_rank(monkeypatch, path, rank, world_size) for rank in range(world_size)]
+    parts: list[torch.Tensor] = []
+
+    def record(part: torch.Tensor, dim: int) -> torch.Tensor:
+        parts.append(part)
+        return torch.cat([part] * world_size, dim)
+
+    monkeypatch.setattr(proposer, "tensor_model_parallel_all_gather", record)
+    for rank in ranks:
+        rank.guesses(hidden)
+    assert len({part.shape for part in parts}) == 1  # what a collective needs
+    monkeypatch.setattr(
+        proposer, "tensor_model_parallel_all_gather", lambda part, dim: torch.cat(parts, dim)
+    )
+    expected_values, expected_tokens = expected_guesses(heads, hidden)
+    for rank in ranks:
+        values, tokens = rank.guesses(hidden)
+        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(tokens, expected_tokens)
+
+
+def test_drafts_are_the_guesses_at_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, hidden = make_heads(), some_states()
+    loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
+    _, tokens = expected_guesses(heads, hidden)
+    nodes = [tokens[len(path) - 1, :, path[-1]] for path in TREE.paths]
+    assert torch.equal(loaded.propose(hidden), torch.stack(nodes, dim=1))
+
+
+# Values that are not finite: refused by whoever reads them.
+
+
+def spoil(directory: Path, head: int, row: int) -> Path:
+    heads = make_heads()
+    heads.tensors["lm_head.weight"][head, row, 3] = torch.nan
+    return checkpoints.write_fasterdecoding(directory, heads)
+
+
+def test_rank_refuses_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = spoil(tmp_path, head=1, row=VOCAB_SIZE - 1)
+    with pytest.raises(UserError, match=r"tensor '1.1.weight' holds NaN .* export the heads again"):
+        load_rank(monkeypatch, path, rank=1, world_size=2)
+    load_rank(monkeypatch, path, rank=0, world_size=2)
+
+
+def test_rank_reads_no_heads_deeper_than_the_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_rank(monkeypatch, spoil(tmp_path, head=2, row=0))
+
+
+def spoiled_tiny_heads(directory: Path, tiny_heads: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny_heads / "medusa_lm_head.safetensors")
+    tensors["2.1.weight"][-1, -1] = torch.nan
+    save_file(tensors, directory / "medusa_lm_head.safetensors")
+    return directory
+
+
+def test_engine_refuses_values_that_are_not_finite(
+    tiny_model: Path, tiny_heads: Path, tmp_path: Path
+) -> None:
+    spec = {"method": "medusa", "model": str(spoiled_tiny_heads(tmp_path, tiny_heads))}
+    with (
+        pytest.raises(UserError, match=r"tensor '2.1.weight' holds NaN"),
+        open_engine(tiny_model, speculative_config=spec),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_engine_process_refuses_them_in_one_line(
+    tiny_model: Path, tiny_heads: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Heads that the front end, which reads no values, has let through."""
+    argv = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32"]
+    argv += ["--num-gpu-blocks-override", "200", "--skip-tokenizer-init"]
+    argv += ["--tensor-parallel-size", str(ranks), "--gpu-memory-utilization", "0.1"]
+    spec = f'{{"method": "medusa", "model": "{spoiled_tiny_heads(tmp_path, tiny_heads)}"}}'
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
+    done = run_vllm("serve", str(tiny_model), "--speculative-config", spec, *argv, **env)
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if "vllm_medusa" in line]
+    assert len(ours) == 1, done.stderr[-3000:]
+    assert "vllm_medusa: error: " in ours[0]
+    assert "tensor '2.1.weight' holds NaN" in ours[0]

@@ -1,0 +1,114 @@
+"""What kind of heads a checkpoint holds, from its headers and config.json."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads.checkpoint import HeadsSpec
+from vllm_medusa.heads.io.config_file import ConfigFile
+from vllm_medusa.heads.io.formats import Plan
+from vllm_medusa.heads.io.headers import Header
+
+
+def make_spec(
+    location: Path,
+    config: ConfigFile,
+    plan: Plan,
+    headers: dict[str, Header],
+    target_vocab_size: int | None,
+) -> HeadsSpec:
+    """Describe heads; what config.json says of them must be what the headers say.
+
+    Args:
+        location: the checkpoint, for messages.
+        config: its config.json.
+        plan: which tensors are the heads'.
+        headers: their shapes and dtypes.
+        target_vocab_size: of the model that the heads are to serve, if known.
+
+    Raises:
+        UserError: config.json contradicts the headers, or the lm_heads fit no vocabulary.
+    """
+    vocab_size, draft_vocab_size = _vocab(location, headers, config, target_vocab_size)
+    num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
+    dtype = headers["blocks.weight"].dtype
+    for header in headers.values():
+        if header.dtype.is_floating_point:
+            dtype = torch.promote_types(dtype, header.dtype)
+    return HeadsSpec(
+        source_format=plan.source_format,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        lm_head=plan.lm_head,
+        has_bias="blocks.bias" in headers,
+        logit_scale=config.logit_scale(),
+        dtype=dtype,
+    )
+
+
+def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str, ...]:
+    """Check that config.json promises nothing that the tensors lack; note where it says less."""
+    notes = config.check_count(
+        "heads", spec.num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
+    )
+    # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
+    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
+    if plan.source_format == "vllm":
+        layer_names.append("num_hidden_layers")
+    notes += config.check_count("layers per head", spec.num_layers, *layer_names)
+    has_bias_flag = config.flag("medusa_fc_bias")
+    if has_bias_flag and not spec.has_bias:
+        raise UserError(
+            f"{config.path}: medusa_fc_bias is true, but the checkpoint holds no biases; export "
+            "the heads again or set it to false"
+        )
+    if plan.source_format == "vllm" and spec.has_bias and not has_bias_flag:
+        notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
+    return notes
+
+
+def rows_name(names: Collection[str]) -> str | None:
+    """Name the canonical tensor with a row for each draft token; None if the target's is used."""
+    return next((name for name in ("lm_head.up", "lm_head.weight") if name in names), None)
+
+
+def _vocab(
+    location: Path,
+    headers: dict[str, Header],
+    config: ConfigFile,
+    target_vocab_size: int | None,
+) -> tuple[int | None, int | None]:
+    """Find the target's and the draft vocabulary.
+
+    Returns:
+        vocab_size, draft_vocab_size
+    """
+    rows = rows_name(headers)
+    token_map = headers.get("token_map", headers.get("d2t"))
+    if rows is None:
+        if token_map is not None:
+            raise UserError(
+                f"{location}: holds a token_map but no lm_head that it could belong to; remove it"
+            )
+        return config.vocab_size() or target_vocab_size, None
+    num_rows = headers[rows].shape[-2]
+    if token_map is None:
+        config.check_size(num_rows, "vocab_size", "medusa_vocab_size")
+        return num_rows, None
+    draft_vocab_size = token_map.shape[0]
+    config.check_size(draft_vocab_size, "truncated_vocab_size")
+    vocab_size = config.vocab_size() or target_vocab_size
+    if num_rows != draft_vocab_size:
+        if num_rows != (vocab_size or num_rows):
+            raise UserError(
+                f"{location}: the lm_heads have {num_rows} rows, neither token_map's "
+                f"{draft_vocab_size} nor the vocabulary's {vocab_size}; export the heads again"
+            )
+        vocab_size = num_rows
+    return vocab_size, draft_vocab_size

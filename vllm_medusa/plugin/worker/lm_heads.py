@@ -1,0 +1,135 @@
+"""The lm_heads of one tensor-parallel rank, as layers of the platform.
+
+Layers, because they are what vLLM makes fast on each platform: on a CPU their weights are prepacked
+(``dispatch_cpu_unquantized_gemm``, ``model_executor/layers/utils.py``), where one product of the
+stacked weights takes up to twice as long. The residual blocks stay one product for all heads: they
+are small, and as many calls would take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsReader
+
+
+@dataclass(frozen=True)
+class LmHeads:
+    """A rank's rows of the lm_heads.
+
+    Attributes:
+        first_token: draft id of the first row.
+        logits: from features [K, B, H] to logits [K, B, rows], in one part for all heads or one
+            for each.
+
+    """
+
+    first_token: int
+    logits: Callable[[Tensor], list[Tensor]]
+
+
+def target_lm_heads(target: nn.Module, heads: str) -> LmHeads:
+    """Return the target's own lm_head, as vLLM has split it, for all heads.
+
+    Args:
+        target: the target model.
+        heads: name of the heads, for the message.
+
+    Raises:
+        UserError: if the target does not show its lm_head.
+
+    """
+    lm_head: Any = _find_lm_head(target)
+    if lm_head is None:
+        raise UserError(
+            f"the heads {heads} use the target's lm_head, which {type(target).__name__} does not "
+            "show; convert them to lm_heads of their own (vllm-medusa convert --to vllm)"
+        )
+    shard = lm_head.shard_indices
+    num_tokens = shard.num_org_elements
+
+    def logits(features: Tensor) -> list[Tensor]:
+        flat = lm_head.quant_method.apply(lm_head, features.flatten(0, 1))
+        return [flat[:, :num_tokens].unflatten(0, features.shape[:2])]
+
+    return LmHeads(shard.org_vocab_start_index, logits)
+
+
+def read_lm_heads(
+    reader: HeadsReader,
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rank: int,
+    world_size: int,
+) -> LmHeads:
+    """Read a rank's rows of the heads' own lm_heads.
+
+    Args:
+        reader: the heads.
+        num_heads: how many of them draft.
+        dtype: of the layers.
+        device: of the layers.
+        rank: of this process among those that share the lm_heads.
+        world_size: how many they are.
+
+    Raises:
+        UserError: if the rows hold values that are not finite.
+
+    """
+    num_rows = reader.spec.draft_vocab_size or reader.spec.vocab_size
+    assert num_rows is not None, "lm_heads have rows"
+    start, stop = (num_rows * part // world_size for part in (rank, rank + 1))
+
+    def layer(head: int) -> ReplicatedLinear:
+        return _linear(reader.read_rows(head, start, stop), dtype, device)
+
+    if reader.spec.lm_head == "common":
+        common = layer(0)
+        return LmHeads(start, lambda features: [common(features)])
+    layers = [layer(head) for head in range(num_heads)]
+
+    def logits(features: Tensor) -> list[Tensor]:
+        parts = zip(layers, features.split(1), strict=True)
+        return [layer(feature) for layer, feature in parts]
+
+    if reader.spec.lm_head == "own":
+        return LmHeads(start, logits)
+    down = reader.read("lm_head.down", num_heads).to(device, dtype).transpose(1, 2)
+    return LmHeads(start, lambda features: logits(features.bmm(down)))
+
+
+def _linear(weight: Tensor, dtype: torch.dtype, device: torch.device) -> ReplicatedLinear:
+    """A layer of the platform with these weights [out, in]."""
+    out_features, in_features = weight.shape
+    with device:
+        # Not split by vLLM: the weights are this rank's rows already.
+        layer = ReplicatedLinear(
+            in_features,
+            out_features,
+            bias=False,
+            params_dtype=dtype,
+            return_bias=False,
+            disable_tp=True,
+        )
+    layer.weight_loader(layer.weight, weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def _find_lm_head(target: Any) -> nn.Module | None:
+    """Return the target's output embedding, which in some models is the input embedding."""
+    if hasattr(target, "get_language_model"):
+        target = target.get_language_model()
+    lm_head: nn.Module | None = getattr(target, "lm_head", None)
+    if lm_head is not None:
+        return lm_head
+    return getattr(getattr(target, "model", None), "embed_tokens", None)
