@@ -144,6 +144,8 @@ class OracleOfMany(Oracle):
 class OracleDrafter:
     """Drafts the trees of a runner's own drafter with an oracle's tokens.
 
+    With dynamic trees it drafts another random tree for every request and step.
+
     Args:
         oracle: knows the tokens.
         runner: the model runner whose ``tree_drafter`` this replaces.
@@ -159,16 +161,45 @@ class OracleDrafter:
     def num_paths(self, batch_size: int) -> int:
         return self._drafter.num_paths(batch_size)
 
+    def finish(self, req_ids: Any) -> None:
+        self._drafter.finish(req_ids)
+
     def draft(self, batch: Any) -> list[Any]:
         drafts = self._drafter.draft(batch)
+        if self._runner.drafter.config.dynamic is not None:
+            bounds = zip(batch.req_ids, batch.max_nodes, batch.max_paths, strict=True)
+            return [self._random(*bound) for bound in bounds]
         return [self._replaced(*pair) for pair in zip(batch.req_ids, drafts, strict=True)]
 
     def _replaced(self, req_id: str, draft: Any) -> Any:
         if not draft.tokens:
             return draft
+        tokens = self._oracle.tokens(self._future(req_id), self._parents)
+        return draft if tokens is None else draft._replace(tokens=tokens[: len(draft.tokens)])
+
+    def _random(self, req_id: str, max_nodes: int, max_paths: int) -> Any:
+        """A tree of random shape and size in depth-first order, none now and then."""
+        from vllm_medusa.plugin.worker.v1.drafting import NO_DRAFT, Draft
+
+        rng, limits = self._oracle.rng, self._runner.drafter.config.limits
+        parents: list[int] = []
+        way, num_paths = [0], 1
+        for node in range(1, rng.randint(0, max_nodes) + 1):
+            goes_on = len(way) <= limits.max_depth and (
+                num_paths >= max_paths or rng.random() < 0.6
+            )
+            if not goes_on and (num_paths >= max_paths or len(way) == 1):
+                break
+            if not goes_on:
+                del way[rng.randint(1, len(way) - 1) :]
+                num_paths += 1
+            parents.append(way[-1])
+            way.append(node)
+        tokens = self._oracle.tokens(self._future(req_id), tuple(parents)) if parents else None
+        return NO_DRAFT if tokens is None else Draft(tokens, tuple(parents))
+
+    def _future(self, req_id: str) -> list[int]:
         request = self._runner.requests[req_id]
-        future = self._oracle.future_of(
+        return self._oracle.future_of(
             tuple(request.prompt_token_ids), list(request.output_token_ids)
         )
-        tokens = self._oracle.tokens(future, self._parents)
-        return draft if tokens is None else draft._replace(tokens=tokens[: len(draft.tokens)])

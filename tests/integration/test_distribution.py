@@ -141,6 +141,9 @@ class LawDrafts:
     def num_paths(self, batch_size: int) -> int:
         return len(TREE.leaves)
 
+    def finish(self, req_ids: Any) -> None:
+        """Nothing is held for requests."""
+
     def draft(self, batch: Any) -> list[Draft]:
         drafts = []
         for req_id in batch.req_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,20 @@ class RecordingDrafter:
         self._steps = steps
         self._drafter = runner.tree_drafter
         self._logits: list[Tensor] = []
-        local_logits = runner.drafter._local_logits
+        lm_heads = runner.drafter._lm_heads
 
-        def record(features: Tensor) -> Tensor:
-            self._logits.append(local_logits(features).clone())
-            return self._logits[-1]
+        def record(features: Tensor) -> list[Tensor]:
+            parts = lm_heads.logits(features)
+            self._logits.append(torch.cat(parts).clone())
+            return parts
 
-        runner.drafter._local_logits = record
+        runner.drafter._lm_heads = replace(lm_heads, logits=record)
 
     def num_paths(self, batch_size: int) -> int:
         return self._drafter.num_paths(batch_size)
+
+    def finish(self, req_ids: Any) -> None:
+        self._drafter.finish(req_ids)
 
     def draft(self, batch: Any) -> list[Any]:
         drafts = self._drafter.draft(batch)

@@ -26,7 +26,8 @@ def nodes_of(case: oracle.Case, pool: int = UNLIMITED) -> Nodes:
 
 
 def ranked_of(case: oracle.Case, limits: list[int], **bounds: float) -> Ranked:
-    return rank(nodes_of(case), np.array(limits), **bounds)
+    leaves = np.full(len(limits), int(bounds.pop("max_leaves", UNLIMITED)))
+    return rank(nodes_of(case), np.array(limits), leaves, **bounds)
 
 
 def as_dicts(drafts: Drafts) -> list[dict[oracle.Path, tuple[float, int]]]:
@@ -71,10 +72,10 @@ def test_every_prefix_is_a_tree_of_the_likeliest(case: oracle.Case, limits: list
 
 @given(oracle.cases(num_requests=2), st.integers(1, 12))
 def test_pool_changes_nothing_within_it(case: oracle.Case, pool: int) -> None:
-    limits = np.array([pool, pool])
-    expected = as_dicts(rank(nodes_of(case), limits).drafts)
+    limits, leaves = np.array([pool, pool]), np.array([UNLIMITED, UNLIMITED])
+    expected = as_dicts(rank(nodes_of(case), limits, leaves).drafts)
     # Of equally likely nodes either may be kept.
-    found = as_dicts(rank(nodes_of(case, pool), limits).drafts)
+    found = as_dicts(rank(nodes_of(case, pool), limits, leaves).drafts)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(
             [p for p, _ in one.values()], [p for p, _ in other.values()], rtol=1e-12

@@ -39,15 +39,13 @@ class Ranked:
     is_fork: Bools
 
 
-def rank(
-    nodes: Nodes, limits: Ints, *, max_leaves: int = UNLIMITED, min_probability: float = 0.0
-) -> Ranked:
+def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float = 0.0) -> Ranked:
     """Put the nodes that may be drafted in order.
 
     Args:
         nodes: of B requests.
         limits: [B] most nodes of each request.
-        max_leaves: most leaves of a request's tree. The likeliest forks are kept, and of the
+        max_leaves: [B] most leaves of each request's tree. The likeliest forks are kept, and of the
             others neither they nor what is below them.
         min_probability: nodes that are less likely are left out.
 
@@ -60,8 +58,8 @@ def rank(
     ]
     request, parents = nodes.request[order], _local_parents(nodes, order)
     is_fork = _is_fork(request, parents, num_requests)
-    if max_leaves < UNLIMITED:
-        kept = _within_leaves(request, parents, is_fork, num_requests, max_leaves)
+    if (max_leaves < UNLIMITED).any():
+        kept = _within_leaves(request, parents, is_fork, max_leaves)
         order, request, is_fork = order[kept], request[kept], is_fork[kept]
     starts = np.searchsorted(request, np.arange(num_requests + 1))
     kept = np.flatnonzero(np.arange(len(order)) - starts[request] < limits[request])
@@ -80,7 +78,9 @@ def rank(
     return Ranked(drafts, request, np.argsort(-probability, kind="stable"), is_fork)
 
 
-def best_size(ranked: Ranked, num_requests: int, costs: CostCurve) -> tuple[int, Floats]:
+def best_size(
+    ranked: Ranked, num_requests: int, costs: CostCurve, more_ms: float = 0.0
+) -> tuple[int, Floats]:
     """Return the number of nodes that pays best, and [T + 1] tokens per ms by number of nodes.
 
     Every number is tried with the forks that it has, so a costly fork makes the numbers behind it
@@ -90,17 +90,36 @@ def best_size(ranked: Ranked, num_requests: int, costs: CostCurve) -> tuple[int,
         ranked: the nodes.
         num_requests: that decode in the step.
         costs: of the step.
+        more_ms: what the step costs in any case, beyond that.
 
     """
-    num_nodes = len(ranked.order)
-    emitted = np.full(num_nodes + 1, float(num_requests))
-    emitted[1:] += np.cumsum(ranked.drafts.probability[ranked.order])
-    ms = costs.by_drafts(num_requests, num_nodes)
+    rates = _rates(ranked, ranked.order, num_requests, costs, more_ms)
+    return int(np.argmax(rates)), rates
+
+
+def best_rate(ranked: Ranked, allowed: Bools, num_requests: int, costs: CostCurve) -> float:
+    """Return the tokens per ms that the best number of some nodes gives.
+
+    Args:
+        ranked: the nodes.
+        allowed: [T] which of them count, in falling probability.
+        num_requests: that decode in the step.
+        costs: of the step.
+
+    """
+    return float(_rates(ranked, ranked.order[allowed], num_requests, costs, 0.0).max())
+
+
+def _rates(
+    ranked: Ranked, order: Ints, num_requests: int, costs: CostCurve, more_ms: float
+) -> Floats:
+    emitted = np.full(len(order) + 1, float(num_requests))
+    emitted[1:] += np.cumsum(ranked.drafts.probability[order])
+    ms = costs.by_drafts(num_requests, len(order)) + more_ms
     if costs.fork_ms:
-        ms = ms.copy()
-        ms[1:] += costs.fork_ms * np.cumsum(ranked.is_fork[ranked.order])
-    rate = emitted / ms
-    return int(np.argmax(rate)), rate
+        ms[1:] += costs.fork_ms * np.cumsum(ranked.is_fork[order])
+    rates: Floats = emitted / ms
+    return rates
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:
@@ -139,14 +158,12 @@ def _is_fork(request: Ints, parents: Ints, num_requests: int) -> Bools:
     return is_fork
 
 
-def _within_leaves(
-    request: Ints, parents: Ints, is_fork: Bools, num_requests: int, max_leaves: int
-) -> Ints:
-    """Places of the nodes of the first path and the first ``max_leaves - 1`` forks."""
+def _within_leaves(request: Ints, parents: Ints, is_fork: Bools, max_leaves: Ints) -> Ints:
+    """Places of the nodes of the first path and the first ``max_leaves - 1`` forks of each."""
     forks = np.cumsum(is_fork)
-    starts = np.searchsorted(request, np.arange(num_requests + 1))
+    starts = np.searchsorted(request, np.arange(len(max_leaves) + 1))
     before = np.concatenate([[0], forks])[starts[:-1]]
-    keep = ~is_fork | (forks - before[request] < max_leaves)
+    keep = ~is_fork | (forks - before[request] < max_leaves[request])
     # What hangs below a dropped node goes with it; each turn looks twice as far up.
     keep, above = np.append(keep, True), np.append(parents, -1)
     while (above >= 0).any():

@@ -121,7 +121,7 @@ class HeadsReader:
                 f"{self._location}: token_map holds token {low if low < 0 else high}, outside the "
                 f"vocabulary of {vocab_size} tokens; export the heads again"
             )
-        if len(token_map.unique()) != len(token_map):
+        if (token_map.sort().values.diff() == 0).any():
             raise UserError(
                 f"{self._location}: token_map holds a token twice; export the heads again"
             )
@@ -140,7 +140,7 @@ class HeadsReader:
         if self._is_common(name):
             return self._rows(name, (), 0, None).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
-        lead = (num_heads or self.spec.num_heads,)
+        lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
         if name.startswith("blocks."):
             lead += (self.spec.num_layers,)
         shape = [*lead, *self._headers[name].shape[len(lead) :]]

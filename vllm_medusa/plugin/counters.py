@@ -9,6 +9,11 @@ DESCRIPTIONS = {
     "fork_paths": "Leaf paths verified in fork blocks.",
     "forks_accepted": "Request steps whose accepted path ran in fork blocks.",
     "chain_fallbacks": "Drafts cut to the first path because no fork blocks were free.",
+    "nodes_drafted": "Draft nodes of dynamic trees.",
+    "heads_nodes": "Draft nodes of dynamic trees that the heads proposed.",
+    "text_nodes": "Draft nodes of dynamic trees that the text proposed.",
+    "heads_runs": "Steps of dynamic trees that ran the heads.",
+    "steps_without_drafts": "Steps of dynamic trees in which no node was worth its cost.",
 }
 
 #: Attribute of a step's ``ModelRunnerOutput`` that takes its counts to the engine core.
@@ -23,6 +28,11 @@ class Counters:
     fork_paths: int = 0
     forks_accepted: int = 0
     chain_fallbacks: int = 0
+    nodes_drafted: int = 0
+    heads_nodes: int = 0
+    text_nodes: int = 0
+    heads_runs: int = 0
+    steps_without_drafts: int = 0
     _taken: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def to_dict(self) -> dict[str, int]:

@@ -6,6 +6,8 @@ such a proposer no hidden states (``propose_draft_token_ids``, ``gpu_model_runne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -101,8 +103,26 @@ class MedusaProposer:
             the target's vocabulary.
 
         """
-        top_k = self.config.tree.top_k
+        return self._best(self._lm_heads.logits(self._blocks(hidden_states)))
+
+    @torch.inference_mode()
+    def probable_guesses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best guesses as `guesses`, with their log-probabilities in place of logits.
+
+        With a draft vocabulary these are probabilities within it.
+        """
         parts = self._lm_heads.logits(self._blocks(hidden_states))
+        values, tokens = self._best(parts)
+        scaled = [part.float() * self._logit_scale for part in parts]
+        totals = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in scaled])
+        if get_tensor_model_parallel_world_size() > 1:
+            totals = tensor_model_parallel_all_gather(totals, dim=-1)
+            totals = totals.logsumexp(dim=-1, keepdim=True)
+        return values.float() - totals, tokens
+
+    def _best(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Choose the best of each head's logits, which come in parts [heads, B, rows]."""
+        top_k = self.config.tree.top_k
         # Siblings are told apart by rank alone, so a rank's place among equals does not matter.
         best = [part.topk(min(top_k, part.shape[-1]), dim=-1) for part in parts]
         values = torch.cat([part.values for part in best])

@@ -32,9 +32,15 @@ def _build_worker() -> type:
     return _build_cpu_worker() if current_platform.is_cpu() else _build_gpu_worker()
 
 
-class _MeasurementsMixin:
+class _WorkerMixin:
     model_runner: Any
     _timers: timers.StepTimers | None = None
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Let the runner measure what it needs once vLLM has warmed up."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self.model_runner.prepare_drafting()
+        return result
 
     def medusa_counters(self) -> dict[str, int]:
         """Return the plugin's counters, for ``LLM.collective_rpc("medusa_counters")``."""
@@ -59,7 +65,7 @@ def _build_cpu_worker() -> type:
     class MedusaCPUModelRunner(MedusaRunnerMixin, CPUModelRunner):
         pass
 
-    class MedusaWorker(_MeasurementsMixin, cpu_worker.CPUWorker):
+    class MedusaWorker(_WorkerMixin, cpu_worker.CPUWorker):
         def init_device(self) -> None:
             # The CPU worker names its runner's class inside init_device (cpu_worker.py).
             with replaced(cpu_worker, "CPUModelRunner", MedusaCPUModelRunner):
@@ -77,7 +83,7 @@ def _build_gpu_worker() -> type:
     class MedusaGPUModelRunner(MedusaRunnerMixin, GPUModelRunner):
         pass
 
-    class MedusaWorker(_MeasurementsMixin, Worker):
+    class MedusaWorker(_WorkerMixin, Worker):
         def _make_model_runner(self) -> GPUModelRunner:
             return MedusaGPUModelRunner(self.vllm_config, self.device)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
@@ -33,6 +35,8 @@ class DraftingBatch:
     Attributes:
         req_ids: the requests, B.
         sampled: tokens that the step gave each; none for a chunk of a prompt.
+        texts: prompt and output of each request so far.
+        num_prompt_tokens: how many of these are the prompt's.
         hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
         max_paths: fork paths that each request's next tree may have.
         max_nodes: draft nodes that it may have; 0: the request drafts nothing.
@@ -41,6 +45,8 @@ class DraftingBatch:
 
     req_ids: Sequence[str]
     sampled: Sequence[Sequence[int]]
+    texts: Sequence[NDArray[np.int32]]
+    num_prompt_tokens: Sequence[int]
     hidden_states: Tensor
     max_paths: Sequence[int]
     max_nodes: Sequence[int]
@@ -51,6 +57,9 @@ class Drafter(Protocol):
 
     def num_paths(self, batch_size: int) -> int:
         """Return how many fork paths its trees may have at a batch size."""
+
+    def finish(self, req_ids: Iterable[str]) -> None:
+        """Drop what is held for requests that have ended."""
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return a tree for each request; one without nodes where nothing is to be drafted."""
@@ -76,6 +85,9 @@ class StaticDrafter:
         """Return the fork paths of a batch size's tree."""
         num_nodes = self._num_nodes(batch_size)
         return sum(start <= num_nodes for start in self._layout.path_starts)
+
+    def finish(self, req_ids: Iterable[str]) -> None:
+        """Hold nothing for requests."""
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return the tree, or its first path where a request may have no more."""

@@ -24,9 +24,11 @@ from vllm_medusa.plugin.sampling_params import max_nodes_of
 from vllm_medusa.plugin.support import check_attention
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v1.drafting import Drafter, DraftingBatch, StaticDrafter
+from vllm_medusa.plugin.worker.v1.dynamic import DynamicDrafter
 from vllm_medusa.plugin.worker.v1.path_forks import PathForks
 from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 from vllm_medusa.plugin.worker.v1.step import Step, StepPlanner
+from vllm_medusa.plugin.worker.v1.warm_up import measure_costs
 from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
@@ -69,6 +71,12 @@ class MedusaRunnerMixin(_Base):
         layers = self.compilation_config.static_forward_context
         self.forks = PathForks(pool, self.attn_groups, layers, self.device)
 
+    def prepare_drafting(self) -> None:
+        """Measure what dynamic trees need to know of this machine, once the engine is warm."""
+        if self.drafter.config.dynamic is not None:
+            costs = measure_costs(self)
+            self.tree_drafter = DynamicDrafter(self.drafter, costs, self.counters)
+
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         """Give back what finished and preempted requests held."""
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
@@ -76,6 +84,7 @@ class MedusaRunnerMixin(_Base):
             self.forks.grants.release(ended)
         for req_id in ended:
             self._parents.pop(req_id, None)
+        self.tree_drafter.finish(scheduler_output.finished_req_ids)
         self.rejection_sampler.noise.forget(scheduler_output.finished_req_ids)
         return super()._update_states(scheduler_output)
 
@@ -197,6 +206,8 @@ class MedusaRunnerMixin(_Base):
             DraftingBatch(
                 req_ids=self._step.req_ids,
                 sampled=sampled_token_ids,
+                texts=self._texts(),
+                num_prompt_tokens=self.input_batch.num_prompt_tokens.tolist(),
                 hidden_states=last,
                 max_paths=self._max_paths(sampled_token_ids),
                 max_nodes=self._max_nodes(sampled_token_ids),
@@ -218,6 +229,12 @@ class MedusaRunnerMixin(_Base):
             if structured:
                 send_parents(drafts, {req_id: self._parents[req_id] for req_id in structured})
         return drafts
+
+    def _texts(self) -> list[np.ndarray]:
+        """Return each request's tokens so far; vLLM's bookkeeping has added the sampled ones."""
+        lengths = self.input_batch.num_tokens_no_spec[: len(self._step.req_ids)].tolist()
+        rows = self.input_batch.token_ids_cpu
+        return [rows[index, :length] for index, length in enumerate(lengths)]
 
     def _max_paths(self, sampled_token_ids: list[list[int]]) -> list[int]:
         """Return how many fork paths the next tree of each request may have."""

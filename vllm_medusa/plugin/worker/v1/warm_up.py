@@ -37,7 +37,7 @@ def measure_costs(runner: Any) -> CostCurve:
     hidden = torch.zeros(
         1, runner.model_config.get_hidden_size(), dtype=runner.dtype, device=runner.device
     )
-    heads_ms = _median_ms(runner, partial(runner.drafter.guesses, hidden))
+    heads_ms = _median_ms(runner, partial(runner.drafter.probable_guesses, hidden))
     return CostCurve({1: points}, fork_ms=_FORK_SHARE * points[0][1], heads_ms=heads_ms)
 
 

@@ -1,0 +1,100 @@
+"""Dynamic trees: another tree for every request and step, of the nodes that pay.
+
+`vllm_medusa.draft` has the sources of candidates, says how likely each node is and chooses over the
+whole batch; here it meets the runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllm_medusa.config import MedusaConfig
+from vllm_medusa.draft.costs import CostCurve
+from vllm_medusa.draft.drafter import Drafter, DraftSettings
+from vllm_medusa.draft.order import depth_first
+from vllm_medusa.draft.probability import PROBABILITIES_FILE, Probabilities, read_probabilities
+from vllm_medusa.draft.types import Drafts, Floats, Ints, Request, Source
+from vllm_medusa.plugin.counters import Counters
+from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.plugin.worker.v1.drafting import NO_DRAFT, Draft, DraftingBatch
+
+_SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
+
+
+class DynamicDrafter:
+    """Drafts the nodes of all requests that maximise the expected tokens per time.
+
+    Args:
+        proposer: has the heads; its configuration's trees are dynamic.
+        costs: of a step.
+        counters: take what was drafted.
+
+    """
+
+    def __init__(self, proposer: MedusaProposer, costs: CostCurve, counters: Counters) -> None:
+        trees = proposer.config.dynamic
+        assert trees is not None
+        settings = DraftSettings(
+            sources=Source(sum(_SOURCES[name] for name in trees.sources)),
+            max_nodes=trees.max_nodes,
+            max_depth=trees.max_depth,
+            learn=trees.learn,
+        )
+        self._proposer = proposer
+        self._counters = counters
+        self._drafter = Drafter(settings, _probabilities(proposer.config), costs)
+
+    def num_paths(self, batch_size: int) -> int:
+        """Return how many fork paths a tree may have."""
+        return self._proposer.config.limits.max_paths
+
+    def finish(self, req_ids: Iterable[str]) -> None:
+        """Drop what is held for requests that have ended."""
+        for req_id in req_ids:
+            self._drafter.finish(req_id)
+
+    def draft(self, batch: DraftingBatch) -> list[Draft]:
+        """Return a tree for each request."""
+        places = [place for place, sampled in enumerate(batch.sampled) if sampled]
+        requests = [
+            Request(
+                key=batch.req_ids[place],
+                tokens=batch.texts[place],
+                num_prompt_tokens=batch.num_prompt_tokens[place],
+                max_nodes=batch.max_nodes[place],
+                max_leaves=batch.max_paths[place],
+            )
+            for place in places
+        ]
+        drafts = depth_first(self._drafter.propose(requests, self._guess(batch, places)))
+        self._count(drafts)
+        chosen = [NO_DRAFT] * len(batch.req_ids)
+        for place, draft in zip(places, drafts, strict=True):
+            chosen[place] = Draft(draft.tokens.tolist(), tuple(draft.parents.tolist()))
+        return chosen
+
+    def _guess(self, batch: DraftingBatch, places: list[int]) -> tuple[Ints, Floats] | None:
+        """Run the heads if they are likely to pay."""
+        if not places or not self._drafter.runs_heads(len(places)):
+            return None
+        self._counters.heads_runs += 1
+        log_probs, tokens = self._proposer.probable_guesses(batch.hidden_states[places])
+        return (
+            tokens.transpose(0, 1).cpu().numpy(),
+            log_probs.transpose(0, 1).double().exp().cpu().numpy(),
+        )
+
+    def _count(self, drafts: Drafts) -> None:
+        self._counters.nodes_drafted += len(drafts.tokens)
+        self._counters.steps_without_drafts += not len(drafts.tokens)
+        self._counters.heads_nodes += int((drafts.source & Source.HEADS > 0).sum())
+        self._counters.text_nodes += int((drafts.source & Source.TEXT > 0).sum())
+
+
+def _probabilities(config: MedusaConfig) -> Probabilities:
+    """Read what calibration wrote beside the heads, or take what is ordinary."""
+    file = Path(config.heads) / PROBABILITIES_FILE
+    if file.is_file():
+        return read_probabilities(file, config.tree.depth, config.tree.top_k)
+    return Probabilities.default(config.tree.depth, config.tree.top_k)
