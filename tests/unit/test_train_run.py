@@ -309,9 +309,9 @@ def test_full_disk_at_the_very_end(
 def test_missing_package_is_said_before_training(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_medusa.training import run
+    from vllm_medusa.reporting import plots
 
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs matplotlib: pip install"):
         train(settings_of(inputs), tmp_path / "heads")
     assert not list(tmp_path.iterdir())

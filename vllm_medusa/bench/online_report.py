@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.online import Load, OnlineMeasurement
-from vllm_medusa.bench.plots import new_figure, save
 from vllm_medusa.bench.spread import Spread, ratios, spread
 from vllm_medusa.bench.variants import BASELINE
+from vllm_medusa.reporting.plots import new_figure, save_figure
 from vllm_medusa.reporting.tables import Table
 
 
@@ -159,7 +159,8 @@ def online_table(figures: Sequence[OnlineFigures], states: Mapping[str, VariantS
 
 def plot_online(out: Path, figures: Sequence[OnlineFigures]) -> list[tuple[str, str]]:
     """Draw latency against throughput; return file name and caption."""
-    figure, axes = new_figure("tokens per second, of all requests", "median time of a request, s")
+    labels = ("tokens per second, of all requests", "median time of a request, s")
+    figure, (axes,) = new_figure(labels)
     by_variant: dict[str, list[OnlineFigures]] = defaultdict(list)
     for row in figures:
         by_variant[row.variant].append(row)
@@ -170,7 +171,7 @@ def plot_online(out: Path, figures: Sequence[OnlineFigures]) -> list[tuple[str, 
         for row, *at in zip(rows, throughput, latency, strict=True):
             axes.annotate(row.load, at, (4, 4), textcoords="offset points", size=7)
     axes.set_ylim(bottom=0)
-    return [save(figure, axes, out, "latency_by_throughput", "Latency against throughput")]
+    return [save_figure(figure, out / "latency_by_throughput.png", "Latency against throughput")]
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_medusa.bench.figures import Figures, by_batch_size
-from vllm_medusa.bench.results import PLOTS
 from vllm_medusa.bench.variants import BASELINE
+from vllm_medusa.reporting.plots import new_figure, save_figure
 
 
 def plot_offline(out: Path, figures: Sequence[Figures]) -> list[tuple[str, str]]:
@@ -23,7 +22,7 @@ def plot_offline(out: Path, figures: Sequence[Figures]) -> list[tuple[str, str]]
 
 
 def _speedup_by_batch(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
-    figure, axes = new_figure("batch size", "tokens per second over the baseline's")
+    figure, (axes,) = new_figure(("batch size", "tokens per second over the baseline's"))
     sizes = sorted({row.batch_size for rows in variants.values() for row in rows})
     for name, rows in variants.items():
         shown = [(row.batch_size, row.speedup) for row in rows if row.speedup]
@@ -42,13 +41,13 @@ def _speedup_by_batch(out: Path, variants: Mapping[str, Sequence[Figures]]) -> t
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    return save(figure, axes, out, "speedup_by_batch", "Speed-up by batch size")
+    return save_figure(figure, out / "speedup_by_batch.png", "Speed-up by batch size")
 
 
 def _speedup_by_tokens_per_step(
     out: Path, variants: Mapping[str, Sequence[Figures]]
 ) -> tuple[str, str]:
-    figure, axes = new_figure("tokens per step", "tokens per second over the baseline's")
+    figure, (axes,) = new_figure(("tokens per step", "tokens per second over the baseline's"))
     largest = 1.0
     for name, rows in variants.items():
         shown = [(row.tokens_per_step.median, row.speedup.median) for row in rows if row.speedup]
@@ -63,11 +62,11 @@ def _speedup_by_tokens_per_step(
     caption = (
         "Speed-up against tokens per step (numbers: batch size; dashed: a step costs nothing more)"
     )
-    return save(figure, axes, out, "speedup_by_tokens_per_step", caption)
+    return save_figure(figure, out / "speedup_by_tokens_per_step.png", caption)
 
 
 def _acceptance_by_depth(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
-    figure, axes = new_figure("depth", "share of drafts accepted so deep")
+    figure, (axes,) = new_figure(("depth", "share of drafts accepted so deep"))
     deepest = 1
     for name, rows in variants.items():
         shares = rows[0].acceptance_by_depth
@@ -77,29 +76,4 @@ def _acceptance_by_depth(out: Path, variants: Mapping[str, Sequence[Figures]]) -
             axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 1)
-    return save(figure, axes, out, "acceptance_by_depth", "Acceptance by depth")
-
-
-def new_figure(x_label: str, y_label: str) -> tuple[Any, Any]:
-    """An empty figure, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.1)  # room for the points' labels
-    return figure, axes
-
-
-def save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
-    """Write a figure under one of the names of `results.PLOTS`; return it and the caption."""
-    axes.legend(fontsize=8)
-    axes.set_title(caption, fontsize=9)
-    file = f"{name}.png"
-    assert file in PLOTS
-    figure.savefig(out / file, dpi=120, metadata={"Software": None})
-    return file, caption
+    return save_figure(figure, out / "acceptance_by_depth.png", "Acceptance by depth")

@@ -85,7 +85,7 @@ def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
     Raises:
         UserError: anything else.
     """
-    if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+    if isinstance(entries, list | tuple) and all(isinstance(entry, str) for entry in entries):
         return parse_variants(entries, heads)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise UserError(

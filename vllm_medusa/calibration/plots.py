@@ -8,30 +8,15 @@ from typing import Any
 
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.findings import Findings
-from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.plots import new_figure, save_figure
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 _COLOURS = {"joint": "tab:blue", "product": "tab:orange"}
 
 
-def check_matplotlib() -> None:
-    """Say at once if the pictures cannot be drawn.
-
-    Raises:
-        UserError: matplotlib is not installed.
-
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UserError(
-            'the report\'s figures need matplotlib: pip install "vllm-medusa[train]"'
-        ) from None
-
-
 def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
     """Draw tokens per step by tree size; return file name and caption."""
-    figure, axes = _figure("draft nodes", "tokens per step", (7.5, 4.8))
+    figure, (axes,) = new_figure(("draft nodes", "tokens per step"), size=(7.5, 4.8))
     for with_loops, style in ((True, "-"), (False, "--")):
         section = next(s for s in findings.sections if s.with_loops == with_loops)
         suffix = "" if with_loops else ", without looping text"
@@ -58,11 +43,9 @@ def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
                     f"{method}, measured in the engine{suffix}",
                     "o" if with_loops else "s",
                 )
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-acceptance",
+        out / "calibration-acceptance.png",
         "Tokens per step by tree size; bands and bars are 95 % intervals over prompts",
     )
 
@@ -73,7 +56,8 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
     probabilities = findings.probabilities
     places = _places(paths)
     num_leaves = len(DraftTree.from_paths(paths).leaves)
-    figure, axes = _figure("", "", (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads))
+    size = (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads)
+    figure, (axes,) = new_figure(("", ""), size=size)
     for path, (x, y) in places.items():
         if not path:
             axes.annotate("root", (x, y), ha="center", va="center", fontsize=8)
@@ -102,20 +86,17 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
         )
     axes.set_ylim(-findings.num_heads - 0.45, 0.3)
     axes.set_axis_off()
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-tree",
+        out / "calibration-tree.png",
         f"Tree of {len(paths)} nodes: the rank of each, and how often its path is right (%)",
     )
 
 
 def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
     """Draw the predicted speed-up by batch size; return file name and caption."""
-    figure, axes = _figure(
-        "batch size", "predicted tokens per second over no speculation", (7, 4.6)
-    )
+    labels = ("batch size", "predicted tokens per second over no speculation")
+    figure, (axes,) = new_figure(labels)
     batch_sizes = sorted(choice.chosen)
     shown = [i for i, c in enumerate(choice.candidates) if c.paths]
     chains = [i for i in shown if choice.candidates[i].name.startswith("chain")]
@@ -138,11 +119,9 @@ def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
     axes.axhline(1, color="grey", linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-speedup",
+        out / "calibration-speedup.png",
         "Predicted speed-up by batch size; bars are the quartiles of the measured step cost",
     )
 
@@ -185,25 +164,3 @@ def _points(
         markersize=5,
         label=label,
     )
-
-
-def _figure(x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Any, Any]:
-    """An empty figure, drawn without a display."""
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
-    axes.set_title(caption, fontsize=8)
-    figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
-    return f"{name}.png", caption

@@ -18,7 +18,6 @@ from vllm_medusa.calibration.choice import Candidate, choose
 from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.inputs import Inputs, read_inputs
-from vllm_medusa.calibration.plots import check_matplotlib
 from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
 from vllm_medusa.calibration.texts import continue_requests
@@ -26,6 +25,7 @@ from vllm_medusa.engines.engine import EngineProcessError, start_engine
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import write_atomically
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
+from vllm_medusa.reporting.plots import check_matplotlib
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.reporting.provenance import provenance
 from vllm_medusa.stepcost.costs import StepCosts, read_step_costs
@@ -43,7 +43,7 @@ def calibrate(settings: CalibrateSettings) -> str:
             nothing is written.
 
     """
-    check_matplotlib()
+    check_matplotlib("train")
     inputs = read_inputs(settings)
     costs = _costs_of_file(settings)
     try:

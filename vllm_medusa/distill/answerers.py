@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def answer_locally(
     defaults = {name: value for name, value in _ENGINE_DEFAULTS.items() if name not in os.environ}
     try:
         with WorkerProcess(_ENGINE, _ENGINE_ENVIRONMENT | defaults) as process:
-            process.send(settings.as_dict())
+            process.send(asdict(settings))
             _checked(process.receive(), settings)
             report(0, 0)
             for index, prompts in shards:
@@ -137,7 +137,7 @@ def answer_on_ray(
         ]
         answered = from_items(items, override_num_blocks=len(items)).map(
             _ShardActor,
-            fn_constructor_args=(_ENGINE, settings.as_dict()),
+            fn_constructor_args=(_ENGINE, asdict(settings)),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
             ray_remote_args_fn=lambda: _RESTARTS,
             **_resources(ray, settings),

@@ -12,13 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from vllm_medusa.data.prompts import BadLine, OnBad, Prompt, parse_prompts, settle_bad_lines
+from vllm_medusa.data.prompts import BadLine, Prompt, parse_prompts, settle_bad_lines
 from vllm_medusa.data.rows import (
     Row,
-    ShardFormat,
     list_shards,
     read_shard,
     shard_path,
@@ -27,45 +25,12 @@ from vllm_medusa.data.rows import (
 from vllm_medusa.distill.answerers import Report, Shard, answer_locally, answer_on_ray
 from vllm_medusa.distill.output import open_output, write_provenance
 from vllm_medusa.distill.progress import Progress
+from vllm_medusa.distill.settings import DistillSettings
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.conversations import first_request
-from vllm_medusa.target.settings import AnswerSettings
 from vllm_medusa.target.text import AnsweringModel, TemplateError, load_answering_model
 
 _VERSIONS_OF = ("vllm-medusa", "vllm", "torch", "transformers", "pyarrow", "ray")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """What to distil.
-
-    Attributes:
-        answers: the model, and how it answers.
-        prompts: file of prompts, see `read_prompts`.
-        out: directory of the shards.
-        shard_size: prompts of a shard.
-        shard_format: of their files.
-        on_bad: what to do about lines that cannot be used.
-        ray_address: of a Ray cluster, or `local` for one started here; None to do without.
-        num_workers: engines at once, on Ray.
-    """
-
-    answers: AnswerSettings
-    prompts: Path
-    out: Path
-    shard_size: int = 256
-    shard_format: ShardFormat = "parquet"
-    on_bad: OnBad = "error"
-    ray_address: str | None = None
-    num_workers: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "num_workers"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} {getattr(self, name)}: give a positive number")
-        if self.num_workers > 1 and self.ray_address is None:
-            raise UserError(f"--num-workers {self.num_workers}: only with --ray")
 
 
 @dataclass(frozen=True)
@@ -212,7 +177,7 @@ def _made_from(
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.text, prompt.as_record()["turns"]]).encode())
-    answers = settings.answers.as_dict() | {"max_prompt_tokens": model.max_prompt_tokens}
+    answers = asdict(settings.answers) | {"max_prompt_tokens": model.max_prompt_tokens}
     del answers["model"], answers["revision"]  # the fingerprint says more
     return {
         "model_fingerprint": model.fingerprint,

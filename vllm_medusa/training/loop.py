@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class Training:
         self._eval_every = settings.eval_every or max(1, math.ceil(self.num_steps / 10))
         self._save_every = save_every or self._eval_every
         self.identity = {
-            **{name: value for name, value in settings.to_dict().items() if name not in _NAMES},
+            **{name: value for name, value in asdict(settings).items() if name not in _NAMES},
             "target_fingerprint": self.target.fingerprint(),
             "data_fingerprint": self.dataset.fingerprint,
             "num_processes": self._accelerator.num_processes,
