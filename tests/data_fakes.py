@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tqdm import tqdm
 
 from vllm_medusa.data.rows import Row
 from vllm_medusa.distill.answerers import Report, Shard
@@ -96,7 +94,6 @@ def fork(function: Callable[[], object]) -> int:
     if process:
         return process
     try:
-        tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and may die locked
         os.close(2)
         function()
     finally:  # an exception would otherwise carry on with the tests in both processes

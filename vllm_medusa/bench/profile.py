@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vllm_medusa.bench.engines import has_room
@@ -11,7 +10,9 @@ from vllm_medusa.bench.results import STEP_COSTS, to_json
 from vllm_medusa.bench.spread import spread
 from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, has_accelerator
 from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_json
 from vllm_medusa.heads import load_heads
+from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.reporting.tables import Table, as_text
 from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
@@ -31,8 +32,6 @@ def profile_steps(plan: Plan) -> str:
     Raises:
         UserError: unusable heads, or an engine that does not come up.
     """
-    from tqdm import tqdm
-
     settings = plan.settings
     heads = settings.heads or settings.model
     target = read_target(settings.model)
@@ -49,7 +48,7 @@ def profile_steps(plan: Plan) -> str:
     staged = [trees[1], trees[-1]]  # the chain and the largest tree
     turns = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
     turns += 2 * len(staged) * len(settings.batch_sizes)
-    with tqdm(total=turns, desc="step costs", unit="run") as bar:
+    with Bar("step costs", "runs", turns) as bar:
         costs = measure_step_costs(
             plan.options,
             speculative,
@@ -59,7 +58,7 @@ def profile_steps(plan: Plan) -> str:
             rounds=settings.rounds,
             engines_at_once=_engines_at_once(plan, len(trees)),
             environment=plan.environment,
-            progress=bar.update,
+            progress=bar.advance,
             provenance=dict(plan.provenance),
         )
         stages = measure_stages(
@@ -69,13 +68,11 @@ def profile_steps(plan: Plan) -> str:
             token_ids,
             settings.batch_sizes,
             environment=plan.environment,
-            progress=bar.update,
+            progress=bar.advance,
         )
     values = {**costs.to_dict(), "stages": to_json(stages)}
     path = settings.out / STEP_COSTS
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, values)
     return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])
 
 

@@ -12,7 +12,7 @@ from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import write_atomically
+from vllm_medusa.files import read_json, write_json
 
 FORMAT = "vllm_medusa.bench/1"
 RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
@@ -85,8 +85,7 @@ class LineWriter:
 def write_results(out: Path, results: Mapping[str, Any]) -> Path:
     """Write the document, all of it or nothing; return its path."""
     path = out / RESULTS
-    text = json.dumps({"format": FORMAT, **results}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, {"format": FORMAT, **results})
     return path
 
 
@@ -98,17 +97,12 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = path / RESULTS
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UserError(f"{path}: {exc.strerror}; give the results.json of a run") from None
-    except ValueError as exc:
-        raise UserError(f"{path}: not JSON ({exc}); give the results.json of a run") from None
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: its format is {found!r}, not {FORMAT!r}; give a results.json")
-    document: dict[str, Any] = results
-    return document
+    results = read_json(path, "the results.json of a run")
+    if results.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: its format is {results.get('format')!r}, not {FORMAT!r}; give a results.json"
+        )
+    return results
 
 
 def prepare_out(out: Path, overwrite: bool) -> None:

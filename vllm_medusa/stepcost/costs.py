@@ -7,7 +7,6 @@ speed drifts does not decide.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.files import read_json
 from vllm_medusa.tree.draft_tree import TreePath
 
 COSTS_FORMAT = "vllm_medusa.step_costs/1"
@@ -173,13 +173,6 @@ def read_step_costs(path: Path) -> StepCosts:
         UserError: it cannot be read, or is something else.
 
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--step-costs {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
-        raise UserError(f"--step-costs {path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--step-costs {path}: not a JSON object")
+    values = read_json(path, "a file of step costs, or a calibration.json")
     # A calibration's own report holds the costs that it measured.
     return StepCosts.from_dict(values.get("step_costs") or values)
