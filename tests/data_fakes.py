@@ -68,7 +68,7 @@ def echo_answer(request: list[int]) -> list[int]:
 
 
 def answer_without_engine(
-    settings: AnswerSettings, shards: Sequence[Shard], report: Report
+    settings: AnswerSettings, model: AnsweringModel, shards: Sequence[Shard], report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
     """Answer as the fake does, with a digit of the seed if the answers are sampled."""
 
@@ -83,7 +83,7 @@ def answer_without_engine(
 
     report(0, 0)
     for index, prompts in shards:
-        rows = answer_prompts(prompts, make_model(), generate, settings.seed)
+        rows = answer_prompts(prompts, model, generate, settings.seed)
         report(sum(row.num_answers for row in rows), sum(row.num_answer_tokens for row in rows))
         yield index, rows
 

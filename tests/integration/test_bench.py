@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
-from vllm_medusa.engines.engine import EngineProcessError
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.engines.server import ServerProcess
 from vllm_medusa.stepcost.costs import read_step_costs
 

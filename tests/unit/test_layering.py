@@ -204,7 +204,7 @@ def test_offence_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("vllm_medusa.plugin.register", "import vllm\nfrom vllm_medusa.tree import DraftTree"),
-        ("vllm_medusa.engines.run_worker", "from vllm_medusa.plugin.identity import WORKER_CLASS"),
+        ("vllm_medusa.engines.worker", "from vllm_medusa.plugin.identity import WORKER_CLASS"),
         ("vllm_medusa.cli.main", "from vllm_medusa.bench import run"),
         ("vllm_medusa.tree.verify", "from .layout import TreeLayout\nimport torch"),
         ("vllm_medusa.heads.module", "from vllm_medusa.tree import DraftTree"),

@@ -51,7 +51,7 @@ def test_time_left_is_that_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     with Bar("bench", "turns", 10, console=console(False)) as bar:
         monkeypatch.setattr(bar._bar, "get_time", lambda: now)
         assert bar.seconds_left is None
-        for now in (0.0, 5.0, 10.0, 15.0):
+        for now in (0.0, 5.0, 10.0, 15.0):  # noqa: B007
             bar.advance()
     assert bar.seconds_left == 30
 

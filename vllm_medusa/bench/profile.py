@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from vllm_medusa.bench.engines import has_room
 from vllm_medusa.bench.plan import Plan
-from vllm_medusa.bench.results import STEP_COSTS, to_json
+from vllm_medusa.bench.results import STEP_COSTS
 from vllm_medusa.bench.spread import spread
-from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, has_accelerator
+from vllm_medusa.engines.engine import EngineProcess, has_accelerator
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import write_json
 from vllm_medusa.heads import load_heads
@@ -70,7 +72,7 @@ def profile_steps(plan: Plan) -> str:
             environment=plan.environment,
             progress=bar.advance,
         )
-    values = {**costs.to_dict(), "stages": to_json(stages)}
+    values = {**costs.to_dict(), "stages": [asdict(times) for times in stages]}
     path = settings.out / STEP_COSTS
     write_json(path, values)
     return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])

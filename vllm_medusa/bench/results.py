@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import read_json, write_json
@@ -44,41 +42,25 @@ def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
     }
 
 
-def sameness_to_json(sameness: Sameness, dtype: str) -> dict[str, Any]:
-    """A comparison of outputs, each mismatch with its gap and whether that is a near-tie."""
-
-    def mismatch_to_json(mismatch: Mismatch) -> dict[str, Any]:
-        values = dataclasses.asdict(mismatch)
-        return values | {"gap": mismatch.gap, "is_near_tie": mismatch.is_near_tie(dtype)}
-
-    mismatches = [mismatch_to_json(mismatch) for mismatch in sameness.mismatches]
-    return {
-        "variant": sameness.variant,
-        "num_compared": sameness.num_compared,
-        "num_mismatches": len(mismatches),
-        "num_near_ties": sum(mismatch["is_near_tie"] for mismatch in mismatches),
-        "mismatches": mismatches,
-    }
-
-
-def to_json(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """Data classes as JSON has them."""
-    return [dataclasses.asdict(item) for item in items]
-
-
 class LineWriter:
-    """Writes JSON lines as they come: a header with the provenance, then the measurements.
+    """Writes measurements as JSON lines as they are made, after a header with the provenance.
 
     What a run that is broken off has measured is therefore there, line by line.
+
+    Args:
+        out: directory of the results.
+        header: makes the header when the first line comes.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self._path = path
-        path.write_text(json.dumps({"format": FORMAT, **header}) + "\n", encoding="utf-8")
+    def __init__(self, out: Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        self._path = out / LINES
+        self._header = header
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps({"format": FORMAT, **self._header()}) + "\n")
             file.write(json.dumps(line) + "\n")
 
 

@@ -18,7 +18,8 @@ from vllm_medusa.calibration.inputs import Inputs, read_inputs
 from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
 from vllm_medusa.calibration.texts import continue_requests
-from vllm_medusa.engines.engine import EngineProcessError, start_engine
+from vllm_medusa.engines.engine import start_engine
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import write_bytes
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE

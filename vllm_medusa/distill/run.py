@@ -83,7 +83,7 @@ def distill(settings: DistillSettings) -> Distilled:
             "started": earlier.get("started") or now(),
             "seconds": earlier.get("seconds", 0.0),
         }
-        _make_shards(settings, shards, missing, provenance)
+        _make_shards(settings, model, shards, missing, provenance)
         counts = _count(settings, shards, len(bad))
         finished = {"complete": True, "finished": now(), "counts": asdict(counts)}
         write_provenance(settings.out, provenance | finished)
@@ -92,6 +92,7 @@ def distill(settings: DistillSettings) -> Distilled:
 
 def _make_shards(
     settings: DistillSettings,
+    model: AnsweringModel,
     shards: Sequence[Shard],
     missing: Sequence[Shard],
     provenance: dict[str, Any],
@@ -100,7 +101,7 @@ def _make_shards(
     before, begin = provenance["seconds"], time.monotonic()
     num_all, num_missing = (sum(map(_num_turns, some)) for some in (shards, missing))
     with Bar("distill", "answers", num_all, num_all - num_missing) as bar:
-        for index, rows in _answer(settings, missing, _report_to(bar)):
+        for index, rows in _answer(settings, model, missing, _report_to(bar)):
             provenance["seconds"] = round(before + time.monotonic() - begin, 1)
             write_provenance(settings.out, provenance)
             write_shard(shard_path(settings.out, index, settings.shard_format), rows)
@@ -123,12 +124,12 @@ def _report_to(bar: Bar) -> Report:
 
 
 def _answer(
-    settings: DistillSettings, shards: Sequence[Shard], report: Report
+    settings: DistillSettings, model: AnsweringModel, shards: Sequence[Shard], report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
     if not shards:
         return iter(())
     if settings.ray_address is None:
-        return answer_locally(settings.answers, shards, report)
+        return answer_locally(settings.answers, model, shards, report)
     return answer_on_ray(
         settings.answers,
         shards,

@@ -30,6 +30,7 @@ class Bar(AbstractContextManager["Bar"]):
         total: how many there will be.
         done: of these, how many there are already.
         is_shown: whether to show anything.
+        writes_lines: whether to write lines where nothing moves.
         above: makes what a terminal shows above the bar.
         console: where to show it; None: standard error.
     """
@@ -42,12 +43,13 @@ class Bar(AbstractContextManager["Bar"]):
         done: int = 0,
         *,
         is_shown: bool = True,
+        writes_lines: bool = True,
         above: Callable[[], Iterable[Any]] = tuple,
         console: rich.console.Console | None = None,
     ) -> None:
         self.console = console or rich.console.Console(stderr=True)
         self.is_live = is_shown and self.console.is_terminal
-        self._writes_lines = is_shown and not self.is_live
+        self._writes_lines = is_shown and writes_lines and not self.is_live
         amount = f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"
         self._columns = [
             rich.progress.TextColumn("{task.description}:", markup=False),
@@ -76,6 +78,16 @@ class Bar(AbstractContextManager["Bar"]):
             self._bar.update(self._task, note=note)
         if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._write_line()
+
+    def set_total(self, total: int) -> None:
+        """Say anew how many there will be."""
+        # `update` would forget the rate so far.
+        self._bar.tasks[0].total = total
+
+    @property
+    def done(self) -> int:
+        """How many are done."""
+        return int(self._bar.tasks[0].completed)
 
     @property
     def seconds_left(self) -> float | None:
