@@ -55,15 +55,13 @@ def change_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
         for column in kind.columns if key in later else ():
             old, new = (_spread_of(found.get(column.name)) for found in (figure, later[key]))
             if old is not None and new is not None and old.median:
-                table.rows.append(
-                    (
-                        *key,
-                        column.heading,
-                        old.format(column.digits),
-                        new.format(column.digits),
-                        f"{new.median / old.median:.3f}",
-                        "changed" if is_beyond_spread(old, new) else "",
-                    )
+                table.add(
+                    *key,
+                    column.heading,
+                    old.format(column.digits),
+                    new.format(column.digits),
+                    f"{new.median / old.median:.3f}",
+                    "changed" if is_beyond_spread(old, new) else "",
                 )
     return table
 

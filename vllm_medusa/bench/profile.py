@@ -108,14 +108,12 @@ def cost_table(costs: StepCosts) -> Table:
             ratio = spread([ms / base_ms for ms, base_ms in zip(row.round_ms, base, strict=True)])
             assert step is not None
             assert ratio is not None
-            table.rows.append(
-                (
-                    str(row.num_drafts),
-                    str(row.num_leaves),
-                    str(batch_size),
-                    step.format(2),
-                    ratio.format(2) if row.num_drafts else "",
-                )
+            table.add(
+                row.num_drafts,
+                row.num_leaves,
+                batch_size,
+                step.format(2),
+                ratio.format(2) if row.num_drafts else "",
             )
     return table
 

@@ -48,15 +48,13 @@ def speed_table(
     table = Table(kind.title, columns, texts=("variant", "load"))
     for row in figures:
         starts = [info.startup_s for info in states[row.variant].starts]
-        table.rows.append(
-            (
-                row.variant,
-                str(row.load),
-                *(_cell(row.spreads[column.name], column) for column in kind.columns),
-                *(str(row.totals[name]) for name, _ in kind.totals),
-                _memory(row),
-                f"{statistics.median_high(starts):.1f}" if starts else "",
-            )
+        table.add(
+            row.variant,
+            row.load,
+            *(_cell(row.spreads[column.name], column) for column in kind.columns),
+            *(row.totals[name] for name, _ in kind.totals),
+            _memory(row),
+            f"{statistics.median_high(starts):.1f}" if starts else "",
         )
     return table
 
@@ -68,7 +66,7 @@ def absence_table(states: Mapping[str, VariantState]) -> Table:
     for name, state in states.items():
         if state.reason is not None:
             what = "unavailable" if state.unavailable else "broke off"
-            table.rows.append((name, what, state.reason))
+            table.add(name, what, state.reason)
     return table
 
 
@@ -83,7 +81,7 @@ def depth_table(figures: Sequence[Figures]) -> Table:
     for row in figures:
         if cells := [f"{share:.2f}" for share in row.acceptance_by_depth]:
             padding = [""] * (depth - len(cells))
-            table.rows.append((row.variant, load_name(row.load), *cells, *padding))
+            table.add(row.variant, load_name(row.load), *cells, *padding)
     return table
 
 
@@ -95,14 +93,12 @@ def category_table(categories: Sequence[CategoryFigures]) -> Table:
         texts=("category", "variant"),
     )
     for figure in sorted(categories, key=lambda figure: figure.category):
-        table.rows.append(
-            (
-                figure.category,
-                figure.variant,
-                str(figure.num_requests),
-                _format(figure.speedup),
-                _format(figure.tokens_per_step),
-            )
+        table.add(
+            figure.category,
+            figure.variant,
+            figure.num_requests,
+            figure.speedup and figure.speedup.format(2),
+            figure.tokens_per_step and figure.tokens_per_step.format(2),
         )
     return table
 
@@ -114,16 +110,9 @@ def sameness_table(sameness: Sequence[Sameness], dtype: str) -> Table:
         ("variant", "outputs", "same", "near-ties", "other mismatches"),
     )
     for found in sameness:
+        compared, different = found.num_compared, len(found.mismatches)
         ties = found.num_near_ties(dtype)
-        table.rows.append(
-            (
-                found.variant,
-                str(found.num_compared),
-                str(found.num_compared - len(found.mismatches)),
-                str(ties),
-                str(len(found.mismatches) - ties),
-            )
-        )
+        table.add(found.variant, compared, compared - different, ties, different - ties)
     return table
 
 
@@ -132,33 +121,21 @@ def mismatch_table(sameness: Sequence[Sameness], dtype: str) -> Table:
     table = Table(
         f"Mismatches (the first {_SHOWN_MISMATCHES} of each variant; all are in results.json)",
         (
-            "variant",
-            "batch",
-            "round",
-            "prompt",
-            "position",
-            "baseline's token",
-            "variant's token",
-            "their logprobs",
-            "",
+            *("variant", "batch", "round", "prompt", "position"),
+            *("baseline's token", "variant's token", "their logprobs", ""),
         ),
         texts=("variant", "prompt", ""),
     )
     for found in sameness:
         for mismatch in found.mismatches[:_SHOWN_MISMATCHES]:
             logprobs = (mismatch.baseline_logprob, mismatch.variant_logprob)
-            table.rows.append(
-                (
-                    mismatch.variant,
-                    str(mismatch.batch_size),
-                    str(mismatch.round),
-                    mismatch.prompt_id,
-                    str(mismatch.position),
-                    _token(mismatch.baseline_token),
-                    _token(mismatch.variant_token),
-                    " ".join("" if value is None else f"{value:.4f}" for value in logprobs),
-                    _verdict(mismatch, dtype),
-                )
+            table.add(
+                *(mismatch.variant, mismatch.batch_size, mismatch.round, mismatch.prompt_id),
+                mismatch.position,
+                _token(mismatch.baseline_token),
+                _token(mismatch.variant_token),
+                " ".join("" if value is None else f"{value:.4f}" for value in logprobs),
+                _verdict(mismatch, dtype),
             )
     return table
 
@@ -241,10 +218,6 @@ def _memory(row: Figures) -> str:
     on_device = row.peaks.get("device_memory_bytes")
     text = f"{(row.peaks['peak_memory_bytes'] or 0) / 2**30:.2f}"
     return text if on_device is None else f"{text} + {on_device / 2**30:.2f} on the device"
-
-
-def _format(figure: Spread | None) -> str:
-    return "" if figure is None else figure.format(2)
 
 
 def _verdict(mismatch: Mismatch, dtype: str) -> str:
