@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -187,7 +188,12 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 def engines_of(pid: int) -> list[psutil.Process]:
     """Without what else a run starts for a moment, such as git."""
-    return [p for p in descendants(pid) if "vllm_medusa.engines.worker" in p.cmdline()]
+    found = []
+    for process in descendants(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "vllm_medusa.engines.worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
