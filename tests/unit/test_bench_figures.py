@@ -36,6 +36,7 @@ from vllm_medusa.engines.engine import EngineInfo, RequestTimes, Run
 from vllm_medusa.engines.process import last_exception
 from vllm_medusa.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 numbers = st.floats(min_value=0.1, max_value=1e6)
 
 
@@ -289,6 +290,14 @@ def test_compare_marks_changes_beyond_the_spread(tmp_path: Path) -> None:
     assert "1.495" in text
     assert "1 of 1 figures changed" in text
     assert "different setting: dtype was 'float32', is 'bfloat16'" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "benchmarks").glob("*/results.json")))
+def test_published_results_can_be_compared(path: Path) -> None:
+    text = compare_runs(path, path.parent)
+    assert "0 of " in text
+    assert int(text.rpartition("0 of ")[2].split()[0]) > 20
+    assert "different" not in text
 
 
 def test_beyond_spread() -> None:

@@ -116,9 +116,13 @@ def test_config_file() -> None:
     [
         (7, "neither a list of texts nor a mapping"),
         ({"a": 7}, "'a' is 7; give a text or a mapping"),
-        ({"a": {"tree": "x"}}, "unknown key 'tree'"),
-        ({"a": {"llm_options": 7}}, "llm_options is 7"),
-        ({"a": {"lossless": "yes"}}, "lossless is 'yes'"),
+        (
+            {"a": {"tree": "x"}},
+            "variant 'a': unknown setting 'tree'; known are speculative_config, ",
+        ),
+        ({"a": {"llm_options": 7}}, "variant 'a': llm_options 7: must be a valid JSON object"),
+        ({"a": {1: 2}}, "'a' is {1: 2}; give a text or a mapping"),
+        ({"a": {"lossless": "yes"}}, "variant 'a': lossless 'yes': must be a valid boolean"),
     ],
 )
 def test_unusable_config_entries(entries: Any, message: str) -> None:

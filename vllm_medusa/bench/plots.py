@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm_medusa.bench.figures import ONLINE, Figures, Kind, load_name
 from vllm_medusa.bench.results import PLOTS
 from vllm_medusa.bench.variants import BASELINE
-from vllm_medusa.reporting.plots import new_figure, save_figure
+from vllm_medusa.reporting.plots import new_figure, plot_spreads, save_figure
 
 _SPEEDUP = "tokens per second over the baseline's"
 _BESIDE = {"xytext": (4, 4), "textcoords": "offset points", "size": 7}
@@ -43,9 +43,8 @@ def _speedup_by_batch(out: Path, variants: Mapping[str, Sequence[Figures]]) -> t
     sizes = sorted({int(row.load) for rows in variants.values() for row in rows})
     for name, rows in variants.items():
         found = [speedup for row in rows if (speedup := row.spreads["speedup"])]
-        errors = [[s.median - s.low for s in found], [s.high - s.median for s in found]]
-        x, y = [row.load for row in rows], [s.median for s in found]
-        axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=name)
+        spreads = [(speedup.median, speedup.low, speedup.high) for speedup in found]
+        plot_spreads(axes, [int(row.load) for row in rows], spreads, marker="o", label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])

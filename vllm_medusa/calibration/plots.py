@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.findings import Findings
-from vllm_medusa.reporting.plots import new_figure, save_figure
+from vllm_medusa.reporting.plots import new_figure, plot_spreads, save_figure
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 _COLOURS = {"joint": "tab:blue", "product": "tab:orange"}
@@ -36,12 +35,14 @@ def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
                 if c.method == method
             ]
             if measured:
-                _points(
+                plot_spreads(
                     axes,
-                    measured,
-                    colour,
-                    f"{method}, measured in the engine{suffix}",
-                    "o" if with_loops else "s",
+                    [size for size, _ in measured],
+                    [(found.value, found.low, found.high) for _, found in measured],
+                    fmt="o" if with_loops else "s",
+                    color=colour,
+                    markersize=5,
+                    label=f"{method}, measured in the engine{suffix}",
                 )
     return save_figure(
         figure,
@@ -106,16 +107,8 @@ def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
             batch_sizes, speedups, linewidth=1, marker=".", label=choice.candidates[index].name
         )
     chosen = [choice.predictions[size][choice.chosen[size]] for size in batch_sizes]
-    errors = [[p.speedup - p.low for p in chosen], [p.high - p.speedup for p in chosen]]
-    axes.errorbar(
-        batch_sizes,
-        [p.speedup for p in chosen],
-        yerr=errors,
-        color="black",
-        capsize=3,
-        linewidth=2,
-        label="chosen",
-    )
+    spreads = [(p.speedup, p.low, p.high) for p in chosen]
+    plot_spreads(axes, batch_sizes, spreads, color="black", linewidth=2, label="chosen")
     axes.axhline(1, color="grey", linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
@@ -144,23 +137,3 @@ def _places(paths: Sequence[TreePath]) -> dict[TreePath, tuple[float, float]]:
 
     place(())
     return places
-
-
-def _points(
-    axes: Any, measured: Sequence[tuple[int, Any]], colour: str, label: str, marker: str
-) -> None:
-    values = [estimate.value for _, estimate in measured]
-    errors = [
-        [estimate.value - estimate.low for _, estimate in measured],
-        [estimate.high - estimate.value for _, estimate in measured],
-    ]
-    axes.errorbar(
-        [size for size, _ in measured],
-        values,
-        yerr=errors,
-        fmt=marker,
-        color=colour,
-        capsize=3,
-        markersize=5,
-        label=label,
-    )

@@ -44,6 +44,23 @@ def new_figure(
     return figure, all_axes
 
 
+def plot_spreads(
+    axes: Any, x: Sequence[float], spreads: Sequence[tuple[float, float, float]], **style: Any
+) -> None:
+    """Draw values with bars.
+
+    Args:
+        axes: to draw on.
+        x: of each value.
+        spreads: value, lower and upper end of its bar.
+        style: of `matplotlib.axes.Axes.errorbar`.
+    """
+    values = [value for value, _, _ in spreads]
+    below = [value - low for value, low, _ in spreads]
+    above = [high - value for value, _, high in spreads]
+    axes.errorbar(x, values, yerr=[below, above], capsize=3, **style)
+
+
 def save_figure(figure: Any, path: Path, caption: str = "") -> tuple[str, str]:
     """Write a figure with its legends; return the file's name and the caption."""
     for axes in figure.axes:

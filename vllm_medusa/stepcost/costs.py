@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import read_json
@@ -133,18 +134,10 @@ class StepCosts:
                 "measure them again"
             )
         try:
-            rows = [
-                StepCost(
-                    int(row["batch_size"]),
-                    int(row["num_drafts"]),
-                    int(row["num_leaves"]),
-                    tuple(map(float, row["round_ms"])),
-                )
-                for row in values["rows"]
-            ]
+            rows = TypeAdapter(list[StepCost]).validate_python(values["rows"])
             provenance = dict(values["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the step costs are damaged ({error!r}); measure them again") from None
+        except (KeyError, TypeError, ValueError):
+            raise UserError("the step costs are damaged; measure them again") from None
         if len({len(row.round_ms) for row in rows}) != 1 or not rows[0].round_ms:
             raise UserError(
                 "the step costs hold no measurements, or not as many rounds in all rows; measure "
