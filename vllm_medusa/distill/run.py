@@ -118,7 +118,9 @@ def _report_to(bar: Bar) -> Report:
             begin = time.monotonic()
         num_tokens += tokens
         seconds = time.monotonic() - begin
-        bar.advance(answers, f"{num_tokens / seconds:.0f} tokens/s" if num_tokens else None)
+        bar.advance(
+            answers, f"{num_tokens / max(seconds, 1e-3):.0f} tokens/s" if num_tokens else None
+        )
 
     return report
 
