@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tqdm import tqdm
 
 from vllm_medusa.data.rows import Row
 from vllm_medusa.distill.answerers import Report, Shard
@@ -70,7 +68,7 @@ def echo_answer(request: list[int]) -> list[int]:
 
 
 def answer_without_engine(
-    settings: AnswerSettings, shards: Sequence[Shard], report: Report
+    settings: AnswerSettings, model: AnsweringModel, shards: Sequence[Shard], report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
     """Answer as the fake does, with a digit of the seed if the answers are sampled."""
 
@@ -85,7 +83,7 @@ def answer_without_engine(
 
     report(0, 0)
     for index, prompts in shards:
-        rows = answer_prompts(prompts, make_model(), generate, settings.seed)
+        rows = answer_prompts(prompts, model, generate, settings.seed)
         report(sum(row.num_answers for row in rows), sum(row.num_answer_tokens for row in rows))
         yield index, rows
 
@@ -96,7 +94,6 @@ def fork(function: Callable[[], object]) -> int:
     if process:
         return process
     try:
-        tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and may die locked
         os.close(2)
         function()
     finally:  # an exception would otherwise carry on with the tests in both processes

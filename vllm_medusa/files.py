@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vllm_medusa.errors import UserError
 
@@ -44,6 +45,37 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise UserError(
             f"{path}: cannot be written ({exc.strerror or exc}); what was there is as it was"
         ) from None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document as `write_atomically` does."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: of the file.
+        what: that it ought to be, for the error.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UserError(f"{path}: {exc.strerror}; give {what}") from None
+    except ValueError as exc:
+        raise UserError(f"{path}: not JSON ({exc}); give {what}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; give {what}")
+    return value
 
 
 def remove_temporary_files(directory: Path) -> None:

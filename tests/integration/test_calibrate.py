@@ -195,7 +195,7 @@ def test_prediction_is_what_the_engine_measures(tmp_path: Path) -> None:
         (["--prompts", "{prompts}", "--no-step-costs", "--batch-sizes", "1"], "leave it out"),
         (["--prompts", "{prompts}", "--step-costs", "{costs}", "--sizes", "16"], "go up to 8"),
         (["--prompts", "{prompts}", "--out", "{prompts}/deep"], "no directory to write to"),
-        (["--prompts", "{rows}", "--max-prompts", "0"], "--max-prompts 0: give 1 or more"),
+        (["--prompts", "{rows}", "--max-prompts", "0"], "--max-prompts 0: must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(

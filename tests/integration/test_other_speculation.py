@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests.integration.command_line import REPO, run_python
-from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, Run, thread_environment
+from vllm_medusa.engines.engine import EngineProcess, Run, thread_environment
+from vllm_medusa.engines.process import EngineProcessError
 
 pytestmark = pytest.mark.engine
 

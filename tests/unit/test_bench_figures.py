@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import statistics
@@ -12,24 +13,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_medusa.bench.categories import BatchMeasurement, categories_of
 from vllm_medusa.bench.compare import compare_runs, is_beyond_spread
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.figures import categories_of, figures_of
-from vllm_medusa.bench.offline import Measurement
-from vllm_medusa.bench.plots import plot_offline
+from vllm_medusa.bench.figures import OFFLINE, figures_of
+from vllm_medusa.bench.offline import measurement_of
+from vllm_medusa.bench.plots import plot
 from vllm_medusa.bench.prompts import BenchPrompt
-from vllm_medusa.bench.report import Report, markdown
-from vllm_medusa.bench.results import FORMAT, prepare_out, read_results, to_json, write_results
-from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
-from vllm_medusa.bench.spread import ratios, spread
-from vllm_medusa.engines.engine import (
-    EngineInfo,
-    RequestTimes,
-    Run,
-    last_exception,
+from vllm_medusa.bench.report import (
+    absence_table,
+    category_table,
+    depth_table,
+    markdown,
+    mismatch_table,
+    sameness_table,
+    speed_table,
 )
+from vllm_medusa.bench.results import FORMAT, prepare_out, read_results, write_results
+from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
+from vllm_medusa.bench.spread import Spread, ratios, spread
+from vllm_medusa.engines.engine import EngineInfo, RequestTimes, Run
+from vllm_medusa.engines.process import last_exception
 from vllm_medusa.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 numbers = st.floats(min_value=0.1, max_value=1e6)
 
 
@@ -81,29 +88,63 @@ def prompt(index: int, category: str | None = None) -> BenchPrompt:
 
 
 @pytest.fixture
-def measurements() -> list[Measurement]:
+def measurements() -> list[BatchMeasurement]:
     """Two rounds; the machine is twice as slow in the second, which must not touch ratios."""
     rows = []
     for number, slowness in ((1, 1.0), (2, 2.0)):
         base = make_run([slowness * 10] * 5, [[1] * 5], [], 0)
         tree = make_run([slowness * 10] * 3, [[1, 2, 2]], [2, 0], 2)
         batch = [prompt(number, "code")]
-        rows.append(Measurement("baseline", 1, number, batch, base))
-        rows.append(Measurement("tree", 1, number, batch, tree))
+        rows.append(measurement_of("baseline", 1, number, batch, base))
+        rows.append(measurement_of("tree", 1, number, batch, tree))
     return rows
 
 
-def test_figures(measurements: list[Measurement]) -> None:
-    baseline, tree = figures_of(measurements)
-    assert baseline.speedup is None
-    assert baseline.tokens_per_s.values == (100, 50)
-    assert tree.speedup is not None
-    assert tree.speedup.values == pytest.approx((5 / 3, 5 / 3))
-    assert tree.tokens_per_step.median == 2.0
-    assert tree.num_steps.median == 3
-    assert tree.step_ms.values == (10, 20)
+def test_figures(measurements: list[BatchMeasurement]) -> None:
+    baseline, tree = figures_of(measurements, OFFLINE)
+    assert baseline.spreads["speedup"] is None
+
+    def values(name: str, row: Any = tree) -> tuple[float, ...]:
+        return tuple(row.spreads[name].values)
+
+    assert values("tokens_per_s", baseline) == (100, 50)
+    assert values("speedup") == pytest.approx((5 / 3, 5 / 3))
+    assert tree.median("tokens_per_step") == 2.0
+    assert tree.median("num_steps") == 3
+    assert values("step_ms") == (10, 20)
     assert tree.acceptance_by_depth == (1.0,)  # trailing zeros are the number of drafts, not depth
     assert baseline.acceptance_by_depth == ()
+    assert tree.totals == {"num_preemptions": 0}
+    assert tree.peaks == {"peak_memory_bytes": 2**30, "device_memory_bytes": None}
+
+
+def test_quartiles_are_of_all_steps_and_requests() -> None:
+    """Of a batch of two, in two rounds: quartiles of four requests, each round's median."""
+    rounds = [
+        dataclasses.replace(
+            make_run([1.0, 1.0], [[1, 1], [1, 1]], [], 0),
+            requests=[RequestTimes(ttft_ms=t, tpot_ms=None, emitted=[1, 1]) for t in times],
+        )
+        for times in ((1.0, 3.0), (5.0, 7.0))
+    ]
+    (row,) = figures_of(
+        [measurement_of("baseline", 2, n, [prompt(0)] * 2, run) for n, run in enumerate(rounds, 1)],
+        OFFLINE,
+    )
+    assert row.spreads["ttft_ms"] == Spread(4.0, 2.5, 5.5, (2.0, 6.0))
+    assert row.spreads["tpot_ms"] is None
+
+
+def test_figures_as_json(measurements: list[BatchMeasurement]) -> None:
+    written = json.loads(json.dumps(figures_of(measurements, OFFLINE)[0].to_json(OFFLINE)))
+    assert list(written) == [
+        *("variant", "batch_size", "tokens_per_s", "speedup", "tokens_per_step", "num_steps"),
+        *("step_ms", "ttft_ms", "tpot_ms", "acceptance_by_depth", "num_preemptions"),
+        *("peak_memory_bytes", "device_memory_bytes"),
+    ]
+    assert written["speedup"] is None
+    assert written["batch_size"] == 1
+    assert set(written["step_ms"]) == {"median", "low", "high", "values"}
 
 
 def test_tokens_per_step_counts_steps_without_drafts() -> None:
@@ -116,7 +157,7 @@ def test_decode_steps_are_those_of_the_whole_batch() -> None:
     assert run.decode_step_ms == [1.0, 1.0]
 
 
-def test_categories(measurements: list[Measurement]) -> None:
+def test_categories(measurements: list[BatchMeasurement]) -> None:
     (tree,) = categories_of(measurements)
     assert (tree.variant, tree.category, tree.num_requests) == ("tree", "code", 2)
     assert tree.tokens_per_step is not None
@@ -177,24 +218,23 @@ def mismatch(ours: float | None, theirs: float | None) -> Mismatch:
     )
 
 
-def test_report_says_it_all(tmp_path: Path, measurements: list[Measurement]) -> None:
+def test_report_says_it_all(tmp_path: Path, measurements: list[BatchMeasurement]) -> None:
     states = {
         "baseline": VariantState(starts=[EngineInfo(2.0, "cpu", None, 1, 1)]),
         "tree": VariantState(starts=[EngineInfo(3.0, "cpu", None, 1, 1)], failed="ValueError: no"),
         "eagle": VariantState(unavailable="no such file or directory: x"),
     }
-    figures = figures_of(measurements)
-    report = Report(
-        figures=figures,
-        categories=categories_of(measurements),
-        sameness=[
-            Sameness(variant="tree", num_compared=2, mismatches=(mismatch(-1.0, -9.0),)),
-        ],
-        states=states,
-        dtype="float32",
-        notes=["A note."],
-    )
-    plots = plot_offline(tmp_path, figures)
+    figures = figures_of(measurements, OFFLINE)
+    sameness = [Sameness(variant="tree", num_compared=2, mismatches=(mismatch(-1.0, -9.0),))]
+    tables = [
+        speed_table(figures, states, OFFLINE),
+        absence_table(states),
+        depth_table(figures),
+        category_table(categories_of(measurements)),
+        sameness_table(sameness, "float32"),
+        mismatch_table(sameness, "float32"),
+    ]
+    plots = plot(tmp_path, figures, OFFLINE)
     assert len(plots) == 3
     for name, _ in plots:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -206,9 +246,7 @@ def test_report_says_it_all(tmp_path: Path, measurements: list[Measurement]) -> 
         "time": "now",
         "git_revision": "abc",
     }
-    text = markdown(
-        [t for t in report.tables() if t.rows], report.notes, plots, provenance, {"model": "M"}
-    )
+    text = markdown(tables, ["A note."], plots, provenance, {"model": "M"})
     for part in (
         "| eagle | unavailable | no such file or directory: x |",
         "| tree | broke off | ValueError: no |",
@@ -229,7 +267,7 @@ def run_file(path: Path, tokens_per_s: list[float], **changed: Any) -> Path:
     figure = {
         "variant": "tree",
         "batch_size": 1,
-        "tokens_per_s": to_json([spread(tokens_per_s)])[0],
+        "tokens_per_s": dataclasses.asdict(spread(tokens_per_s)),
     }
     results = {
         "mode": "offline",
@@ -254,9 +292,17 @@ def test_compare_marks_changes_beyond_the_spread(tmp_path: Path) -> None:
     assert "different setting: dtype was 'float32', is 'bfloat16'" in text
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "benchmarks").glob("*/results.json")))
+def test_published_results_can_be_compared(path: Path) -> None:
+    text = compare_runs(path, path.parent)
+    assert "0 of " in text
+    assert int(text.rpartition("0 of ")[2].split()[0]) > 20
+    assert "different" not in text
+
+
 def test_beyond_spread() -> None:
-    def found(*values: float) -> dict[str, float]:
-        return dict(zip(("low", "median", "high"), values, strict=True))
+    def found(low: float, median: float, high: float) -> Spread:
+        return Spread(median, low, high, (low, high))
 
     assert not is_beyond_spread(found(1, 2, 3), found(2, 3, 4))
     assert not is_beyond_spread(found(1, 2, 9), found(5, 6, 7))

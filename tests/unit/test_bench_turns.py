@@ -13,14 +13,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vllm_medusa.bench.display import START, Display, TimeLeft, with_starts
+from vllm_medusa.bench.display import Display
 from vllm_medusa.bench.engines import EnginePool, has_room
 from vllm_medusa.bench.offline import rounds_of
 from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.turns import schedule, take_turns
 from vllm_medusa.bench.variants import Variant
-from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
+from vllm_medusa.engines.engine import EngineInfo
 from vllm_medusa.engines.memory import peak_memory, private_memory
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.reporting.tables import Table
 
 
@@ -39,43 +40,30 @@ def test_small_batches_have_further_rounds() -> None:
     assert rounds_of(settings) == {1: 12, 4: 3, 8: 2}
 
 
-def test_time_left() -> None:
-    left = TimeLeft()
-    assert left.estimate() is None
-    left.expect([("A", "x"), ("A", "x"), ("B", "x"), ("B", "y"), ("C", START)])
-    left.done(("A", "x"), 2.0)
-    # A again 2, B doing the same 2, y and the start like anything so far 2.
-    assert left.estimate() == 8.0
-    assert left.num_pending == 3
-    left.done(("B", "x"), 4.0)
-    left.drop("C")
-    assert left.estimate() == 2.0 + 3.0
-
-
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_display(is_terminal: bool) -> None:
     table = Table("[title]", ("variant", "tokens/s"))
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120, color_system=None)
     display = Display(lambda: table, console)
     with display:
-        display.expect([("A", "batch 1"), ("B", "batch 1")])
-        display.begin("A")
-        table.rows.append(("A[x]", "2.0"))
-        display.done(("A", "batch 1"), "A: 2.0 tokens/s")
-        display.drop("B", "[none]")
+        display.turn_of("A")
+        display.started("A", EngineInfo(12.0, "cpu", None, 2**30, 1))
+        display.expect(["A", "B", "A", "B", "C"])
+        for number in (1, 2):
+            table.rows.append(("A[x]", f"{number}.0"))
+            display.measured("A", f"A: {number}.0 tokens/s")
+        display.dropped("B", "[none]")
+        display.turn_of("C")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"A: 2.0 tokens/s \(turns left: 1, about 0 s\)", shown)
-    assert "B: left out: [none]" in shown
-    assert shown.count("turns left") == (1 if not is_terminal else shown.count("A: 2.0 tokens/s"))
     if is_terminal:  # the table, with nothing read as markup
-        assert "[title]" in shown
-        assert "A[x]" in shown
-
-
-def test_starts_to_come() -> None:
-    turns = [("A", "x"), ("B", "x"), ("A", "x"), ("B", "x")]
-    assert with_starts(turns, kept_all=True)[4:] == [("B", START)]
-    assert with_starts(turns, kept_all=False)[4:] == [("B", START), ("A", START), ("B", START)]
+        for part in ("[title]", "A[x]", "now: C", "2/3 turns"):
+            assert part in shown
+        return
+    up, first, second, dropped = shown.splitlines()
+    assert up == "A: up after 12 s, 1.0 GiB"
+    assert re.fullmatch(r"A: 1.0 tokens/s \(turns left: 4, about \d+ s\)", first)
+    assert re.fullmatch(r"A: 2.0 tokens/s \(turns left: 3, about \d+ s\)", second)
+    assert dropped.startswith("B: left out: [none] (turns left: 1, about ")
 
 
 class FakeEngine:
@@ -88,7 +76,7 @@ class FakeEngine:
 
     def wait(self) -> EngineInfo:
         if self.name == "broken":
-            raise EngineProcessError("Traceback\nValueError: no heads\n")
+            raise EngineProcessError("ValueError: no heads")
         return EngineInfo(1.0, "cpu", None, 100, 100)
 
     def close(self, patience_s: float = 20) -> None:
@@ -96,25 +84,19 @@ class FakeEngine:
 
 
 class Recorder:
-    """A watcher that writes down what it is told."""
+    """A display that writes down what it is told."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
-        self.expected: list[tuple[str, int]] = []
+        self.dropped_ones: list[tuple[str, str]] = []
+        self.expected: list[str] = []
 
-    def expect(self, turns: Any, states: Any, kept_all: bool) -> None:
+    def expect(self, turns: Any) -> None:
         self.expected = list(turns)
 
     def turn_of(self, variant: str) -> None: ...
 
-    def started(self, variant: str, info: EngineInfo) -> None:
-        self.told.append(("started", variant))
-
-    def measured(self, measurement: str) -> None:
-        self.told.append(measurement)
-
     def dropped(self, variant: str, reason: str) -> None:
-        self.told.append((variant, reason))
+        self.dropped_ones.append((variant, reason))
 
 
 @pytest.mark.parametrize("alive", ["all", "one"])
@@ -122,33 +104,36 @@ def test_turns(alive: Any) -> None:
     """One variant does not start, one fails in round 2, one is known to be unavailable."""
     living: set[str] = set()
     names = ("baseline", "broken", "failing", "suffix", "tree")
-    watcher = Recorder()
+    display: Any = Recorder()
+    measured: list[str] = []
+    started: list[str] = []
 
-    def measure(engine: FakeEngine, name: str, load: int, number: int) -> str:
+    def measure(engine: FakeEngine, name: str, load: int, number: int) -> None:
         assert engine.name == name
         assert living == ({"baseline", "failing", "tree"} & living if alive == "all" else {name})
         if (name, number) == ("failing", 2):
             raise EngineProcessError("MemoryError: gone")
-        return f"{number} {name}"
+        measured.append(f"{number} {name}")
 
     with EnginePool(
         {name: Variant(name=name) for name in names},
         lambda variant: FakeEngine(variant.name, living),
         alive,
-        lambda name, engine, info: watcher.started(name, info),
+        lambda name, engine, info: started.append(name),
     ) as pool:
-        measured = take_turns(pool, {1: 3}, {"suffix": "no package"}, measure, watcher)
+        take_turns(pool, {1: 3}, {"suffix": "no package"}, measure, display)
         assert len(living) == (2 if alive == "all" else 1)
     assert living == set()
     assert measured == [
         *("1 baseline", "1 failing", "1 tree"),
         *("2 baseline", "2 tree", "3 baseline", "3 tree"),
     ]
-    assert measured == [told for told in watcher.told if isinstance(told, str)]
-    dropped = [("suffix", "no package"), ("broken", "ValueError: no heads")]
-    dropped += [("failing", "MemoryError: gone")]
-    assert [told for told in watcher.told if told in dropped] == dropped
-    assert watcher.expected == [(name, 1) for name in names if name != "suffix"] * 3
+    assert display.dropped_ones == [
+        ("suffix", "no package"),
+        ("broken", "ValueError: no heads"),
+        ("failing", "MemoryError: gone"),
+    ]
+    assert display.expected == [name for name in names if name != "suffix"] * 3
     states = pool.states
     assert states["suffix"].unavailable == "no package"
     assert states["broken"].unavailable == "ValueError: no heads"
@@ -163,11 +148,13 @@ def test_turns(alive: Any) -> None:
         "suffix": 0,
         "failing": 1 if alive == "all" else 2,
     }
+    assert {name: started.count(name) for name in names} == starts
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_without_the_baseline_there_is_nothing(number: int) -> None:
     living: set[str] = set()
+    display: Any = Recorder()
 
     def measure(engine: FakeEngine, name: str, load: int, now: int) -> str:
         if (name, now) == ("baseline", number):
@@ -184,7 +171,7 @@ def test_without_the_baseline_there_is_nothing(number: int) -> None:
             lambda name, engine, info: None,
         ) as pool,
     ):
-        take_turns(pool, {1: 3}, {}, measure, Recorder())
+        take_turns(pool, {1: 3}, {}, measure, display)
     assert living == set()
 
 

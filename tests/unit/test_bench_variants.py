@@ -116,9 +116,13 @@ def test_config_file() -> None:
     [
         (7, "neither a list of texts nor a mapping"),
         ({"a": 7}, "'a' is 7; give a text or a mapping"),
-        ({"a": {"tree": "x"}}, "unknown key 'tree'"),
-        ({"a": {"llm_options": 7}}, "llm_options is 7"),
-        ({"a": {"lossless": "yes"}}, "lossless is 'yes'"),
+        (
+            {"a": {"tree": "x"}},
+            "variant 'a': unknown setting 'tree'; known are speculative_config, ",
+        ),
+        ({"a": {"llm_options": 7}}, "variant 'a': llm_options 7: must be a valid JSON object"),
+        ({"a": {1: 2}}, "'a' is {1: 2}; give a text or a mapping"),
+        ({"a": {"lossless": "yes"}}, "variant 'a': lossless 'yes': must be a valid boolean"),
     ],
 )
 def test_unusable_config_entries(entries: Any, message: str) -> None:
@@ -177,7 +181,7 @@ def test_settings_of_a_file_and_the_command_line(tmp_path: Path) -> None:
         "model: M\nheads: H\nbatch_sizes: [1, 2]\nrounds: 7\nrequest_rates: [1, .inf, inf]\n"
         "variants: {tree: , other: tree=cpu-8}\n",
     )
-    settings = settings_from({"rounds": 3, "seed": None, "strict": None}, file)
+    settings = settings_from({"rounds": 3}, file)
     assert (settings.model, settings.heads, settings.rounds) == ("M", "H", 3)
     assert settings.batch_sizes == (1, 2)
     assert settings.request_rates == (1, float("inf"), float("inf"))
@@ -195,7 +199,7 @@ def test_settings_of_a_file_and_the_command_line(tmp_path: Path) -> None:
         ("[1]", "holds no mapping"),
         ("a: [", "not YAML"),
         ("modell: M", "unknown setting 'modell'"),
-        ("model: M\nbatch_sizes: 3", "batch_sizes is 3; give a list"),
+        ("model: M\nbatch_sizes: 3", "--batch-sizes 3: must be a valid list"),
         ("heads: H", "no model given"),
     ],
 )
@@ -233,5 +237,5 @@ def test_unusable_config_file(tmp_path: Path, text: str, message: str) -> None:
     ],
 )
 def test_unusable_setting(name: str, value: Any) -> None:
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}"):
         Settings(model="M", **{name: value})

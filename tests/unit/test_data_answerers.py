@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from tests.data_fakes import make_model
 from vllm_medusa.data.prompts import Prompt
-from vllm_medusa.distill import answerers
 from vllm_medusa.distill.answerers import answer_locally, answer_on_ray
-from vllm_medusa.engines import process
+from vllm_medusa.engines import engine, process
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.settings import AnswerSettings
 
@@ -17,24 +17,28 @@ SHARDS = [(3, [Prompt("a", 1, "x"), Prompt("bb", 2, "y")]), (5, [Prompt("ccc", 3
 
 @pytest.fixture(autouse=True)
 def fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answerers, "_ENGINE", "tests.fake_engine")
+    monkeypatch.setattr(engine, "_WORKER", "tests.fake_engine")
 
 
 def answer(conduct: str) -> tuple[list[Any], list[tuple[int, int]]]:
     told: list[tuple[int, int]] = []
     answered = answer_locally(
-        AnswerSettings(model=conduct), SHARDS, lambda *counts: told.append(counts)
+        AnswerSettings(model=conduct), make_model(), SHARDS, lambda *counts: told.append(counts)
     )
     return [(index, [row.as_record() for row in rows]) for index, rows in answered], told
 
 
-def record(identity: str) -> dict[str, Any]:
-    return {"id": identity, "token_ids": [1, len(identity)], "loss_mask": [False, True]}
+def record(identity: str, text: str) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "token_ids": [ord(text), 1, 10],
+        "loss_mask": [False, True, True],
+    }
 
 
 def test_rows_and_progress_are_passed_on() -> None:
     rows, told = answer("answers")
-    assert rows == [(3, [record("a"), record("bb")]), (5, [record("ccc")])]
+    assert rows == [(3, [record("a", "x"), record("bb", "y")]), (5, [record("ccc", "z")])]
     assert told == [(0, 0), (2, 7), (1, 7)]
 
 
@@ -57,7 +61,7 @@ def test_crash_is_one_line_with_the_last_words() -> None:
 
 
 def test_module_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answerers, "_ENGINE", "tests.absent")
+    monkeypatch.setattr(engine, "_WORKER", "tests.absent")
     with pytest.raises(UserError, match=r"ended with status 1, its last words .*tests\.absent"):
         answer("answers")
 
@@ -69,7 +73,9 @@ def test_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_reader_that_stops_ends_the_process() -> None:
-    answered = answer_locally(AnswerSettings(model="answers"), SHARDS, lambda *_: None)
+    answered = answer_locally(
+        AnswerSettings(model="answers"), make_model(), SHARDS, lambda *_: None
+    )
     assert next(answered)[0] == 3
     answered.close()  # type: ignore[attr-defined]
 

@@ -32,8 +32,8 @@ def num_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fakes engine and model; holds the shards that were answered."""
     made: list[int] = []
 
-    def answer(settings: AnswerSettings, shards: Any, report: Any) -> Iterator[Any]:
-        for index, rows in answer_without_engine(settings, shards, report):
+    def answer(settings: AnswerSettings, *rest: Any) -> Iterator[Any]:
+        for index, rows in answer_without_engine(settings, *rest):
             made.append(index)
             yield index, rows
 

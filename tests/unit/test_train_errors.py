@@ -54,7 +54,7 @@ def command_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ({"loss_positions": 0.0}, "--loss-positions 0: leaves nothing"),
         ({"rank": 4}, "--lm-head shared with --rank 4"),
         ({"lm_head": "low-rank"}, "--lm-head low-rank with --rank None"),
-        ({"weight_decay": -0.1}, "must not be negative"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import counting_rows, make_settings, save_llama, write_rows
+from vllm_medusa import files
 from vllm_medusa.cli import main as cli
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
@@ -119,7 +120,8 @@ def test_run_cut_anywhere_ends_as_if_it_had_not_been(
         if num_writes == fatal // 2 + 1:
             raise Killed
 
-    monkeypatch.setattr(run_directory, "write_atomically", dying_write)
+    for module in (files, run_directory):
+        monkeypatch.setattr(module, "write_atomically", dying_write)
     for fatal in deaths:  # noqa: B007
         num_writes = 0
         try:
@@ -309,9 +311,9 @@ def test_full_disk_at_the_very_end(
 def test_missing_package_is_said_before_training(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_medusa.training import run
+    from vllm_medusa.reporting import plots
 
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs matplotlib: pip install"):
         train(settings_of(inputs), tmp_path / "heads")
     assert not list(tmp_path.iterdir())

@@ -6,29 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_medusa.bench.figures import KINDS, load_name
 from vllm_medusa.bench.results import read_results
+from vllm_medusa.bench.spread import Spread
 from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.tables import Table, as_text
 
-#: Figures that are compared, by mode: name in the file, heading, digits.
-_FIGURES = {
-    "offline": (
-        ("tokens_per_s", "tokens/s", 1),
-        ("speedup", "over baseline", 2),
-        ("tokens_per_step", "tokens/step", 2),
-        ("step_ms", "step ms", 2),
-        ("ttft_ms", "TTFT ms", 1),
-        ("tpot_ms", "TPOT ms", 2),
-    ),
-    "online": (
-        ("tokens_per_s", "tokens/s", 1),
-        ("latency_ratio", "over baseline", 2),
-        ("tokens_per_step", "tokens/step", 2),
-        ("ttft_ms", "TTFT ms", 1),
-        ("tpot_ms", "TPOT ms", 2),
-        ("e2e_ms", "latency ms", 0),
-    ),
-}
 #: What has to be equal for figures to mean the same.
 _SETTINGS = ("model", "heads", "prompts", "max_tokens", "dtype", "ignore_eos", "engine_options")
 
@@ -65,33 +48,31 @@ def change_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
         "Second run against the first: median (first to third quartile)",
         ("variant", "load", "figure", "first", "second", "ratio", ""),
     )
+    kind = KINDS[before["mode"]]
     later = {_key(figure): figure for figure in after["figures"]}
     for figure in before["figures"]:
         key = _key(figure)
-        if key not in later:
-            continue
-        for name, heading, digits in _FIGURES[before["mode"]]:
-            old, new = figure.get(name), later[key].get(name)
-            if old is None or new is None or not old["median"]:
-                continue
-            table.rows.append(
-                (
+        for column in kind.columns if key in later else ():
+            old, new = (_spread_of(found.get(column.name)) for found in (figure, later[key]))
+            if old is not None and new is not None and old.median:
+                table.add(
                     *key,
-                    heading,
-                    _format(old, digits),
-                    _format(new, digits),
-                    f"{new['median'] / old['median']:.3f}",
+                    column.heading,
+                    old.format(column.digits),
+                    new.format(column.digits),
+                    f"{new.median / old.median:.3f}",
                     "changed" if is_beyond_spread(old, new) else "",
                 )
-            )
     return table
 
 
-def is_beyond_spread(old: Mapping[str, float], new: Mapping[str, float]) -> bool:
+def _spread_of(values: Mapping[str, Any] | None) -> Spread | None:
+    return Spread(**values) if values else None
+
+
+def is_beyond_spread(old: Spread, new: Spread) -> bool:
     """Tell whether each of two spreads' medians lies outside the other's quartiles."""
-    return not (
-        old["low"] <= new["median"] <= old["high"] or new["low"] <= old["median"] <= new["high"]
-    )
+    return not (old.low <= new.median <= old.high or new.low <= old.median <= new.high)
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -121,12 +102,4 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
 
 
 def _key(figure: Mapping[str, Any]) -> tuple[str, str]:
-    load = figure["load"] if "load" in figure else f"batch {figure['batch_size']}"
-    return figure["variant"], load
-
-
-def _format(spread: Mapping[str, Any], digits: int) -> str:
-    text = f"{spread['median']:.{digits}f}"
-    if len(spread["values"]) > 1:
-        text += f" ({spread['low']:.{digits}f} to {spread['high']:.{digits}f})"
-    return text
+    return figure["variant"], load_name(figure.get("batch_size") or figure.get("load"))

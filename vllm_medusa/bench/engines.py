@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
+import psutil
+
 from vllm_medusa.bench.settings import Alive
 from vllm_medusa.bench.variants import Variant
-from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
-from vllm_medusa.engines.memory import available_memory
+from vllm_medusa.engines.engine import EngineInfo
+from vllm_medusa.engines.process import EngineProcessError
 
 #: Memory that has to be left over, in engines: compiling takes more than running.
 _MARGIN = 1
@@ -149,5 +151,5 @@ def has_room(info: EngineInfo, others: int, available: float | None = None) -> b
     if info.device != "cpu":
         return False
     if available is None:
-        available = available_memory()
+        available = psutil.virtual_memory().available
     return info.private_memory_bytes * (others + _MARGIN) <= available

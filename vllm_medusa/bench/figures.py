@@ -1,180 +1,225 @@
-"""From measurements to figures: medians, spreads, ratios in rounds, by batch size and category."""
+"""From measurements to figures: medians, spreads, ratios in rounds, by load and by category."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from vllm_medusa.bench.offline import Measurement
 from vllm_medusa.bench.spread import Spread, ratios, spread
 from vllm_medusa.bench.variants import BASELINE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What one variant gave at one batch size; every figure with its spread over rounds.
+class Measurement:
+    """One turn of a variant under a load.
 
     Attributes:
         variant: its name.
-        batch_size: requests at once.
-        tokens_per_s: of all requests together.
-        speedup: tokens per second over the baseline's in the same round.
-        tokens_per_step: that a request gets in a decode step (acceptance length).
-        num_steps: engine steps of a round.
-        step_ms: time of an engine step while the whole batch decodes; quartiles over all steps.
-        ttft_ms: time to first token, of all requests.
-        tpot_ms: time per output token after the first, of all requests.
-        acceptance_by_depth: share of drafts whose token at depth 1, 2, ... was accepted.
-        num_preemptions: of all rounds.
-        peak_memory_bytes: largest resident memory of the engine's processes up to then.
-        device_memory_bytes: largest reserved on the accelerator up to then; None on a CPU.
+        load: batch size, or what the load generator did.
+        round: number of the round, from 1.
+        speed: what is compared with the baseline's of the same round; 0 if there is none.
+        samples: what was measured, by name of figure: one value, or one of each step or request.
+        num_drafts: request steps that verified drafts.
+        accepted_by_depth: draft tokens accepted at depth 1, 2, ...
+        totals: counts that rounds add to.
+        peaks: largest memory up to then, in bytes; None where there is no such memory.
+        summary: what it gave, in a few words.
+        line: what ``results.jsonl`` says of it.
     """
 
     variant: str
-    batch_size: int
-    tokens_per_s: Spread
-    speedup: Spread | None
-    tokens_per_step: Spread
-    num_steps: Spread
-    step_ms: Spread
-    ttft_ms: Spread
-    tpot_ms: Spread | None
-    acceptance_by_depth: tuple[float, ...]
-    num_preemptions: int
-    peak_memory_bytes: int
-    device_memory_bytes: int | None
+    load: Any
+    round: int
+    speed: float
+    samples: Mapping[str, Sequence[float]]
+    num_drafts: int
+    accepted_by_depth: Sequence[float]
+    totals: Mapping[str, int]
+    peaks: Mapping[str, int | None]
+    summary: str
+    line: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure in tables.
+
+    Attributes:
+        name: in the files.
+        heading: in tables.
+        digits: behind the point.
+        has_spread: whether the quartiles are shown.
+    """
+
+    name: str
+    heading: str
+    digits: int
+    has_spread: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class CategoryFigures:
-    """What one variant gave on the prompts of one category, all batch sizes together.
+class Kind:
+    """The figures of one mode of `bench`.
+
+    Attributes:
+        name: of the mode.
+        title: of their table.
+        load: name of the load in the files, and heading of its column.
+        ratio: name of the figure that compares speeds.
+        columns: the figures.
+        totals: names of counts, with their headings.
+        alive: what the report says if all engines were alive at once, and if one was.
+    """
+
+    name: str
+    title: str
+    load: tuple[str, str]
+    ratio: str
+    columns: Sequence[Column]
+    totals: Sequence[tuple[str, str]]
+    alive: tuple[str, str]
+
+
+OFFLINE = Kind(
+    name="offline",
+    title="Speed: median (first to third quartile)",
+    load=("batch_size", "batch"),
+    ratio="speedup",
+    columns=(
+        Column("tokens_per_s", "tokens/s", 1),
+        Column("speedup", "over baseline", 2, has_spread=True),
+        Column("tokens_per_step", "tokens/step", 2),
+        Column("num_steps", "steps", 0),
+        Column("step_ms", "step ms", 2, has_spread=True),
+        Column("ttft_ms", "TTFT ms", 1),
+        Column("tpot_ms", "TPOT ms", 2, has_spread=True),
+    ),
+    totals=(),
+    alive=(
+        "All engines were alive at once and took turns at every batch.",
+        "One engine was alive at a time and started again for every round, with a warm-up.",
+    ),
+)
+ONLINE = Kind(
+    name="online",
+    title="Serving: median of the rounds (first to third quartile); times of a round are medians",
+    load=("load", "load"),
+    ratio="latency_ratio",
+    columns=(
+        Column("requests_per_s", "requests/s", 2),
+        Column("tokens_per_s", "tokens/s", 1),
+        Column("e2e_ms", "latency ms", 0),
+        Column("latency_ratio", "baseline's over it", 2, has_spread=True),
+        Column("ttft_ms", "TTFT ms", 1),
+        Column("ttft_p99_ms", "TTFT p99", 1),
+        Column("tpot_ms", "TPOT ms", 2),
+        Column("tpot_p99_ms", "TPOT p99", 2),
+        Column("tokens_per_step", "tokens/step", 2),
+    ),
+    totals=(("num_failed", "failed"),),
+    alive=(
+        "All servers were alive at once; one was driven at a time.",
+        "One server was alive at a time and started again for every round.",
+    ),
+)
+KINDS = {kind.name: kind for kind in (OFFLINE, ONLINE)}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one variant gave under one load; every figure with its spread over rounds.
 
     Attributes:
         variant: its name.
-        category: of the prompts.
-        num_requests: how many there were.
-        tokens_per_step: of a request.
-        speedup: the baseline's time per output token over the variant's, of the same request.
+        load: batch size, or what the load generator did in words.
+        spreads: by name of the kind's columns; quartiles are those of all steps or requests, and
+            the values each round's median.
+        acceptance_by_depth: share of drafts whose token at depth 1, 2, ... was accepted.
+        totals: counts of all rounds.
+        peaks: largest memory up to then, in bytes.
     """
 
     variant: str
-    category: str
-    num_requests: int
-    tokens_per_step: Spread | None
-    speedup: Spread | None
+    load: int | str
+    spreads: Mapping[str, Spread | None]
+    acceptance_by_depth: tuple[float, ...]
+    totals: Mapping[str, int]
+    peaks: Mapping[str, int | None]
+
+    def median(self, name: str) -> float:
+        """A figure's median; 0 if there is none."""
+        found = self.spreads[name]
+        return found.median if found else 0.0
+
+    def to_json(self, kind: Kind) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {
+            "variant": self.variant,
+            kind.load[0]: self.load,
+            **{name: found and asdict(found) for name, found in self.spreads.items()},
+            "acceptance_by_depth": self.acceptance_by_depth,
+            **self.totals,
+            **self.peaks,
+        }
 
 
-def figures_of(measurements: Sequence[Measurement]) -> list[Figures]:
-    """Sum up by variant and batch size, in order of first appearance."""
-    groups: dict[tuple[str, int], list[Measurement]] = defaultdict(list)
+def load_name(load: object) -> str:
+    """A load in words."""
+    return f"batch {load}" if isinstance(load, int) else str(load)
+
+
+def figures_of(measurements: Sequence[Measurement], kind: Kind) -> list[Figures]:
+    """Sum up by variant and load, in order of first appearance of the loads, then the variants."""
+    groups: dict[tuple[Any, str], list[Measurement]] = defaultdict(list)
     for measurement in measurements:
-        groups[measurement.variant, measurement.batch_size].append(measurement)
+        groups[measurement.load, measurement.variant].append(measurement)
+    loads = list(dict.fromkeys(load for load, _ in groups))
     return [
-        _figures(group, groups.get((BASELINE, batch_size), []))
-        for (_, batch_size), group in sorted(groups.items(), key=lambda item: item[0][1])
+        _figures(group, groups.get((load, BASELINE), []), kind)
+        for (load, _), group in sorted(groups.items(), key=lambda item: loads.index(item[0][0]))
     ]
 
 
-def categories_of(measurements: Sequence[Measurement]) -> list[CategoryFigures]:
-    """Sum up by variant, but the baseline, and category; empty if no prompt names one."""
-    steps: dict[tuple[str, str], list[float]] = defaultdict(list)
-    speedups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    baseline = {
-        (measurement.batch_size, measurement.round): measurement
-        for measurement in measurements
-        if measurement.variant == BASELINE
-    }
-    for measurement in measurements:
-        same = baseline.get((measurement.batch_size, measurement.round))
-        for place, prompt in enumerate(measurement.prompts):
-            if prompt.category is None:
-                continue
-            key = (measurement.variant, prompt.category)
-            times = measurement.run.requests[place]
-            if times.num_steps > 1:
-                num_tokens = len(measurement.run.token_ids[place]) - 1
-                steps[key].append(num_tokens / (times.num_steps - 1))
-            base_ms = same.run.requests[place].tpot_ms if same else None
-            if base_ms and times.tpot_ms:
-                speedups[key].append(base_ms / times.tpot_ms)
-    return [
-        CategoryFigures(
-            variant=variant,
-            category=category,
-            num_requests=len(values),
-            tokens_per_step=spread(values),
-            speedup=spread(speedups[variant, category]),
-        )
-        for (variant, category), values in steps.items()
-        if variant != BASELINE
-    ]
-
-
-def _figures(group: Sequence[Measurement], baseline: Sequence[Measurement]) -> Figures:
+def _figures(group: Sequence[Measurement], baseline: Sequence[Measurement], kind: Kind) -> Figures:
     first = group[0]
-    by_round = _by_round(group, lambda measurement: measurement.tokens_per_s)
-    requests = [times for measurement in group for times in measurement.run.requests]
-    step_ms = _all(measurement.run.decode_step_ms for measurement in group)
-    speedups = ratios(by_round, _by_round(baseline, lambda measurement: measurement.tokens_per_s))
-    device = [m.run.device_memory_bytes for m in group if m.run.device_memory_bytes is not None]
+    speedups = ratios(_speeds(group), _speeds(baseline))
+    spreads = {column.name: _spread(group, column.name) for column in kind.columns}
+    spreads[kind.ratio] = None if first.variant == BASELINE else spread(speedups)
+    peaks = {name: [m.peaks[name] for m in group] for name in first.peaks}
     return Figures(
         variant=first.variant,
-        batch_size=first.batch_size,
-        tokens_per_s=_spread(list(by_round.values())),
-        speedup=None if first.variant == BASELINE else spread(speedups),
-        tokens_per_step=_spread([measurement.run.tokens_per_step for measurement in group]),
-        num_steps=_spread([float(len(measurement.run.step_ms)) for measurement in group]),
-        step_ms=_spread(step_ms, values=[_median_step(measurement) for measurement in group]),
-        ttft_ms=_spread([times.ttft_ms for times in requests]),
-        tpot_ms=spread([times.tpot_ms for times in requests if times.tpot_ms is not None]),
+        load=first.load if isinstance(first.load, int) else str(first.load),
+        spreads=spreads,
         acceptance_by_depth=_acceptance(group),
-        num_preemptions=sum(measurement.run.num_preemptions for measurement in group),
-        peak_memory_bytes=max(measurement.run.peak_memory_bytes for measurement in group),
-        device_memory_bytes=max(device, default=None),
+        totals={name: sum(m.totals[name] for m in group) for name in first.totals},
+        peaks={
+            name: max((peak for peak in found if peak is not None), default=None)
+            for name, found in peaks.items()
+        },
     )
+
+
+def _speeds(group: Sequence[Measurement]) -> dict[int, float]:
+    return {m.round: m.speed for m in group if m.speed}
+
+
+def _spread(group: Sequence[Measurement], name: str) -> Spread | None:
+    """Quartiles of all samples; the values are each measurement's median."""
+    samples = [found for m in group if (found := m.samples.get(name))]
+    values = tuple(map(statistics.median, samples))
+    pooled = spread(list(itertools.chain(*samples)))
+    return pooled and Spread(pooled.median, pooled.low, pooled.high, values)
 
 
 def _acceptance(group: Sequence[Measurement]) -> tuple[float, ...]:
     """Shares by depth, up to the deepest ever accepted (vLLM counts up to the number of drafts)."""
-    drafts = sum(measurement.run.num_drafts for measurement in group)
-    depths = itertools.zip_longest(
-        *(measurement.run.accepted_by_depth for measurement in group), fillvalue=0
-    )
+    drafts = sum(measurement.num_drafts for measurement in group)
+    depths = itertools.zip_longest(*(m.accepted_by_depth for m in group), fillvalue=0)
     accepted = [sum(counts) for counts in depths]
     while accepted and not accepted[-1]:
         accepted.pop()
     return tuple(count / drafts for count in accepted) if drafts else ()
-
-
-def _by_round(
-    group: Iterable[Measurement], figure: Callable[[Measurement], float]
-) -> dict[int, float]:
-    return {measurement.round: figure(measurement) for measurement in group}
-
-
-def _median_step(measurement: Measurement) -> float:
-    return statistics.median(measurement.run.decode_step_ms)
-
-
-def _all(lists: Iterable[Sequence[float]]) -> list[float]:
-    return [value for values in lists for value in values]
-
-
-def _spread(numbers: Sequence[float], values: Sequence[float] | None = None) -> Spread:
-    """Spread of numbers that there are; ``values`` stand for them where there are too many."""
-    found = spread(numbers)
-    assert found is not None
-    if values is None:
-        return found
-    return Spread(found.median, found.low, found.high, tuple(values))
-
-
-def by_batch_size(figures: Iterable[Figures]) -> Mapping[str, list[Figures]]:
-    """The figures of each variant, in order of batch size."""
-    variants: dict[str, list[Figures]] = defaultdict(list)
-    for figure in figures:
-        variants[figure.variant].append(figure)
-    return variants

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
-import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.bench.engines import EnginePool, VariantState
+from vllm_medusa.bench.engines import EnginePool
+from vllm_medusa.bench.figures import ONLINE, Measurement
+from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.prompts import RANDOM, PromptSet
+from vllm_medusa.bench.report import Findings
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.turns import Watcher, take_turns
 from vllm_medusa.bench.variants import Variant
-from vllm_medusa.engines.engine import EngineInfo, EngineProcessError, has_accelerator
+from vllm_medusa.engines.engine import has_accelerator
+from vllm_medusa.engines.process import Process
 from vllm_medusa.engines.server import VLLM, ServerProcess
 from vllm_medusa.errors import UserError
 
 #: Requests before each measurement that do not count.
 NUM_WARM_UPS = 2
-#: What is kept of the result of ``vllm bench serve``.
+_DRAFTS = "spec_decode_num_drafts"
+_ACCEPTED_SHARES = "spec_decode_per_position_acceptance_rates"
+#: Figures, and what `vllm bench serve` calls them.
+_FIGURES = {
+    "requests_per_s": "request_throughput",
+    "tokens_per_s": "output_throughput",
+    "tokens_per_step": "spec_decode_acceptance_length",
+    "ttft_ms": "median_ttft_ms",
+    "ttft_p99_ms": "p99_ttft_ms",
+    "tpot_ms": "median_tpot_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+    "e2e_ms": "median_e2el_ms",
+}
+#: What else is kept of its result.
 _KEPT = (
-    "duration",
-    "completed",
-    "failed",
-    "total_input_tokens",
-    "total_output_tokens",
-    "request_throughput",
-    "output_throughput",
-    "max_concurrent_requests",
+    *("duration", "completed", "failed", "total_input_tokens", "total_output_tokens"),
+    *("max_concurrent_requests", _DRAFTS, _ACCEPTED_SHARES),
     *(
         f"{statistic}_{metric}_ms"
         for metric in ("ttft", "tpot", "itl", "e2el")
@@ -43,7 +50,7 @@ _KEPT = (
 )
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Load:
     """What the load generator does.
 
@@ -60,71 +67,6 @@ class Load:
         return rate if self.concurrency is None else f"{rate}, {self.concurrency} at once"
 
 
-@dataclass(frozen=True)
-class OnlineMeasurement:
-    """One pass of the load generator over one server.
-
-    Attributes:
-        variant: its name.
-        load: what the load generator did.
-        round: number of the round, from 1.
-        result: of ``vllm bench serve``; times in milliseconds, throughputs per second.
-        metrics: how the server's counters grew (warm-up requests included).
-        peak_memory_bytes: largest resident memory of the server's processes so far.
-    """
-
-    variant: str
-    load: Load
-    round: int
-    result: Mapping[str, float]
-    metrics: Mapping[str, float]
-    peak_memory_bytes: int
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens of a request and step with drafts (acceptance length); 1 without speculation."""
-        drafts = self.metrics.get("vllm:spec_decode_num_drafts", 0)
-        accepted = self.metrics.get("vllm:spec_decode_num_accepted_tokens", 0)
-        return 1 + accepted / drafts if drafts else 1.0
-
-    @property
-    def load_name(self) -> str:
-        """The load in words."""
-        return str(self.load)
-
-    @property
-    def summary(self) -> str:
-        """What it gave, in a few words."""
-        speed, latency_ms = self.result["output_throughput"], self.result["median_e2el_ms"]
-        return f"{speed:.1f} tokens/s, {latency_ms / 1000:.2f} s a request"
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
-        return {
-            "variant": self.variant,
-            "load": self.load_name,
-            "round": self.round,
-            "result": dict(self.result),
-            "metrics": {name: value for name, value in self.metrics.items() if value},
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-
-
-@dataclass(frozen=True)
-class OnlineResult:
-    """All that an online comparison gave.
-
-    Attributes:
-        measurements: in order of time.
-        states: by variant.
-        kept_all: whether all servers were alive at once.
-    """
-
-    measurements: Sequence[OnlineMeasurement]
-    states: Mapping[str, VariantState]
-    kept_all: bool
-
-
 def loads_of(settings: Settings) -> list[Load]:
     """Every request rate with every bound on the concurrency."""
     return [
@@ -134,62 +76,99 @@ def loads_of(settings: Settings) -> list[Load]:
     ]
 
 
-def run_online(
-    settings: Settings,
-    variants: Sequence[Variant],
-    prompts: PromptSet,
-    options: Mapping[str, Any],
-    environment: Mapping[str, str],
-    unavailable: Mapping[str, str],
-    watcher: Watcher[Load, OnlineMeasurement],
-    folder: Path,
-) -> OnlineResult:
-    """Measure all variants; whatever happens, no server stays behind.
+def measurement_of(
+    variant: str,
+    load: Load,
+    number: int,
+    result: Mapping[str, Any],
+    counters: Mapping[str, float],
+    peak_memory_bytes: int,
+) -> Measurement:
+    """What one pass of the load generator over one server says.
 
     Args:
-        settings: of the comparison.
-        variants: the baseline first.
-        prompts: to send.
-        options: arguments of ``vllm.LLM`` common to all variants, the model among them.
-        environment: environment variables common to all variants.
-        unavailable: reasons by the names of variants that are known not to run here.
-        watcher: is told of every turn.
+        variant: its name.
+        load: what the load generator did.
+        number: of the round, from 1.
+        result: of ``vllm bench serve``; times in milliseconds, throughputs per second.
+        counters: how the server's counters grew (warm-up requests included).
+        peak_memory_bytes: largest resident memory of the server's processes so far.
+    """
+    # Without drafts, a request gets one token a step.
+    result = {"spec_decode_acceptance_length": 1.0, **result}
+    latency_ms, num_drafts = result["median_e2el_ms"], result.get(_DRAFTS, 0)
+    return Measurement(
+        variant=variant,
+        load=load,
+        round=number,
+        speed=1 / latency_ms if latency_ms else 0.0,
+        samples={name: [result.get(theirs, 0.0)] for name, theirs in _FIGURES.items()},
+        num_drafts=num_drafts,
+        accepted_by_depth=[share * num_drafts for share in result.get(_ACCEPTED_SHARES, ())],
+        totals={
+            "num_failed": int(result.get("failed", 0)),
+            "num_preemptions": int(counters.get("vllm:num_preemptions", 0)),
+        },
+        peaks={"peak_memory_bytes": peak_memory_bytes},
+        summary=f"{result['output_throughput']:.1f} tokens/s, {latency_ms / 1000:.2f} s a request",
+        line={
+            "result": {
+                name: result[name]
+                for name in (*_FIGURES.values(), *_KEPT)
+                if result.get(name) is not None
+            },
+            "metrics": {name: value for name, value in counters.items() if value},
+            "peak_memory_bytes": peak_memory_bytes,
+        },
+    )
+
+
+class Online:
+    """The online mode, as `run.compare` drives it.
+
+    Args:
+        plan: of the comparison.
         folder: for files of the load generator.
 
     Raises:
         UserError: pandas is missing, which the load generator reads prompts with.
-        EngineProcessError: the baseline does not run.
     """
-    data = _dataset_flags(settings, prompts, folder)
-    environment = {**environment, **_thread_binding(settings)}
-    common = {name: value for name, value in options.items() if name != "model"}
 
-    def start(variant: Variant) -> ServerProcess:
-        own = {**common, **variant.llm_options}
+    kind = ONLINE
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._data = dataset_flags(plan.settings, plan.prompts, folder)
+        self.rounds = dict.fromkeys(loads_of(plan.settings), plan.settings.rounds)
+
+    def start(self, variant: Variant) -> ServerProcess:
+        """Start a variant's server."""
+        settings = self._plan.settings
+        options = {**self._plan.options, **variant.llm_options}
+        environment = {**self._plan.environment, **_thread_binding(settings)}
+        model = str(options.pop("model"))
         return ServerProcess(
-            str(own.pop("model", settings.model)),
-            variant.speculative,
-            own,
-            {**environment, **variant.environment},
+            model, variant.speculative, options, {**environment, **variant.environment}
         )
 
-    def on_start(name: str, server: ServerProcess, info: EngineInfo) -> None:
-        watcher.started(name, info)
+    def warm_up(self, server: ServerProcess) -> None:
+        """The load generator does that, before each measurement."""
 
-    def measure(server: ServerProcess, name: str, load: Load, number: int) -> OnlineMeasurement:
+    def measure(self, server: ServerProcess, variant: str, load: Load, number: int) -> Measurement:
+        """Drive the server for a round."""
         before = server.metrics()
-        result = _drive(settings, server, load, number, data, folder)
-        after = server.metrics()
-        grown = {key: value - before.get(key, 0) for key, value in after.items()}
+        result = drive(self._plan.settings, server.port, load, number, self._data, self._folder)
+        grown = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
         if not result.get("completed"):
             raise server.failure()
-        return OnlineMeasurement(name, load, number, result, grown, server.peak_memory())
+        return measurement_of(variant, load, number, result, grown, server.peak_memory())
 
-    by_name = {variant.name: variant for variant in variants}
-    with EnginePool(by_name, start, settings.alive, on_start) as pool:
-        rounds = dict.fromkeys(loads_of(settings), settings.rounds)
-        measurements = take_turns(pool, rounds, unavailable, measure, watcher)
-    return OnlineResult(measurements, pool.states, pool.keeps_all)
+    def conclude(
+        self, pool: EnginePool[ServerProcess], measurements: Sequence[Measurement]
+    ) -> Findings:
+        """There is nothing but the figures."""
+        return Findings(notes=["Outputs are compared by the offline mode."])
 
 
 def _thread_binding(settings: Settings) -> dict[str, str]:
@@ -203,7 +182,12 @@ def _thread_binding(settings: Settings) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
 
 
-def _dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list[str]:
+def dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list[str]:
+    """What tells ``vllm bench serve`` the prompts.
+
+    Raises:
+        UserError: pandas is missing, which it reads prompts with.
+    """
     if prompts.source == RANDOM:
         lengths = ["--random-input-len", str(settings.random_len)]
         lengths += ["--random-output-len", str(settings.max_tokens)]
@@ -221,20 +205,19 @@ def _dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list
     return [*flags, "--custom-output-len", str(settings.max_tokens)]
 
 
-def _drive(
-    settings: Settings,
-    server: ServerProcess,
-    load: Load,
-    number: int,
-    data: Sequence[str],
-    folder: Path,
-) -> dict[str, float]:
-    """Run ``vllm bench serve``; all variants get the same requests at the same times."""
+def drive(
+    settings: Settings, port: int, load: Load, number: int, data: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Run ``vllm bench serve``; all variants get the same requests at the same times.
+
+    Raises:
+        EngineProcessError: it gives no result.
+    """
     file = folder / "load.json"
     file.unlink(missing_ok=True)
     command = [
         *(*VLLM, "bench", "serve", "--backend", "openai", "--endpoint", "/v1/completions"),
-        *("--host", "127.0.0.1", "--port", str(server.port), "--model", settings.model, *data),
+        *("--host", "127.0.0.1", "--port", str(port), "--model", settings.model, *data),
         *("--num-prompts", str(settings.num_requests), "--num-warmups", str(NUM_WARM_UPS)),
         *("--request-rate", str(load.request_rate), "--seed", str(settings.seed + number)),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "90,99"),
@@ -245,31 +228,11 @@ def _drive(
         command += ["--max-concurrency", str(load.concurrency)]
     if settings.ignore_eos:
         command.append("--ignore-eos")
-    tokenizer = settings.llm_options.get("tokenizer")
-    if tokenizer is not None:
+    if (tokenizer := settings.llm_options.get("tokenizer")) is not None:
         command += ["--tokenizer", str(tokenizer)]
-    status, log = _run(command)
-    if not file.exists():
-        raise EngineProcessError(log or f"vllm bench serve ended with status {status}")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    return {key: result[key] for key in _KEPT if result.get(key) is not None}
-
-
-def _run(command: Sequence[str]) -> tuple[int, str]:
-    """Run a command to its end; nothing of it survives an exception."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"},
-    ) as process:
-        try:
-            log, _ = process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return process.returncode, log
+    with Process(command, {"VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}) as generator:
+        generator.end()
+        if not file.exists():
+            raise generator.failure()
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result

@@ -19,8 +19,8 @@ from vllm_medusa.bench.variants import (
     missing_requirement,
     with_built_in_heads,
 )
-from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.provenance import provenance, vllm_version
+from vllm_medusa.target.text import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
         unavailable=unavailable,
         prompts=load_prompts(
             settings.prompts,
-            _load_tokenizer(settings),
+            load_tokenizer(settings.model, None, settings.llm_options),
             random_len=settings.random_len,
             seed=settings.seed,
         ),
@@ -98,15 +98,3 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
         environment=engine_environment(settings),
         provenance=provenance(None),
     )
-
-
-def _load_tokenizer(settings: Settings) -> Any:
-    from transformers import AutoTokenizer
-
-    name = settings.llm_options.get("tokenizer") or settings.model
-    trust = bool(settings.llm_options.get("trust_remote_code", False))
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except Exception as exc:  # the library raises whatever its file readers do
-        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise UserError(f"--model {settings.model}: no usable tokenizer ({first})") from None

@@ -2,104 +2,95 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vllm_medusa.bench.figures import Figures, by_batch_size
+from vllm_medusa.bench.figures import ONLINE, Figures, Kind, load_name
 from vllm_medusa.bench.results import PLOTS
 from vllm_medusa.bench.variants import BASELINE
+from vllm_medusa.reporting.plots import new_figure, plot_spreads, save_figure
+
+_SPEEDUP = "tokens per second over the baseline's"
+_BESIDE = {"xytext": (4, 4), "textcoords": "offset points", "size": 7}
 
 
-def plot_offline(out: Path, figures: Sequence[Figures]) -> list[tuple[str, str]]:
+def plot(out: Path, figures: Sequence[Figures], kind: Kind) -> list[tuple[str, str]]:
     """Draw what there is to draw; return file name and caption of each picture."""
-    variants = {name: rows for name, rows in by_batch_size(figures).items() if name != BASELINE}
+    variants: dict[str, list[Figures]] = defaultdict(list)
+    for row in figures:
+        variants[row.variant].append(row)
+    if kind is ONLINE:
+        return [_latency_by_throughput(out, variants)]
+    del variants[BASELINE]
+    compared = {
+        name: found for name, rows in variants.items() if (found := [r for r in rows if _speed(r)])
+    }
     plots = []
-    if any(row.speedup for rows in variants.values() for row in rows):
-        plots += [_speedup_by_batch(out, variants), _speedup_by_tokens_per_step(out, variants)]
+    if compared:
+        plots += [_speedup_by_batch(out, compared), _speedup_by_tokens_per_step(out, compared)]
     if any(row.acceptance_by_depth for rows in variants.values() for row in rows):
         plots.append(_acceptance_by_depth(out, variants))
     return plots
 
 
+def _speed(row: Figures) -> float:
+    return row.median("speedup")
+
+
 def _speedup_by_batch(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
-    figure, axes = new_figure("batch size", "tokens per second over the baseline's")
-    sizes = sorted({row.batch_size for rows in variants.values() for row in rows})
+    figure, (axes,) = new_figure(("batch size", _SPEEDUP))
+    sizes = sorted({int(row.load) for rows in variants.values() for row in rows})
     for name, rows in variants.items():
-        shown = [(row.batch_size, row.speedup) for row in rows if row.speedup]
-        axes.errorbar(
-            [size for size, _ in shown],
-            [speedup.median for _, speedup in shown],
-            yerr=[
-                [speedup.median - speedup.low for _, speedup in shown],
-                [speedup.high - speedup.median for _, speedup in shown],
-            ],
-            marker="o",
-            capsize=3,
-            label=name,
-        )
+        found = [speedup for row in rows if (speedup := row.spreads["speedup"])]
+        spreads = [(speedup.median, speedup.low, speedup.high) for speedup in found]
+        plot_spreads(axes, [int(row.load) for row in rows], spreads, marker="o", label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    return save(figure, axes, out, "speedup_by_batch", "Speed-up by batch size")
+    return save_figure(figure, out / PLOTS[0], "Speed-up by batch size")
 
 
 def _speedup_by_tokens_per_step(
     out: Path, variants: Mapping[str, Sequence[Figures]]
 ) -> tuple[str, str]:
-    figure, axes = new_figure("tokens per step", "tokens per second over the baseline's")
+    figure, (axes,) = new_figure(("tokens per step", _SPEEDUP))
     largest = 1.0
     for name, rows in variants.items():
-        shown = [(row.tokens_per_step.median, row.speedup.median) for row in rows if row.speedup]
-        largest = max([largest, *(steps for steps, _ in shown)])
-        axes.plot(*zip(*shown, strict=True), marker="o", linewidth=0.6, label=name)
-        for row in rows:
-            if row.speedup:
-                at = (row.tokens_per_step.median, row.speedup.median)
-                axes.annotate(str(row.batch_size), at, (4, 4), textcoords="offset points", size=7)
+        points = [(row.median("tokens_per_step"), _speed(row)) for row in rows]
+        largest = max([largest, *(steps for steps, _ in points)])
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=0.6, label=name)
+        for row, at in zip(rows, points, strict=True):
+            axes.annotate(str(row.load), at, **_BESIDE)
     axes.plot([1, largest], [1, largest], color="black", linewidth=0.8, linestyle="--")
     axes.axhline(1, color="black", linewidth=0.8)
     caption = (
         "Speed-up against tokens per step (numbers: batch size; dashed: a step costs nothing more)"
     )
-    return save(figure, axes, out, "speedup_by_tokens_per_step", caption)
+    return save_figure(figure, out / PLOTS[1], caption)
 
 
 def _acceptance_by_depth(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
-    figure, axes = new_figure("depth", "share of drafts accepted so deep")
+    figure, (axes,) = new_figure(("depth", "share of drafts accepted so deep"))
     deepest = 1
-    for name, rows in variants.items():
-        shares = rows[0].acceptance_by_depth
-        if shares:
+    for name, (first, *_) in variants.items():
+        if shares := first.acceptance_by_depth:
             deepest = max(deepest, len(shares))
-            label = f"{name} (batch {rows[0].batch_size})"
+            label = f"{name} ({load_name(first.load)})"
             axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 1)
-    return save(figure, axes, out, "acceptance_by_depth", "Acceptance by depth")
+    return save_figure(figure, out / PLOTS[2], "Acceptance by depth")
 
 
-def new_figure(x_label: str, y_label: str) -> tuple[Any, Any]:
-    """An empty figure, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.1)  # room for the points' labels
-    return figure, axes
-
-
-def save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
-    """Write a figure under one of the names of `results.PLOTS`; return it and the caption."""
-    axes.legend(fontsize=8)
-    axes.set_title(caption, fontsize=9)
-    file = f"{name}.png"
-    assert file in PLOTS
-    figure.savefig(out / file, dpi=120, metadata={"Software": None})
-    return file, caption
+def _latency_by_throughput(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
+    labels = ("tokens per second, of all requests", "median time of a request, s")
+    figure, (axes,) = new_figure(labels)
+    for name, rows in variants.items():
+        points = [(row.median("tokens_per_s"), row.median("e2e_ms") / 1000) for row in rows]
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=0.8, label=name)
+        for row, at in zip(rows, points, strict=True):
+            axes.annotate(str(row.load), at, **_BESIDE)
+    axes.set_ylim(bottom=0)
+    return save_figure(figure, out / PLOTS[3], "Latency against throughput")

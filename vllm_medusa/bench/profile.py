@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 from vllm_medusa.bench.engines import has_room
 from vllm_medusa.bench.plan import Plan
-from vllm_medusa.bench.results import STEP_COSTS, to_json
+from vllm_medusa.bench.results import STEP_COSTS
 from vllm_medusa.bench.spread import spread
-from vllm_medusa.engines.engine import EngineProcess, EngineProcessError, has_accelerator
+from vllm_medusa.engines.engine import EngineProcess, has_accelerator
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_json
 from vllm_medusa.heads import load_heads
+from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.reporting.tables import Table, as_text
 from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
@@ -31,8 +34,6 @@ def profile_steps(plan: Plan) -> str:
     Raises:
         UserError: unusable heads, or an engine that does not come up.
     """
-    from tqdm import tqdm
-
     settings = plan.settings
     heads = settings.heads or settings.model
     target = read_target(settings.model)
@@ -49,7 +50,7 @@ def profile_steps(plan: Plan) -> str:
     staged = [trees[1], trees[-1]]  # the chain and the largest tree
     turns = len(trees) * len(settings.batch_sizes) * (settings.rounds + 1)
     turns += 2 * len(staged) * len(settings.batch_sizes)
-    with tqdm(total=turns, desc="step costs", unit="run") as bar:
+    with Bar("step costs", "runs", turns) as bar:
         costs = measure_step_costs(
             plan.options,
             speculative,
@@ -59,7 +60,7 @@ def profile_steps(plan: Plan) -> str:
             rounds=settings.rounds,
             engines_at_once=_engines_at_once(plan, len(trees)),
             environment=plan.environment,
-            progress=bar.update,
+            progress=bar.advance,
             provenance=dict(plan.provenance),
         )
         stages = measure_stages(
@@ -69,13 +70,11 @@ def profile_steps(plan: Plan) -> str:
             token_ids,
             settings.batch_sizes,
             environment=plan.environment,
-            progress=bar.update,
+            progress=bar.advance,
         )
-    values = {**costs.to_dict(), "stages": to_json(stages)}
+    values = {**costs.to_dict(), "stages": [asdict(times) for times in stages]}
     path = settings.out / STEP_COSTS
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, values)
     return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])
 
 
@@ -109,14 +108,12 @@ def cost_table(costs: StepCosts) -> Table:
             ratio = spread([ms / base_ms for ms, base_ms in zip(row.round_ms, base, strict=True)])
             assert step is not None
             assert ratio is not None
-            table.rows.append(
-                (
-                    str(row.num_drafts),
-                    str(row.num_leaves),
-                    str(batch_size),
-                    step.format(2),
-                    ratio.format(2) if row.num_drafts else "",
-                )
+            table.add(
+                row.num_drafts,
+                row.num_leaves,
+                batch_size,
+                step.format(2),
+                ratio.format(2) if row.num_drafts else "",
             )
     return table
 

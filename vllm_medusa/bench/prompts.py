@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_medusa.data.prompts import Prompt, Turn, read_prompts
 from vllm_medusa.errors import UserError
+from vllm_medusa.target.text import TemplateError, chat_text
 
 BUILT_IN, RANDOM = "builtin", "random"
 #: How many prompts the random set has.
@@ -91,19 +92,16 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
 
 
 def _tokenise(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
-    from jinja2 import TemplateError
-
     if prompt.text is not None:
         return prompt.text, tokenizer(prompt.text, verbose=False)["input_ids"]
     turns = conversation_to_answer(prompt.turns)
     if tokenizer.chat_template is None:
         text = turns[-1].content
         return text, tokenizer(text, verbose=False)["input_ids"]
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = chat_text(tokenizer, turns)
     except TemplateError as exc:
-        raise UserError(f"prompt {prompt.id!r}: the chat template refuses it ({exc})") from None
+        raise UserError(f"prompt {prompt.id!r}: {exc}") from None
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     # A server adds the token at the beginning to a text, so it must not be there twice.
     return text.removeprefix(tokenizer.bos_token or ""), token_ids

@@ -1,18 +1,21 @@
-"""The report of an offline comparison: its tables, and all of it as Markdown."""
+"""The report of a comparison: its tables, and all of it as Markdown."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_medusa.bench.categories import CategoryFigures
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.figures import CategoryFigures, Figures
+from vllm_medusa.bench.figures import Column, Figures, Kind, load_name
 from vllm_medusa.bench.plan import Plan
 from vllm_medusa.bench.results import REPORT, variant_to_json, write_results
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.spread import Spread
+from vllm_medusa.files import write_bytes
 from vllm_medusa.reporting.tables import Table, as_text
 
 #: Mismatches shown one by one, of each variant.
@@ -20,73 +23,38 @@ _SHOWN_MISMATCHES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All that a report of an offline comparison says.
+class Findings:
+    """What a mode adds to the report.
 
     Attributes:
-        figures: by variant and batch size.
-        categories: by variant and category.
-        sameness: by variant.
-        states: by variant.
-        dtype: of the engines, as far as it was given.
+        tables: also those without rows.
+        results: for the JSON document.
         notes: sentences.
+        complaint: what ``--strict`` fails with; None if there is nothing.
     """
 
-    figures: Sequence[Figures]
-    categories: Sequence[CategoryFigures]
-    sameness: Sequence[Sameness]
-    states: Mapping[str, VariantState]
-    dtype: str
-    notes: Sequence[str]
-
-    def tables(self) -> list[Table]:
-        """All tables, also those without rows."""
-        return [
-            speed_table(self.figures, self.states),
-            absence_table(self.states),
-            depth_table(
-                [(f.variant, f"batch {f.batch_size}", f.acceptance_by_depth) for f in self.figures]
-            ),
-            category_table(self.categories),
-            sameness_table(self.sameness, self.dtype),
-            mismatch_table(self.sameness, self.dtype),
-        ]
+    tables: Sequence[Table] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    complaint: str | None = None
 
 
-def speed_table(figures: Sequence[Figures], states: Mapping[str, VariantState]) -> Table:
-    """Every figure by batch size and variant; variants that did not run say why."""
-    table = Table(
-        "Speed: median (first to third quartile)",
-        (
-            "variant",
-            "batch",
-            "tokens/s",
-            "over baseline",
-            "tokens/step",
-            "steps",
-            "step ms",
-            "TTFT ms",
-            "TPOT ms",
-            "memory GiB",
-            "start-up s",
-        ),
-    )
-    for figure in figures:
-        starts = [info.startup_s for info in states[figure.variant].starts]
-        table.rows.append(
-            (
-                figure.variant,
-                str(figure.batch_size),
-                f"{figure.tokens_per_s.median:.1f}",
-                _format(figure.speedup, 2),
-                f"{figure.tokens_per_step.median:.2f}",
-                f"{figure.num_steps.median:.0f}",
-                figure.step_ms.format(2),
-                f"{figure.ttft_ms.median:.1f}",
-                _format(figure.tpot_ms, 2),
-                _memory(figure),
-                f"{sorted(starts)[len(starts) // 2]:.1f}" if starts else "",
-            )
+def speed_table(
+    figures: Sequence[Figures], states: Mapping[str, VariantState], kind: Kind
+) -> Table:
+    """Every figure by load and variant."""
+    headings = [column.heading for column in kind.columns] + [text for _, text in kind.totals]
+    columns = ("variant", kind.load[1], *headings, "memory GiB", "start-up s")
+    table = Table(kind.title, columns, texts=("variant", "load"))
+    for row in figures:
+        starts = [info.startup_s for info in states[row.variant].starts]
+        table.add(
+            row.variant,
+            row.load,
+            *(_cell(row.spreads[column.name], column) for column in kind.columns),
+            *(row.totals[name] for name, _ in kind.totals),
+            _memory(row),
+            f"{statistics.median_high(starts):.1f}" if starts else "",
         )
     return table
 
@@ -98,26 +66,22 @@ def absence_table(states: Mapping[str, VariantState]) -> Table:
     for name, state in states.items():
         if state.reason is not None:
             what = "unavailable" if state.unavailable else "broke off"
-            table.rows.append((name, what, state.reason))
+            table.add(name, what, state.reason)
     return table
 
 
-def depth_table(shares: Sequence[tuple[str, str, Sequence[float]]]) -> Table:
-    """Share of drafts accepted at least so deep.
-
-    Args:
-        shares: of each variant and load, the shares at depth 1, 2, ...; empty without drafts.
-    """
-    depth = max((len(by_depth) for _, _, by_depth in shares), default=0)
+def depth_table(figures: Sequence[Figures]) -> Table:
+    """Share of drafts accepted at least so deep."""
+    depth = max((len(row.acceptance_by_depth) for row in figures), default=0)
     table = Table(
         "Acceptance by depth: share of steps with drafts whose draft token there was accepted",
         ("variant", "load", *(str(number) for number in range(1, depth + 1))),
         texts=("variant", "load"),
     )
-    for variant, load, by_depth in shares:
-        if by_depth:
-            cells = [f"{share:.2f}" for share in by_depth]
-            table.rows.append((variant, load, *cells, *[""] * (depth - len(cells))))
+    for row in figures:
+        if cells := [f"{share:.2f}" for share in row.acceptance_by_depth]:
+            padding = [""] * (depth - len(cells))
+            table.add(row.variant, load_name(row.load), *cells, *padding)
     return table
 
 
@@ -129,14 +93,12 @@ def category_table(categories: Sequence[CategoryFigures]) -> Table:
         texts=("category", "variant"),
     )
     for figure in sorted(categories, key=lambda figure: figure.category):
-        table.rows.append(
-            (
-                figure.category,
-                figure.variant,
-                str(figure.num_requests),
-                _format(figure.speedup, 2),
-                _format(figure.tokens_per_step, 2),
-            )
+        table.add(
+            figure.category,
+            figure.variant,
+            figure.num_requests,
+            figure.speedup and figure.speedup.format(2),
+            figure.tokens_per_step and figure.tokens_per_step.format(2),
         )
     return table
 
@@ -148,16 +110,9 @@ def sameness_table(sameness: Sequence[Sameness], dtype: str) -> Table:
         ("variant", "outputs", "same", "near-ties", "other mismatches"),
     )
     for found in sameness:
-        ties = sum(mismatch.is_near_tie(dtype) for mismatch in found.mismatches)
-        table.rows.append(
-            (
-                found.variant,
-                str(found.num_compared),
-                str(found.num_compared - len(found.mismatches)),
-                str(ties),
-                str(len(found.mismatches) - ties),
-            )
-        )
+        compared, different = found.num_compared, len(found.mismatches)
+        ties = found.num_near_ties(dtype)
+        table.add(found.variant, compared, compared - different, ties, different - ties)
     return table
 
 
@@ -166,33 +121,21 @@ def mismatch_table(sameness: Sequence[Sameness], dtype: str) -> Table:
     table = Table(
         f"Mismatches (the first {_SHOWN_MISMATCHES} of each variant; all are in results.json)",
         (
-            "variant",
-            "batch",
-            "round",
-            "prompt",
-            "position",
-            "baseline's token",
-            "variant's token",
-            "their logprobs",
-            "",
+            *("variant", "batch", "round", "prompt", "position"),
+            *("baseline's token", "variant's token", "their logprobs", ""),
         ),
         texts=("variant", "prompt", ""),
     )
     for found in sameness:
         for mismatch in found.mismatches[:_SHOWN_MISMATCHES]:
             logprobs = (mismatch.baseline_logprob, mismatch.variant_logprob)
-            table.rows.append(
-                (
-                    mismatch.variant,
-                    str(mismatch.batch_size),
-                    str(mismatch.round),
-                    mismatch.prompt_id,
-                    str(mismatch.position),
-                    _token(mismatch.baseline_token),
-                    _token(mismatch.variant_token),
-                    " ".join("" if value is None else f"{value:.4f}" for value in logprobs),
-                    _verdict(mismatch, dtype),
-                )
+            table.add(
+                *(mismatch.variant, mismatch.batch_size, mismatch.round, mismatch.prompt_id),
+                mismatch.position,
+                _token(mismatch.baseline_token),
+                _token(mismatch.variant_token),
+                " ".join("" if value is None else f"{value:.4f}" for value in logprobs),
+                _verdict(mismatch, dtype),
             )
     return table
 
@@ -226,7 +169,7 @@ def write_report(
     }
     write_results(out, {**common, **results})
     text = markdown(filled, notes, plots, provenance, settings)
-    (out / REPORT).write_text(text, encoding="utf-8")
+    write_bytes(out / REPORT, text.encode())
     return "\n".join([as_text(filled), *notes, f"written to {out}"])
 
 
@@ -263,15 +206,18 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _memory(figure: Figures) -> str:
-    text = f"{figure.peak_memory_bytes / 2**30:.2f}"
-    if figure.device_memory_bytes is not None:
-        text += f" + {figure.device_memory_bytes / 2**30:.2f} on the device"
-    return text
+def _cell(figure: Spread | None, column: Column) -> str:
+    if figure is None:
+        return ""
+    if column.has_spread:
+        return figure.format(column.digits)
+    return f"{figure.median:.{column.digits}f}"
 
 
-def _format(figure: Spread | None, digits: int) -> str:
-    return "" if figure is None else figure.format(digits)
+def _memory(row: Figures) -> str:
+    on_device = row.peaks.get("device_memory_bytes")
+    text = f"{(row.peaks['peak_memory_bytes'] or 0) / 2**30:.2f}"
+    return text if on_device is None else f"{text} + {on_device / 2**30:.2f} on the device"
 
 
 def _verdict(mismatch: Mismatch, dtype: str) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
-from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.variants import Variant
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import write_atomically
+from vllm_medusa.files import read_json, write_json
 
 FORMAT = "vllm_medusa.bench/1"
 RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
@@ -44,49 +42,32 @@ def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
     }
 
 
-def sameness_to_json(sameness: Sameness, dtype: str) -> dict[str, Any]:
-    """A comparison of outputs, each mismatch with its gap and whether that is a near-tie."""
-
-    def mismatch_to_json(mismatch: Mismatch) -> dict[str, Any]:
-        values = dataclasses.asdict(mismatch)
-        return values | {"gap": mismatch.gap, "is_near_tie": mismatch.is_near_tie(dtype)}
-
-    mismatches = [mismatch_to_json(mismatch) for mismatch in sameness.mismatches]
-    return {
-        "variant": sameness.variant,
-        "num_compared": sameness.num_compared,
-        "num_mismatches": len(mismatches),
-        "num_near_ties": sum(mismatch["is_near_tie"] for mismatch in mismatches),
-        "mismatches": mismatches,
-    }
-
-
-def to_json(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """Data classes as JSON has them."""
-    return [dataclasses.asdict(item) for item in items]
-
-
 class LineWriter:
-    """Writes JSON lines as they come: a header with the provenance, then the measurements.
+    """Writes measurements as JSON lines as they are made, after a header with the provenance.
 
     What a run that is broken off has measured is therefore there, line by line.
+
+    Args:
+        out: directory of the results.
+        header: makes the header when the first line comes.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self._path = path
-        path.write_text(json.dumps({"format": FORMAT, **header}) + "\n", encoding="utf-8")
+    def __init__(self, out: Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        self._path = out / LINES
+        self._header = header
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps({"format": FORMAT, **self._header()}) + "\n")
             file.write(json.dumps(line) + "\n")
 
 
 def write_results(out: Path, results: Mapping[str, Any]) -> Path:
     """Write the document, all of it or nothing; return its path."""
     path = out / RESULTS
-    text = json.dumps({"format": FORMAT, **results}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, {"format": FORMAT, **results})
     return path
 
 
@@ -98,17 +79,12 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = path / RESULTS
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UserError(f"{path}: {exc.strerror}; give the results.json of a run") from None
-    except ValueError as exc:
-        raise UserError(f"{path}: not JSON ({exc}); give the results.json of a run") from None
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: its format is {found!r}, not {FORMAT!r}; give a results.json")
-    document: dict[str, Any] = results
-    return document
+    results = read_json(path, "the results.json of a run")
+    if results.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: its format is {results.get('format')!r}, not {FORMAT!r}; give a results.json"
+        )
+    return results
 
 
 def prepare_out(out: Path, overwrite: bool) -> None:

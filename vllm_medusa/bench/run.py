@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Protocol, TypeVar
 
-from vllm_medusa.bench.plan import make_plan
+from vllm_medusa.bench.display import Display
+from vllm_medusa.bench.engines import Engine, EnginePool
+from vllm_medusa.bench.figures import Figures, Kind, Measurement, figures_of, load_name
+from vllm_medusa.bench.offline import Offline
+from vllm_medusa.bench.online import Online
+from vllm_medusa.bench.plan import Plan, make_plan
+from vllm_medusa.bench.plots import plot
 from vllm_medusa.bench.profile import profile_steps
-from vllm_medusa.bench.run_offline import compare_offline
-from vllm_medusa.bench.run_online import compare_online
+from vllm_medusa.bench.report import (
+    Findings,
+    absence_table,
+    depth_table,
+    speed_table,
+    write_report,
+)
+from vllm_medusa.bench.results import LineWriter
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.engines.engine import EngineProcessError
+from vllm_medusa.bench.turns import take_turns
+from vllm_medusa.bench.variants import Variant
+from vllm_medusa.engines.engine import EngineInfo
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
+
+E = TypeVar("E", bound=Engine)
+L = TypeVar("L")
+M = TypeVar("M", bound=Measurement)
+
+
+class Mode(Protocol[E, L, M]):
+    """What a comparison measures."""
+
+    @property
+    def kind(self) -> Kind:
+        """Its figures."""
+
+    @property
+    def rounds(self) -> Mapping[L, int]:
+        """How many, by load."""
+
+    def start(self, variant: Variant) -> E:
+        """Start a variant's engine."""
+
+    def warm_up(self, engine: E) -> None:
+        """Prepare an engine that is up."""
+
+    def measure(self, engine: E, variant: str, load: L, number: int) -> M:
+        """Take a turn."""
+
+    def conclude(self, pool: EnginePool[E], measurements: Sequence[M]) -> Findings:
+        """Find out what else there is to say, while engines are still alive."""
 
 
 def run(settings: Settings) -> str:
@@ -30,10 +74,80 @@ def run(settings: Settings) -> str:
             if settings.profile_steps:
                 return profile_steps(plan)
             if settings.online:
-                return compare_online(plan, Path(folder))
-            return compare_offline(plan)
+                return compare(plan, Online(plan, Path(folder)))
+            return compare(plan, Offline(plan))
         except EngineProcessError as exc:
             raise UserError(f"the baseline does not run: {exc.reason}") from None
+
+
+def compare(plan: Plan, mode: Mode[E, L, M]) -> str:
+    """Compare variants in a mode; write the results, return what to print.
+
+    Raises:
+        UserError: with ``strict``, outputs that differ.
+        EngineProcessError: the baseline does not run.
+    """
+    kind = mode.kind
+    measurements: list[M] = []
+    display = Display(lambda: speed_table(figures_of(measurements, kind), pool.states, kind))
+    lines = LineWriter(
+        plan.settings.out,
+        lambda: {
+            "provenance": plan.provenance_json(pool.states),
+            "settings": plan.settings_json(),
+        },
+    )
+
+    def on_start(name: str, engine: E, info: EngineInfo) -> None:
+        display.started(name, info)
+        mode.warm_up(engine)
+
+    def measure(engine: E, name: str, load: L, number: int) -> None:
+        found = mode.measure(engine, name, load, number)
+        measurements.append(found)
+        place = {"variant": name, kind.load[0]: load if isinstance(load, int) else str(load)}
+        lines.add({**place, "round": number, **found.line})
+        where = f"round {number}, {load_name(load)}, {name}"
+        display.measured(name, f"{where}: {found.summary}")
+
+    by_name = {variant.name: variant for variant in plan.variants}
+    with EnginePool(by_name, mode.start, plan.settings.alive, on_start) as pool:
+        with display:
+            take_turns(pool, mode.rounds, plan.unavailable, measure, display)
+        found = mode.conclude(pool, measurements)
+    figures = figures_of(measurements, kind)
+    printed = write_report(
+        plan,
+        pool.states,
+        [
+            speed_table(figures, pool.states, kind),
+            absence_table(pool.states),
+            depth_table(figures),
+            *found.tables,
+        ],
+        [*plan.prompts.notes, kind.alive[not pool.keeps_all], *_preempted(figures), *found.notes],
+        plot(plan.settings.out, figures, kind),
+        {
+            "mode": kind.name,
+            "figures": [row.to_json(kind) for row in figures],
+            **found.results,
+        },
+    )
+    if plan.settings.strict and found.complaint:
+        display.say(printed)
+        raise UserError(found.complaint)
+    return printed
+
+
+def _preempted(figures: Sequence[Figures]) -> list[str]:
+    """What a reader has to know of requests that had to make room."""
+    names = sorted({row.variant for row in figures if row.totals["num_preemptions"]})
+    if not names:
+        return []
+    return [
+        f"Requests of {', '.join(names)} were preempted: the KV cache is too small for these "
+        "batches, which the times show; give kv_cache_memory_bytes in --llm-options."
+    ]
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 #: Two tokens whose log-probabilities differ by no more are a near-tie, which rounding decides.
 #: A bfloat16 logit of magnitude 16 to 32 has steps of 1/8, a float16 one of 1/64, and summing in
@@ -64,6 +65,30 @@ class Sameness:
     variant: str
     num_compared: int
     mismatches: tuple[Mismatch, ...]
+
+    def num_near_ties(self, dtype: str) -> int:
+        """How many of the mismatches rounding in this dtype may have decided."""
+        return sum(mismatch.is_near_tie(dtype) for mismatch in self.mismatches)
+
+    def to_json(self, dtype: str) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {
+            "variant": self.variant,
+            "num_compared": self.num_compared,
+            "num_mismatches": len(self.mismatches),
+            "num_near_ties": self.num_near_ties(dtype),
+            "mismatches": [
+                {**asdict(found), "gap": found.gap, "is_near_tie": found.is_near_tie(dtype)}
+                for found in self.mismatches
+            ],
+        }
+
+    def in_words(self, dtype: str) -> str:
+        """How many outputs differ."""
+        return (
+            f"{self.variant} {len(self.mismatches)} of {self.num_compared} "
+            f"({self.num_near_ties(dtype)} near-ties)"
+        )
 
 
 def first_difference(

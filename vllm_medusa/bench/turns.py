@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from vllm_medusa.bench.engines import E, EnginePool, VariantState
+from vllm_medusa.bench.display import Display
+from vllm_medusa.bench.engines import E, EnginePool
 from vllm_medusa.bench.variants import BASELINE
-from vllm_medusa.engines.engine import EngineInfo, EngineProcessError
+from vllm_medusa.engines.process import EngineProcessError
 
 L = TypeVar("L")
-L_contra = TypeVar("L_contra", contravariant=True)
-M = TypeVar("M")
-M_contra = TypeVar("M_contra", contravariant=True)
-
-
-class Watcher(Protocol[L_contra, M_contra]):
-    """Is told what happens while it happens."""
-
-    def expect(
-        self,
-        turns: Sequence[tuple[str, L_contra]],
-        states: Mapping[str, VariantState],
-        kept_all: bool,
-    ) -> None:
-        """The baseline is up; turns to come, as variant and load, starts left out."""
-
-    def turn_of(self, variant: str) -> None:
-        """A variant's turn begins."""
-
-    def started(self, variant: str, info: EngineInfo) -> None:
-        """A variant's engine is up."""
-
-    def measured(self, measurement: M_contra) -> None:
-        """A turn has ended."""
-
-    def dropped(self, variant: str, reason: str) -> None:
-        """A variant takes no part any more."""
 
 
 def schedule(
@@ -59,9 +33,9 @@ def take_turns(
     pool: EnginePool[E],
     rounds: Mapping[L, int],
     unavailable: Mapping[str, str],
-    measure: Callable[[E, str, L, int], M],
-    watcher: Watcher[L, M],
-) -> list[M]:
+    measure: Callable[[E, str, L, int], object],
+    display: Display,
+) -> None:
     """Measure every variant under every load, in rounds.
 
     Args:
@@ -69,32 +43,26 @@ def take_turns(
         rounds: how many, by load, such as a batch size.
         unavailable: reasons by the names of variants that are known not to run here.
         measure: takes engine, variant, load and round.
-        watcher: is told of every turn.
+        display: is told of every turn but what it gave.
 
     Raises:
         EngineProcessError: the baseline does not run.
     """
     for name, reason in unavailable.items():
         pool.states[name].unavailable = reason
-        watcher.dropped(name, reason)
-    watcher.turn_of(BASELINE)
+        display.dropped(name, reason)
+    display.turn_of(BASELINE)
     pool.require(BASELINE)
     turns = list(schedule(rounds, list(pool.states), pool.keeps_all))
-    expected = [(name, load) for _, load, name in turns if pool.states[name].is_running]
-    watcher.expect(expected, pool.states, pool.keeps_all)
-    measurements = []
+    display.expect(name for _, _, name in turns if pool.states[name].is_running)
     for number, load, name in turns:
         if not pool.states[name].is_running:
             continue
-        watcher.turn_of(name)
+        display.turn_of(name)
         try:
-            engine = pool.require(name)
-            measurements.append(measure(engine, name, load, number))
+            measure(pool.require(name), name, load, number)
         except EngineProcessError as exc:
             if name == BASELINE:
                 raise
             pool.give_up(name, exc)
-            watcher.dropped(name, exc.reason)
-        else:
-            watcher.measured(measurements[-1])
-    return measurements
+            display.dropped(name, exc.reason)

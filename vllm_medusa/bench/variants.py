@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.settings import settings
 
 BASELINE = "baseline"
 VLLM_CHAIN = "vllm-chain"
@@ -32,7 +33,6 @@ _KINDS = (
 )
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NAME = re.compile(r"[\w.,+:@ -]{1,60}")
-_CONFIG_KEYS = {"speculative_config", "llm_options", "environment", "lossless"}
 
 
 class UnavailableError(Exception):
@@ -60,6 +60,20 @@ class Variant:
     converted_from: str | None = None
 
 
+@settings
+class _Entry:
+    """A variant as a YAML file gives it."""
+
+    FLAGS: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("speculative_config", "llm_options", "environment", "lossless")
+    }
+
+    speculative_config: Mapping[str, Any] | None = None
+    llm_options: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
+    lossless: bool | None = None
+
+
 def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
     """Read variants as the command line gives them; the baseline is there in any case, and first.
 
@@ -85,7 +99,7 @@ def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
     Raises:
         UserError: anything else.
     """
-    if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+    if isinstance(entries, list | tuple) and all(isinstance(entry, str) for entry in entries):
         return parse_variants(entries, heads)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise UserError(
@@ -196,31 +210,20 @@ def _of_json(name: str, value: str) -> Variant:
 
 
 def _of_mapping(name: str, entry: Any) -> Variant:
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
         raise UserError(f"variant {name!r} is {entry!r}; give a text or a mapping")
-    if unknown := sorted(map(str, set(entry) - _CONFIG_KEYS)):
-        raise UserError(
-            f"variant {name!r}: unknown key {unknown[0]!r}; known are "
-            f"{', '.join(sorted(_CONFIG_KEYS))}"
-        )
-    speculative = entry.get("speculative_config")
-    options, environment = entry.get("llm_options") or {}, entry.get("environment") or {}
-    for key, given in (
-        ("speculative_config", speculative or {}),
-        ("llm_options", options),
-        ("environment", environment),
-    ):
-        if not isinstance(given, dict):
-            raise UserError(f"variant {name!r}: {key} is {given!r}; give a mapping")
-    lossless = entry.get("lossless", (speculative or {}).get("acceptance") != "typical")
-    if not isinstance(lossless, bool):
-        raise UserError(f"variant {name!r}: lossless is {lossless!r}; give true or false")
+    try:
+        given = _Entry(**entry)
+    except UserError as exc:
+        raise UserError(f"variant {name!r}: {exc}") from None
+    speculative = given.speculative_config or {}
+    is_lossless = speculative.get("acceptance") != "typical"
     return Variant(
         name=_name(name),
         speculative=speculative or None,
-        llm_options=options,
-        environment={key: str(value) for key, value in environment.items()},
-        is_lossless=lossless,
+        llm_options=given.llm_options or {},
+        environment={key: str(value) for key, value in (given.environment or {}).items()},
+        is_lossless=is_lossless if given.lossless is None else given.lossless,
     )
 
 

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.findings import Findings
-from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.plots import new_figure, plot_spreads, save_figure
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 _COLOURS = {"joint": "tab:blue", "product": "tab:orange"}
 
 
-def check_matplotlib() -> None:
-    """Say at once if the pictures cannot be drawn.
-
-    Raises:
-        UserError: matplotlib is not installed.
-
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UserError(
-            'the report\'s figures need matplotlib: pip install "vllm-medusa[train]"'
-        ) from None
-
-
 def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
     """Draw tokens per step by tree size; return file name and caption."""
-    figure, axes = _figure("draft nodes", "tokens per step", (7.5, 4.8))
+    figure, (axes,) = new_figure(("draft nodes", "tokens per step"), size=(7.5, 4.8))
     for with_loops, style in ((True, "-"), (False, "--")):
         section = next(s for s in findings.sections if s.with_loops == with_loops)
         suffix = "" if with_loops else ", without looping text"
@@ -51,18 +35,18 @@ def draw_acceptance(findings: Findings, out: Path) -> tuple[str, str]:
                 if c.method == method
             ]
             if measured:
-                _points(
+                plot_spreads(
                     axes,
-                    measured,
-                    colour,
-                    f"{method}, measured in the engine{suffix}",
-                    "o" if with_loops else "s",
+                    [size for size, _ in measured],
+                    [(found.value, found.low, found.high) for _, found in measured],
+                    fmt="o" if with_loops else "s",
+                    color=colour,
+                    markersize=5,
+                    label=f"{method}, measured in the engine{suffix}",
                 )
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-acceptance",
+        out / "calibration-acceptance.png",
         "Tokens per step by tree size; bands and bars are 95 % intervals over prompts",
     )
 
@@ -73,7 +57,8 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
     probabilities = findings.probabilities
     places = _places(paths)
     num_leaves = len(DraftTree.from_paths(paths).leaves)
-    figure, axes = _figure("", "", (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads))
+    size = (max(6.0, 0.42 * num_leaves), 1.2 + 1.1 * findings.num_heads)
+    figure, (axes,) = new_figure(("", ""), size=size)
     for path, (x, y) in places.items():
         if not path:
             axes.annotate("root", (x, y), ha="center", va="center", fontsize=8)
@@ -102,20 +87,17 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
         )
     axes.set_ylim(-findings.num_heads - 0.45, 0.3)
     axes.set_axis_off()
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-tree",
+        out / "calibration-tree.png",
         f"Tree of {len(paths)} nodes: the rank of each, and how often its path is right (%)",
     )
 
 
 def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
     """Draw the predicted speed-up by batch size; return file name and caption."""
-    figure, axes = _figure(
-        "batch size", "predicted tokens per second over no speculation", (7, 4.6)
-    )
+    labels = ("batch size", "predicted tokens per second over no speculation")
+    figure, (axes,) = new_figure(labels)
     batch_sizes = sorted(choice.chosen)
     shown = [i for i, c in enumerate(choice.candidates) if c.paths]
     chains = [i for i in shown if choice.candidates[i].name.startswith("chain")]
@@ -125,24 +107,14 @@ def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
             batch_sizes, speedups, linewidth=1, marker=".", label=choice.candidates[index].name
         )
     chosen = [choice.predictions[size][choice.chosen[size]] for size in batch_sizes]
-    errors = [[p.speedup - p.low for p in chosen], [p.high - p.speedup for p in chosen]]
-    axes.errorbar(
-        batch_sizes,
-        [p.speedup for p in chosen],
-        yerr=errors,
-        color="black",
-        capsize=3,
-        linewidth=2,
-        label="chosen",
-    )
+    spreads = [(p.speedup, p.low, p.high) for p in chosen]
+    plot_spreads(axes, batch_sizes, spreads, color="black", linewidth=2, label="chosen")
     axes.axhline(1, color="grey", linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
-    return _save(
+    return save_figure(
         figure,
-        axes,
-        out,
-        "calibration-speedup",
+        out / "calibration-speedup.png",
         "Predicted speed-up by batch size; bars are the quartiles of the measured step cost",
     )
 
@@ -165,45 +137,3 @@ def _places(paths: Sequence[TreePath]) -> dict[TreePath, tuple[float, float]]:
 
     place(())
     return places
-
-
-def _points(
-    axes: Any, measured: Sequence[tuple[int, Any]], colour: str, label: str, marker: str
-) -> None:
-    values = [estimate.value for _, estimate in measured]
-    errors = [
-        [estimate.value - estimate.low for _, estimate in measured],
-        [estimate.high - estimate.value for _, estimate in measured],
-    ]
-    axes.errorbar(
-        [size for size, _ in measured],
-        values,
-        yerr=errors,
-        fmt=marker,
-        color=colour,
-        capsize=3,
-        markersize=5,
-        label=label,
-    )
-
-
-def _figure(x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Any, Any]:
-    """An empty figure, drawn without a display."""
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, axes: Any, out: Path, name: str, caption: str) -> tuple[str, str]:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
-    axes.set_title(caption, fontsize=8)
-    figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
-    return f"{name}.png", caption

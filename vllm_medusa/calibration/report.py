@@ -14,6 +14,7 @@ from vllm_medusa.calibration.estimates import NUM_FOLDS, Estimate, SizeEstimate
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.plots import draw_acceptance, draw_speedup, draw_tree
 from vllm_medusa.reporting.tables import Table
+from vllm_medusa.settings import as_json
 from vllm_medusa.stepcost.costs import StepCost, StepCosts
 
 REPORT_FORMAT = "vllm_medusa.calibration/1"
@@ -35,7 +36,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
     return {
         "format": REPORT_FORMAT,
         "provenance": findings.provenance,
-        "settings": findings.settings.as_dict(),
+        "settings": as_json(findings.settings),
         "num_heads": findings.num_heads,
         "num_prompts": findings.num_prompts,
         "num_folds": NUM_FOLDS,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from vllm_medusa.acceptance.paths import Ranks, head_accuracy, path_probabilities
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
@@ -18,15 +15,16 @@ from vllm_medusa.calibration.choice import Candidate, choose
 from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.inputs import Inputs, read_inputs
-from vllm_medusa.calibration.plots import check_matplotlib
 from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
 from vllm_medusa.calibration.texts import continue_requests
-from vllm_medusa.engines.engine import EngineProcessError, start_engine
+from vllm_medusa.engines.engine import start_engine
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import write_atomically
+from vllm_medusa.files import write_bytes
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
-from vllm_medusa.reporting.progress import Progress
+from vllm_medusa.reporting.plots import check_matplotlib
+from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.reporting.provenance import provenance
 from vllm_medusa.stepcost.costs import StepCosts, read_step_costs
 from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
@@ -43,7 +41,7 @@ def calibrate(settings: CalibrateSettings) -> str:
             nothing is written.
 
     """
-    check_matplotlib()
+    check_matplotlib("train")
     inputs = read_inputs(settings)
     costs = _costs_of_file(settings)
     try:
@@ -97,11 +95,11 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         num_tokens = settings.max_tokens + inputs.num_heads - 1
         with (
             start_engine(inputs.options) as engine,
-            _bar("continuations", "prompt", len(temperatures) * len(inputs.requests)) as progress,
+            Bar("continuations", "prompts", len(temperatures) * len(inputs.requests)) as bar,
         ):
             for temperature in temperatures:
                 texts += continue_requests(
-                    engine, inputs.requests, num_tokens, temperature, progress
+                    engine, inputs.requests, num_tokens, temperature, bar.advance
                 )
     target = load_target(
         settings.model,
@@ -109,8 +107,8 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         dtype=getattr(torch, inputs.options["dtype"]),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    with _bar("ranks", "text", len(texts)) as progress:
-        continuations = RankMeter(target, inputs.checkpoint).measure(texts, progress)
+    with Bar("ranks", "texts", len(texts)) as bar:
+        continuations = RankMeter(target, inputs.checkpoint).measure(texts, bar.advance)
     del target
     # What PyTorch keeps for itself, the engines that follow could not have.
     torch.cuda.empty_cache()
@@ -184,7 +182,7 @@ def _measure_costs(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -
     at_once = settings.engines_at_once or (1 if torch.cuda.is_available() else len(trees))
     batch_sizes = settings.batch_sizes or BATCH_SIZES
     runs = len(trees) * len(batch_sizes) * (settings.rounds + 1)
-    with _bar("step costs", "run", runs) as progress:
+    with Bar("step costs", "runs", runs) as bar:
         return measure_step_costs(
             inputs.options,
             inputs.speculative,
@@ -193,7 +191,7 @@ def _measure_costs(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -
             batch_sizes,
             rounds=settings.rounds,
             engines_at_once=at_once,
-            progress=progress,
+            progress=bar.advance,
             provenance=provenance(_device_name()),
         )
 
@@ -206,7 +204,7 @@ def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[C
     ]
     if not trees:
         return []
-    with _bar("check in the engine", "prompt", len(trees) * len(inputs.check_requests)) as progress:
+    with Bar("check in the engine", "prompts", len(trees) * len(inputs.check_requests)) as bar:
         return check_trees(
             inputs.options,
             inputs.speculative,
@@ -215,7 +213,7 @@ def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[C
             max_tokens=settings.max_tokens,
             num_heads=inputs.num_heads,
             seed=settings.seed,
-            progress=progress,
+            progress=bar.advance,
         )
 
 
@@ -233,26 +231,11 @@ def _write(findings: Findings, out: Path) -> None:
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}; choose another") from None
         for path in sorted(staged.iterdir()):
-            write_atomically(out / path.name, _copier(path))
+            write_bytes(out / path.name, path.read_bytes())
     if schedule is None:
         # One from before was made for other trees.
         (out / SCHEDULE_FILE).unlink(missing_ok=True)
 
 
-def _copier(path: Path) -> Callable[[BinaryIO], None]:
-    content = path.read_bytes()
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    return write
-
-
 def _device_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-@contextmanager
-def _bar(what: str, unit: str, total: int) -> Iterator[Progress]:
-    with tqdm(desc=what, unit=unit, total=total, disable=None) as bar:
-        yield bar.update

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.settings import Counts, PathText, flag_of, refuse_own_options, settings
 from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
@@ -23,103 +23,98 @@ _OWN_OPTIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check_size(size: int) -> int:
+    if not 1 <= size <= MAX_DRAFT_TOKENS:
+        raise ValueError(f"a tree has 1 to {MAX_DRAFT_TOKENS} draft nodes")
+    return size
+
+
+def _in_order(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(sizes)))
+
+
+TreeSize = Annotated[int, AfterValidator(_check_size)]
+TreeSizes = Annotated[tuple[TreeSize, ...], Field(strict=False), AfterValidator(_in_order)]
+
+
+@settings
 class CalibrateSettings:
-    """The settings of one calibration.
+    """The settings of one calibration."""
 
-    Attributes:
-        heads, revision: the heads, and the revision of a hub name.
-        model, model_revision: the target, and the revision of a hub name.
-        prompts: file of prompts, or directory of rows that `vllm-medusa distill` wrote.
-        max_prompts: use the first so many prompts or rows; None is all.
-        out: directory to write to; None is that of the heads.
-        max_tokens: of a continuation.
-        temperature: also sample continuations at it; None is greedy ones only.
-        sizes: draft nodes of the trees.
-        batch_sizes: to measure step costs at and to choose trees for; None is `BATCH_SIZES`, or
-            those of the file of step costs.
-        cost_sizes: draft nodes of the trees whose steps are timed; None is four of `sizes`.
-        step_costs: file of step costs measured before; None is to measure them.
-        with_step_costs: whether to choose trees by step costs at all.
-        rounds: timed ones.
-        engines_at_once: engines in memory at a time while steps are timed; None is all of them on
-            a CPU and one on an accelerator, whose memory one engine fills.
-        check_sizes: draft nodes of the trees that the engine itself is measured with.
-        check_prompts: file of other prompts, for that.
-        dtype: to compute in; ``auto`` is what the target's config.json names.
-        llm_options: further arguments of ``vllm.LLM``.
-        seed: of folds and intervals.
-
-    """
+    FLAGS: ClassVar[Mapping[str, str]] = {
+        "check_sizes": "--check",
+        "with_step_costs": "--no-step-costs",
+    }
 
     heads: str
+    """Heads: directory, file or hub name."""
     revision: str | None = None
+    """Of the heads, if a hub name."""
     model: str
+    """The target model: directory or hub name."""
     model_revision: str | None = None
-    prompts: Path
-    max_prompts: int | None = None
-    out: Path | None = None
-    max_tokens: int = 128
-    temperature: float | None = None
-    sizes: tuple[int, ...] = SIZES
-    batch_sizes: tuple[int, ...] | None = None
-    cost_sizes: tuple[int, ...] | None = None
-    step_costs: Path | None = None
+    """Of the target model, if a hub name."""
+    prompts: PathText
+    """Held-out prompts (JSONL), or a directory of rows that vllm-medusa distill wrote."""
+    max_prompts: PositiveInt | None = None
+    """Use the first N of them (all)."""
+    out: PathText | None = None
+    """Where to write (the heads' own directory)."""
+    max_tokens: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a continuation."""
+    temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
+    """Sample continuations at it as well; greedy ones are always used."""
+    sizes: Annotated[TreeSizes, Field(min_length=1)] = SIZES
+    """Draft nodes of the trees."""
+    batch_sizes: Counts | None = None
+    """Batch sizes to choose trees for (1,2,4,8,16,32, or those of --step-costs)."""
+    cost_sizes: TreeSizes | None = None
+    """Draft nodes of the trees whose steps are timed (four of --sizes)."""
+    step_costs: PathText | None = None
+    """Take costs measured before, from this file."""
     with_step_costs: bool = True
-    rounds: int = 5
-    engines_at_once: int | None = None
-    check_sizes: tuple[int, ...] = ()
-    check_prompts: Path | None = None
-    dtype: str = "auto"
+    """Choose trees by step costs; without: write no tree schedule, only the best trees."""
+    rounds: PositiveInt = 5
+    """Timed rounds."""
+    engines_at_once: PositiveInt | None = None
+    """Engines in memory at a time (all on a CPU, 1 on an accelerator, whose memory one fills)."""
+    check_sizes: TreeSizes = ()
+    """Measure trees of these sizes in the engine."""
+    check_prompts: PathText | None = None
+    """Other held-out prompts, for that."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """To compute in; auto is what the target's config.json names."""
     llm_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vllm.LLM: those that you serve with."""
     seed: int = 0
+    """Of folds and intervals."""
 
     def __post_init__(self) -> None:
-        for name in ("max_prompts", "rounds", "engines_at_once"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{_option(name)} {value}: give 1 or more")
-        _require(self.max_tokens >= 2, f"--max-tokens {self.max_tokens}: give 2 or more")
-        temperature = self.temperature
-        _require(
-            temperature is None or (math.isfinite(temperature) and temperature > 0),
-            f"--temperature {temperature}: give a positive number; greedy text is always used",
-        )
-        for name in ("sizes", "cost_sizes", "check_sizes"):
-            for size in getattr(self, name) or ():
-                _require(
-                    1 <= size <= MAX_DRAFT_TOKENS,
-                    f"{_option(name)} {size}: a tree has 1 to {MAX_DRAFT_TOKENS} draft nodes",
-                )
-        _require(bool(self.sizes), "--sizes: give at least one")
-        for size in self.batch_sizes or ():
-            _require(size >= 1, f"--batch-sizes {size}: give 1 or more")
-        for name in ("batch_sizes", "cost_sizes"):
-            _require(
-                getattr(self, name) is None or (self.with_step_costs and self.step_costs is None),
-                f"{_option(name)}: says what to measure, but no step costs are to be measured; "
-                "leave it out",
-            )
+        refuse_own_options(self.llm_options, _OWN_OPTIONS)
         largest = max(self.sizes)
+        measures = self.with_step_costs and self.step_costs is None
+        for name in ("batch_sizes", "cost_sizes"):
+            if getattr(self, name) is not None and not measures:
+                raise UserError(
+                    f"{flag_of(type(self), name)}: says what to measure, but no step costs are to "
+                    "be measured; leave it out"
+                )
         for name in ("cost_sizes", "check_sizes"):
-            _require(
-                max(getattr(self, name) or (1,)) <= largest,
-                f"{_option(name)} {getattr(self, name)}: no tree is larger than the largest of "
-                f"--sizes, {largest}",
+            if max(getattr(self, name) or (1,)) > largest:
+                raise UserError(
+                    f"{flag_of(type(self), name)} {getattr(self, name)}: no tree is larger than "
+                    f"the largest of --sizes, {largest}"
+                )
+        if self.cost_sizes is not None and largest not in self.cost_sizes:
+            raise UserError(
+                f"--cost-sizes {self.cost_sizes}: must hold {largest}, the largest of --sizes"
             )
-        _require(
-            self.cost_sizes is None or largest in self.cost_sizes,
-            f"--cost-sizes {self.cost_sizes}: must hold {largest}, the largest of --sizes",
-        )
-        _require(
-            bool(self.check_sizes) == (self.check_prompts is not None),
-            "--check and --check-prompts: give both or none; the check needs prompts of its own",
-        )
-        _require(
-            self.with_step_costs or self.step_costs is None,
-            "--no-step-costs and --step-costs: give one of them",
-        )
-        for name, option in _OWN_OPTIONS.items():
-            _require(name not in self.llm_options, f"--llm-options: {name!r} is set by {option}")
+        if bool(self.check_sizes) != (self.check_prompts is not None):
+            raise UserError(
+                "--check and --check-prompts: give both or none; the check needs prompts of its own"
+            )
+        if not self.with_step_costs and self.step_costs is not None:
+            raise UserError("--no-step-costs and --step-costs: give one of them")
 
     def timed_sizes(self) -> tuple[int, ...]:
         """Return the sizes whose steps are timed: the smallest, the largest, two between."""
@@ -127,17 +122,3 @@ class CalibrateSettings:
             return self.cost_sizes
         last = len(self.sizes) - 1
         return tuple(sorted({self.sizes[round(last * part / 3)] for part in range(4)}))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON values."""
-        values = dataclasses.asdict(self) | {"llm_options": dict(self.llm_options)}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def _option(name: str) -> str:
-    return {"check_sizes": "--check"}.get(name, f"--{name.replace('_', '-')}")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)

@@ -7,27 +7,26 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from importlib import import_module
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.rows import Row
-from vllm_medusa.engines.process import ProcessEndedError, WorkerProcess
+from vllm_medusa.engines.engine import EngineProcess
+from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
+from vllm_medusa.target.conversations import answer_prompts
 from vllm_medusa.target.settings import AnswerSettings
+from vllm_medusa.target.text import AnsweringModel, load_answering_model
 
-_ENGINE = "vllm_medusa.engines.answer_worker"
-#: The engine in the caller's own process: requests then arrive all before the first step, so that
-#: a shard's batches are the same each time.
-_ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-_ENGINE_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
 #: Of a Ray worker whose process dies; Ray Data's own default is to go on for ever.
 _RESTARTS = {"max_restarts": 3, "max_task_retries": 3}
 _SECONDS_TO_KNOCK = 10
 _KEPT = "finished shards are kept: run the same command again to go on"
 
+T = TypeVar("T")
 #: A shard's index and prompts.
 Shard = tuple[int, Sequence[Prompt]]
 #: Told of answers that have ended, and of tokens made, since it was last told; first, with zeros,
@@ -35,10 +34,69 @@ Shard = tuple[int, Sequence[Prompt]]
 Report = Callable[[int, int], None]
 
 
+class Answerer(AbstractContextManager["Answerer"]):
+    """An engine that answers shards of prompts; use as a context manager.
+
+    A shard's rows depend on nothing but the shard and the settings: it has the engine to itself,
+    and the prefix cache is emptied before it, so that its batches are the same whenever it runs.
+
+    Args:
+        settings: how to answer.
+        model: whose answers.
+    """
+
+    def __init__(self, settings: AnswerSettings, model: AnsweringModel) -> None:
+        self._settings = settings
+        self._model = model
+        options = {
+            "tokenizer_revision": settings.revision,
+            **settings.llm_options,
+            "model": settings.model,
+            "revision": settings.revision,
+            "seed": settings.seed,
+            "max_model_len": model.max_model_len,
+        }
+        if settings.batch_size is not None:
+            options["max_num_seqs"] = settings.batch_size
+        self._engine = EngineProcess(options)
+
+    def wait(self) -> None:
+        """Wait until the engine is up."""
+        self._engine.wait()
+
+    def answer(self, prompts: Sequence[Prompt], report: Report) -> list[Row]:
+        """Answer a shard."""
+        if not self._engine.reset_prefix_cache():
+            raise EngineProcessError("the prefix cache cannot be emptied: blocks are still in use")
+        settings = self._settings
+
+        def generate(requests: list[list[int]], seeds: list[int]) -> list[list[int]]:
+            return self._engine.run(
+                requests,
+                settings.max_tokens,
+                seeds=seeds if settings.temperature else None,
+                report=report,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                detokenize=False,
+            ).token_ids
+
+        return answer_prompts(prompts, self._model, generate, settings.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._engine.__exit__(*error)
+
+
 def answer_locally(
-    settings: AnswerSettings, shards: Sequence[Shard], report: Report
+    settings: AnswerSettings, model: AnsweringModel, shards: Sequence[Shard], report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
     """Answer shards one after the other, with one engine in a process of its own.
+
+    Args:
+        settings: how to answer.
+        model: whose answers.
+        shards: to answer.
+        report: told about once a second.
 
     Yields:
         Index and rows of each shard, in order.
@@ -46,55 +104,56 @@ def answer_locally(
     Raises:
         UserError: the engine does not start, or fails.
     """
-    defaults = {name: value for name, value in _ENGINE_DEFAULTS.items() if name not in os.environ}
     try:
-        with WorkerProcess(_ENGINE, _ENGINE_ENVIRONMENT | defaults) as process:
-            process.send(settings.as_dict())
-            _checked(process.receive(), settings)
+        with Answerer(settings, model) as answerer:
+            answerer.wait()
             report(0, 0)
             for index, prompts in shards:
-                process.send([prompt.as_record() for prompt in prompts])
-                while "rows" not in (reply := _checked(process.receive(), settings)):
-                    report(reply["num_answers"], reply["num_tokens"])
-                yield index, [Row.from_record(record) for record in reply["rows"]]
-    except ProcessEndedError as exc:
-        last_line = (exc.log.strip().splitlines() or ["nothing"])[-1]
+                yield index, answerer.answer(prompts, report)
+    except EngineProcessError as exc:
+        if exc.ending is None:
+            raise _refused(settings, exc.reason) from None
         raise UserError(
-            f"vLLM failed on {settings.model}: {exc}, its last words {last_line!r}; {_KEPT}"
+            f"vLLM failed on {settings.model}: the process {exc.ending}, its last words "
+            f"{exc.reason!r}; {_KEPT}"
         ) from None
 
 
-def _checked(reply: dict[str, Any], settings: AnswerSettings) -> dict[str, Any]:
-    if "error" in reply:
-        raise UserError(f"vLLM refuses {settings.model} with these options: {reply['error']}")
-    return reply
+def _refused(settings: AnswerSettings, reason: str) -> UserError:
+    return UserError(f"vLLM refuses {settings.model} with these options: {reason}")
 
 
 class _ShardActor:
-    """A Ray actor that answers shards; takes the engine's module by name.
+    """A Ray actor that answers shards.
 
-    What vLLM raises it returns: raised, Ray would retry it, and print it several times over.
+    What vLLM refuses it returns: raised, Ray would retry it, and print it several times over. With
+    an engine that dies it dies too, and Ray starts another.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, Any]) -> None:
-        os.environ.update(_ENGINE_ENVIRONMENT)
-        for name, value in _ENGINE_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        self._engine = import_module(module)
-        try:
-            self._answerer = self._engine.Answerer(settings)
-        except Exception as exc:
-            self._answerer = None
-            self._error = self._engine.reason_of(exc)
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        given = AnswerSettings(**settings)
+        self._answerer = Answerer(given, load_answering_model(given))
+        self._refusal: str | None = None
+        self._try(self._answerer.wait)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        if self._answerer is None:
-            return {"reply": json.dumps({"error": self._error})}
+        prompts = [Prompt.from_record(record) for record in json.loads(shard["prompts"])]
+        rows = None
+        if self._refusal is None:
+            rows = self._try(lambda: self._answerer.answer(prompts, lambda *_: None))
+        if rows is None:
+            return {"reply": json.dumps({"error": self._refusal})}
+        records = [row.as_record() for row in rows]
+        return {"reply": json.dumps({"index": shard["index"], "rows": records})}
+
+    def _try(self, action: Callable[[], T]) -> T | None:
         try:
-            rows = self._answerer.answer(json.loads(shard["prompts"]), lambda answers, tokens: None)
-        except Exception as exc:
-            return {"reply": json.dumps({"error": self._engine.reason_of(exc)})}
-        return {"reply": json.dumps({"index": shard["index"], "rows": rows})}
+            return action()
+        except EngineProcessError as exc:
+            if exc.ending is not None:
+                os._exit(1)
+            self._refusal = exc.reason
+            return None
 
 
 def answer_on_ray(
@@ -137,7 +196,7 @@ def answer_on_ray(
         ]
         answered = from_items(items, override_num_blocks=len(items)).map(
             _ShardActor,
-            fn_constructor_args=(_ENGINE, settings.as_dict()),
+            fn_constructor_args=(asdict(settings),),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
             ray_remote_args_fn=lambda: _RESTARTS,
             **_resources(ray, settings),
@@ -155,20 +214,19 @@ def answer_on_ray(
 def _rows_of(
     answers: Iterable[Mapping[str, str]], settings: AnswerSettings, report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
-    failure: UserError | None = None
+    refusal: str | None = None
     for answer in answers:
-        try:
-            reply = _checked(json.loads(answer["reply"]), settings)
-        except UserError as exc:
+        reply = json.loads(answer["reply"])
+        if "error" in reply:
             # Not raised here: what other workers answer is kept, and Ray, stopped while tasks are
             # under way, would print that it lost them.
-            failure = failure or exc
+            refusal = refusal or reply["error"]
             continue
         rows = [Row.from_record(record) for record in reply["rows"]]
         report(sum(r.num_answers for r in rows), sum(r.num_answer_tokens for r in rows))
         yield reply["index"], rows
-    if failure is not None:
-        raise failure
+    if refusal is not None:
+        raise _refused(settings, refusal)
 
 
 def _start_ray(address: str, num_workers: int) -> Any:

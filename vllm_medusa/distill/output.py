@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_medusa.data.rows import PROVENANCE_FILE
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import locked_directory, remove_temporary_files, write_atomically
+from vllm_medusa.files import locked_directory, remove_temporary_files, write_json
 
 PROVENANCE_FORMAT = "vllm_medusa.distill/1"
 
@@ -46,8 +46,7 @@ def write_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    text = json.dumps({"format": PROVENANCE_FORMAT, **provenance}, indent=2, ensure_ascii=False)
-    write_atomically(directory / PROVENANCE_FILE, lambda file: file.write(text.encode() + b"\n"))
+    write_json(directory / PROVENANCE_FILE, {"format": PROVENANCE_FORMAT, **provenance})
 
 
 def _read_provenance(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from vllm_medusa.data.prompts import BadLine, OnBad, Prompt, parse_prompts, settle_bad_lines
+from vllm_medusa.data.prompts import BadLine, Prompt, parse_prompts, settle_bad_lines
 from vllm_medusa.data.rows import (
     Row,
-    ShardFormat,
     list_shards,
     read_shard,
     shard_path,
@@ -26,46 +19,12 @@ from vllm_medusa.data.rows import (
 )
 from vllm_medusa.distill.answerers import Report, Shard, answer_locally, answer_on_ray
 from vllm_medusa.distill.output import open_output, write_provenance
-from vllm_medusa.distill.progress import Progress
+from vllm_medusa.distill.settings import DistillSettings
 from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.progress import Bar
+from vllm_medusa.reporting.provenance import now, software
 from vllm_medusa.target.conversations import first_request
-from vllm_medusa.target.settings import AnswerSettings
 from vllm_medusa.target.text import AnsweringModel, TemplateError, load_answering_model
-
-_VERSIONS_OF = ("vllm-medusa", "vllm", "torch", "transformers", "pyarrow", "ray")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """What to distil.
-
-    Attributes:
-        answers: the model, and how it answers.
-        prompts: file of prompts, see `read_prompts`.
-        out: directory of the shards.
-        shard_size: prompts of a shard.
-        shard_format: of their files.
-        on_bad: what to do about lines that cannot be used.
-        ray_address: of a Ray cluster, or `local` for one started here; None to do without.
-        num_workers: engines at once, on Ray.
-    """
-
-    answers: AnswerSettings
-    prompts: Path
-    out: Path
-    shard_size: int = 256
-    shard_format: ShardFormat = "parquet"
-    on_bad: OnBad = "error"
-    ray_address: str | None = None
-    num_workers: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "num_workers"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} {getattr(self, name)}: give a positive number")
-        if self.num_workers > 1 and self.ray_address is None:
-            raise UserError(f"--num-workers {self.num_workers}: only with --ray")
 
 
 @dataclass(frozen=True)
@@ -120,20 +79,20 @@ def distill(settings: DistillSettings) -> Distilled:
             "left_out": [f"line {line.line}: {line.reason}" for line in bad],
             "num_shards": len(shards),
             "complete": False,
-            "command": sys.argv,
-            "versions": _versions(),
-            "started": earlier.get("started") or _now(),
+            **software(),
+            "started": earlier.get("started") or now(),
             "seconds": earlier.get("seconds", 0.0),
         }
-        _make_shards(settings, shards, missing, provenance)
+        _make_shards(settings, model, shards, missing, provenance)
         counts = _count(settings, shards, len(bad))
-        finished = {"complete": True, "finished": _now(), "counts": asdict(counts)}
+        finished = {"complete": True, "finished": now(), "counts": asdict(counts)}
         write_provenance(settings.out, provenance | finished)
     return counts
 
 
 def _make_shards(
     settings: DistillSettings,
+    model: AnsweringModel,
     shards: Sequence[Shard],
     missing: Sequence[Shard],
     provenance: dict[str, Any],
@@ -141,20 +100,38 @@ def _make_shards(
     """Write the missing shards; keeps the provenance's seconds up to date."""
     before, begin = provenance["seconds"], time.monotonic()
     num_all, num_missing = (sum(map(_num_turns, some)) for some in (shards, missing))
-    with Progress(num_all, num_all - num_missing) as progress:
-        for index, rows in _answer(settings, missing, progress.report):
+    with Bar("distill", "answers", num_all, num_all - num_missing) as bar:
+        for index, rows in _answer(settings, model, missing, _report_to(bar)):
             provenance["seconds"] = round(before + time.monotonic() - begin, 1)
             write_provenance(settings.out, provenance)
             write_shard(shard_path(settings.out, index, settings.shard_format), rows)
 
 
+def _report_to(bar: Bar) -> Report:
+    """Count answers on a bar, with the rate in tokens since the first call."""
+    begin = time.monotonic()
+    num_tokens = 0
+
+    def report(answers: int, tokens: int) -> None:
+        nonlocal begin, num_tokens
+        if not num_tokens + tokens:
+            begin = time.monotonic()
+        num_tokens += tokens
+        seconds = time.monotonic() - begin
+        bar.advance(
+            answers, f"{num_tokens / max(seconds, 1e-3):.0f} tokens/s" if num_tokens else None
+        )
+
+    return report
+
+
 def _answer(
-    settings: DistillSettings, shards: Sequence[Shard], report: Report
+    settings: DistillSettings, model: AnsweringModel, shards: Sequence[Shard], report: Report
 ) -> Iterator[tuple[int, list[Row]]]:
     if not shards:
         return iter(())
     if settings.ray_address is None:
-        return answer_locally(settings.answers, shards, report)
+        return answer_locally(settings.answers, model, shards, report)
     return answer_on_ray(
         settings.answers,
         shards,
@@ -212,7 +189,7 @@ def _made_from(
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.text, prompt.as_record()["turns"]]).encode())
-    answers = settings.answers.as_dict() | {"max_prompt_tokens": model.max_prompt_tokens}
+    answers = asdict(settings.answers) | {"max_prompt_tokens": model.max_prompt_tokens}
     del answers["model"], answers["revision"]  # the fingerprint says more
     return {
         "model_fingerprint": model.fingerprint,
@@ -262,15 +239,3 @@ def _num_turns(shard: Shard) -> int:
         1 if prompt.text is not None else sum(turn.role == "user" for turn in prompt.turns)
         for prompt in shard[1]
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONS_OF:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,60 +1,23 @@
 """A vLLM engine in a process of its own, driven by commands.
 
 Variants that are compared each run in such a process, and are timed in rounds (A B C, A B C, ...),
-so that a machine whose speed drifts does not decide. The other end is `engines.run_worker`.
+so that a machine whose speed drifts does not decide. The other end is `engines.worker`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from vllm_medusa.engines.process import ProcessEndedError, WorkerProcess
+from vllm_medusa.engines.process import EngineProcessError, WorkerProcess
 from vllm_medusa.errors import UserError
 
-_WORKER = "vllm_medusa.engines.run_worker"
-
-
-#: What Python prints last of an exception: its type and message.
-_EXCEPTION = re.compile(
-    r"^(?:\([^)]*\) |[A-Z]+ \S+ \S+ \[[^\]]*\] )*([\w.]*(?:Error|Exception): .*)$"
-)
-
-#: What our plugin prints of a user's mistake, without a traceback.
-_OUR_ERROR = "vllm_medusa: error: "
-
-
-class EngineProcessError(RuntimeError):
-    """The engine's process failed; the message holds the end of its log.
-
-    Attributes:
-        reason: the last exception in the log, in one line.
-
-    """
-
-    def __init__(self, log: str) -> None:
-        super().__init__(f"the engine's process ended; its log ends:\n{log[-3000:]}")
-        self.reason = last_exception(log)
-
-
-def last_exception(log: str) -> str:
-    """The last exception of a log in one line, or the log's last line if it shows none."""
-    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
-    for index in reversed(range(len(lines))):
-        if match := _EXCEPTION.match(lines[index]):
-            message = match[1]
-            if "validation error" in message:  # pydantic says what is wrong in the lines below
-                message = " ".join([message, *(line.strip() for line in lines[index + 1 :][:1])])
-            return message
-        if lines[index].startswith(_OUR_ERROR):
-            return lines[index].removeprefix(_OUR_ERROR)
-    return lines[-1].strip() if lines else "it ended without a word"
+_WORKER = "vllm_medusa.engines.worker"
 
 
 @dataclass(frozen=True)
@@ -192,7 +155,7 @@ def thread_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
 
 
-class EngineProcess:
+class EngineProcess(WorkerProcess):
     """Starts an engine; use as a context manager, or `close` it.
 
     Args:
@@ -200,6 +163,8 @@ class EngineProcess:
         environment: environment variables beside the caller's own.
         prepare: a Python file run in the process before the engine is made.
 
+    Raises:
+        EngineProcessError: like all methods, if the process fails.
     """
 
     def __init__(
@@ -214,70 +179,52 @@ class EngineProcess:
             "VLLM_NO_USAGE_STATS": "1",
             **thread_environment(default_threads()),
         }
-        self._started = time.monotonic()
-        self._worker = WorkerProcess(_WORKER, {**quiet, **(environment or {})})
+        super().__init__(_WORKER, {**quiet, **(environment or {})})
         try:
-            self._worker.send(
-                {"options": dict(options), "prepare": str(prepare) if prepare else None}
-            )
-        except BaseException as error:
+            self.send({"options": dict(options), "prepare": str(prepare) if prepare else None})
+        except BaseException:
             self.close(patience_s=0)
-            if isinstance(error, ProcessEndedError):
-                raise EngineProcessError(error.log) from None
             raise
 
     def wait(self) -> EngineInfo:
-        """Wait until the engine is up.
+        """Wait until the engine is up."""
+        return EngineInfo(startup_s=time.monotonic() - self.started, **self.receive()["value"])
 
-        Raises:
-            EngineProcessError: if it does not come up.
+    def run(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int,
+        *,
+        seeds: Sequence[int] | None = None,
+        report: Callable[[int, int], object] = lambda *_: None,
+        **sampling: Any,
+    ) -> Run:
+        """Generate for all prompts as one batch, greedily unless ``sampling`` says otherwise.
 
+        Args:
+            prompts: texts or token ids.
+            max_tokens: of each.
+            seeds: of each, if they have their own.
+            report: told about once a second how many requests have ended and how many tokens were
+                made since it was last told.
+            sampling: further arguments of ``vllm.SamplingParams``.
         """
-        reply = self._receive()
-        return EngineInfo(startup_s=time.monotonic() - self._started, **reply)
-
-    def run(self, prompts: Sequence[str | Sequence[int]], max_tokens: int, **sampling: Any) -> Run:
-        """Generate for all prompts as one batch, greedily unless ``sampling`` says otherwise."""
-        command = {"prompts": list(prompts), "max_tokens": max_tokens, "sampling": sampling}
-        return Run.from_reply(self._call(command))
+        command = {"prompts": prompts, "max_tokens": max_tokens, "sampling": sampling}
+        self.send({**command, "seeds": seeds})
+        while "value" not in (reply := self.receive()):
+            report(*reply["progress"])
+        return Run.from_reply(reply["value"])
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability that the model gives the last token of each sequence after the others."""
-        logprobs: list[float] = self._call({"score": [list(tokens) for tokens in sequences]})
+        self.send({"score": sequences})
+        logprobs: list[float] = self.receive()["value"]
         return logprobs
 
-    @property
-    def pid(self) -> int:
-        """Process id, also that of its session and process group."""
-        return self._worker.pid
-
-    def close(self, patience_s: float | None = None) -> None:
-        """End the process, which may finish what it does for so long, and all that it started."""
-        self._worker.close(patience_s)
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(patience_s=None if error is None else 0)
-
-    def _call(self, command: Mapping[str, Any]) -> Any:
-        try:
-            self._worker.send(command)
-        except ProcessEndedError as error:
-            raise EngineProcessError(error.log) from None
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            return self._worker.receive()
-        except ProcessEndedError as error:
-            raise EngineProcessError(error.log) from None
+    def reset_prefix_cache(self) -> bool:
+        """Empty the prefix cache; tell whether that was possible."""
+        self.send({"reset_prefix_cache": True})
+        return bool(self.receive()["value"])
 
 
 def start_engine(
@@ -291,17 +238,14 @@ def start_engine(
 
     Raises:
         UserError: it does not come up; in one line why.
-
     """
-    engine = EngineProcess(options, environment)
-    try:
-        engine.wait()
-    except EngineProcessError as error:
-        engine.close()
-        raise UserError(
-            f"vLLM does not start with {dict(options)}: {error.reason}; correct --llm-options"
-        ) from None
-    except BaseException:
-        engine.close(patience_s=0)
-        raise
+    with ExitStack() as stack:
+        engine = stack.enter_context(EngineProcess(options, environment))
+        try:
+            engine.wait()
+        except EngineProcessError as error:
+            raise UserError(
+                f"vLLM does not start with {dict(options)}: {error.reason}; correct --llm-options"
+            ) from None
+        stack.pop_all()
     return engine

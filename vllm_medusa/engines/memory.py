@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +40,3 @@ def _sum_over_tree(pid: int, fields: Sequence[str]) -> int:
         found = re.findall(rf"^(?:{'|'.join(fields)}):\s+(\d+) kB", status, re.M)
         total += 1024 * sum(map(int, found))
     return total
-
-
-def available_memory() -> float:
-    """Memory that new processes can take without swapping, in bytes."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return math.inf  # not Linux: vLLM will say if it does not fit
-    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return 1024 * float(sizes["MemAvailable"].split()[0])

@@ -1,40 +1,143 @@
-"""A module of ours in a process of its own, spoken to in lines of JSON."""
+"""Processes that run vLLM: each in a session of its own, ended with all that it started."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from types import TracebackType
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import Self
+
 #: Time that a process has to end by itself when it is closed.
-_PATIENCE_S = 20
+_PATIENCE_S = 20.0
+#: What Python prints last of an exception: its type and message.
+_EXCEPTION = re.compile(
+    r"^(?:\([^)]*\) |[A-Z]+ \S+ \S+ \[[^\]]*\] )*([\w.]*(?:Error|Exception): .*)$"
+)
+#: What our plugin prints of a user's mistake, without a traceback.
+_OUR_ERROR = "vllm_medusa: error: "
 
 
-class ProcessEndedError(RuntimeError):
-    """The process ended unasked.
+class EngineProcessError(RuntimeError):
+    """A process that runs vLLM failed; the message holds the end of its log.
 
     Attributes:
-        log: what it wrote to its standard output and error.
+        reason: why, in one line: what it said of it itself, else the last exception in its log.
+        ending: how the process ended if it said nothing; None if it did.
     """
 
-    def __init__(self, status: int, log: str) -> None:
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        super().__init__(f"the process {how}")
-        self.log = log
+    def __init__(self, reason: str, log: str = "", ending: str | None = None) -> None:
+        said = f"the engine's process {ending}" if ending else reason
+        super().__init__(f"{said}; its log ends:\n{log[-3000:]}" if log else said)
+        self.reason = reason
+        self.ending = ending
 
 
-class WorkerProcess:
-    """Runs ``python -m MODULE FD``; use as a context manager, or `close` it.
+def last_exception(log: str) -> str:
+    """The last exception of a log in one line, or the log's last line if it shows none."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    for index in reversed(range(len(lines))):
+        if match := _EXCEPTION.match(lines[index]):
+            message = match[1]
+            if "validation error" in message:  # pydantic says what is wrong in the lines below
+                message = " ".join([message, *(line.strip() for line in lines[index + 1 :][:1])])
+            return message
+        if lines[index].startswith(_OUR_ERROR):
+            return lines[index].removeprefix(_OUR_ERROR)
+    return lines[-1].strip() if lines else "it ended without a word"
+
+
+class Process:
+    """Runs a command; use as a context manager, or `close` it.
+
+    What it writes to its standard output and error is its log. Ctrl-C is for the caller, who closes
+    the process: at once if there was an exception.
+
+    Args:
+        command: and its arguments.
+        environment: environment variables beside the caller's own.
+        pipes: further arguments of `subprocess.Popen`.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], **pipes: Any
+    ) -> None:
+        # Unnamed: gone with the process.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.started = time.monotonic()
+        self._process: subprocess.Popen[str] = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+            env={**os.environ, **environment},
+            **{"stdin": subprocess.DEVNULL, **pipes},
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id, also that of its session and process group."""
+        return self._process.pid
+
+    def end(self) -> int:
+        """Wait for its end; return its status."""
+        return self._process.wait()
+
+    def failure(self, reason: str | None = None) -> EngineProcessError:
+        """The error to raise.
+
+        Args:
+            reason: what the process said of it; None: its log tells.
+        """
+        # `seek` would move where the process writes.
+        size = os.fstat(self._log.fileno()).st_size
+        log = os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+        if reason is not None:
+            return EngineProcessError(" ".join(reason.split()), log)
+        status = self._process.poll()
+        if status is None:
+            ending = "does not answer"
+        else:
+            ending = (
+                f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            )
+        return EngineProcessError(last_exception(log), log, ending)
+
+    def close(self, patience_s: float | None = None) -> None:
+        """End it, which may finish what it does for so long, and all that it started."""
+        self._ask_to_end()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_PATIENCE_S if patience_s is None else patience_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._log.close()
+
+    def _ask_to_end(self) -> None:
+        self._process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(patience_s=None if error is None else 0)
+
+
+class WorkerProcess(Process):
+    """Runs ``python -m MODULE FD``, a module of ours.
 
     The module reads a line of JSON for each message from standard input, until that is closed, and
-    writes its messages to the file descriptor FD. What it writes elsewhere is its log.
+    writes its messages to the file descriptor FD. A message ``{"error": REASON}`` is its last.
 
     Args:
         module: dotted name.
@@ -42,18 +145,12 @@ class WorkerProcess:
     """
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        # Unnamed temporary file: read for the error message, gone with the process.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
-        self._process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-m", module, str(write)],
+            environment,
             stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
             pass_fds=[write],
-            # Ctrl-C is for the caller, who closes the process.
-            start_new_session=True,
-            env={**os.environ, **environment},
             text=True,
             encoding="utf-8",
         )
@@ -64,58 +161,36 @@ class WorkerProcess:
         """Send a message.
 
         Raises:
-            ProcessEndedError: nobody reads it.
+            EngineProcessError: nobody reads it.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._failure() from None
+            self.receive()  # what it said before it went
 
     def receive(self) -> Any:
         """Wait for a message.
 
         Raises:
-            ProcessEndedError: none will come.
+            EngineProcessError: none will come, or it says what went wrong.
         """
         line = self._messages.readline()
         if not line:
-            raise self._failure()
-        return json.loads(line)
-
-    @property
-    def pid(self) -> int:
-        """Process id, also that of its session and process group."""
-        return self._process.pid
+            self.end()
+            raise self.failure()
+        message = json.loads(line)
+        if isinstance(message, dict) and "error" in message:
+            raise self.failure(message["error"])
+        return message
 
     def close(self, patience_s: float | None = None) -> None:
-        """End the process, which may finish what it does for so long, and all that it started."""
+        """See `Process.close`."""
+        super().close(patience_s)
+        self._messages.close()
+
+    def _ask_to_end(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_PATIENCE_S if patience_s is None else patience_s)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._messages.close()
-        self._log.close()
-
-    def __enter__(self) -> WorkerProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(patience_s=None if error is None else 0)
-
-    def _failure(self) -> ProcessEndedError:
-        status = self._process.wait()
-        self._log.seek(0)
-        return ProcessEndedError(status, self._log.read().decode(errors="replace"))

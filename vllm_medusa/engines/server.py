@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,8 +15,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_medusa.engines.engine import EngineInfo, EngineProcessError, has_accelerator
+from vllm_medusa.engines.engine import EngineInfo, has_accelerator
 from vllm_medusa.engines.memory import peak_memory, private_memory
+from vllm_medusa.engines.process import Process
 
 #: The `vllm` command.
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -27,8 +25,8 @@ _HOST = "127.0.0.1"
 _POLL_S = 0.25
 
 
-class ServerProcess:
-    """Starts a server in a session of its own; use as a context manager, or `close` it.
+class ServerProcess(Process):
+    """Starts a server; use as a context manager, or `close` it.
 
     Args:
         model: the target model.
@@ -44,36 +42,18 @@ class ServerProcess:
         options: Mapping[str, Any],
         environment: Mapping[str, str],
     ) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._started = time.monotonic()
         self.port = free_port()
         command = [*VLLM, "serve", model, "--host", _HOST, "--port", str(self.port)]
         command += as_flags(options)
         if speculative is not None:
             command += ["--speculative-config", json.dumps(speculative)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_HOST_IP": _HOST,
-                **environment,
-            },
-        )
+        own = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": _HOST}
+        super().__init__(command, {**own, **environment})
 
     @property
     def url(self) -> str:
         """Where it listens."""
         return f"http://{_HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        """Process id, also that of its session and process group."""
-        return self._process.pid
 
     def wait(self) -> EngineInfo:
         """Wait until it answers.
@@ -89,7 +69,7 @@ class ServerProcess:
                 break
             time.sleep(_POLL_S)
         return EngineInfo(
-            startup_s=time.monotonic() - self._started,
+            startup_s=time.monotonic() - self.started,
             device="cuda" if has_accelerator() else "cpu",
             device_name=accelerator_name(),
             peak_memory_bytes=self.peak_memory(),
@@ -112,46 +92,17 @@ class ServerProcess:
         except OSError:
             raise self.failure() from None
 
-    def failure(self) -> EngineProcessError:
-        """What its log says went wrong."""
-        self._log.seek(0)
-        return EngineProcessError(self._log.read().decode(errors="replace"))
-
-    def close(self, patience_s: float = 20) -> None:
-        """End it and all that it started."""
-        self._process.terminate()
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=patience_s)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._log.close()
-
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.close(patience_s=20 if error is None else 0)
-
 
 def read_counters(text: str) -> dict[str, float]:
-    """Read vLLM's counters from a page of ``/metrics``, summed over labels.
-
-    Accepted tokens are also given by depth, as ``NAME/0``, ``NAME/1``, ...
-    """
+    """Read vLLM's counters from a page of ``/metrics``, summed over labels."""
     from prometheus_client.parser import text_string_to_metric_families
 
     totals: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
-        if family.type != "counter" or not family.name.startswith("vllm:"):
-            continue
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                totals[family.name] += sample.value
-                if "position" in sample.labels:
-                    totals[f"{family.name}/{sample.labels['position']}"] += sample.value
+        if family.type == "counter" and family.name.startswith("vllm:"):
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    totals[family.name] += sample.value
     return totals
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_medusa import __version__
 from vllm_medusa.errors import UserError
 
-_PACKAGES = ("vllm", "torch", "transformers", "numpy")
+_PACKAGES = ("vllm", "torch", "transformers", "numpy", "accelerate", "pyarrow", "ray")
 #: What decides how fast a CPU multiplies.
 _CPU_FLAGS = re.compile(r"\b(amx_\w+|avx512_bf16|avx512f|avx2)\b")
 
@@ -42,14 +42,8 @@ def provenance(device_name: str | None) -> dict[str, Any]:
         device_name: of the accelerator; None on a CPU.
     """
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["vllm-medusa", *sys.argv[1:]]),
-        "versions": {
-            "vllm_medusa": __version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
-        "git_revision": git_revision(),
+        "time": now(),
+        **software(),
         "machine": {
             "cpu": cpu_name(),
             "cpu_flags": cpu_flags(),
@@ -60,6 +54,24 @@ def provenance(device_name: str | None) -> dict[str, Any]:
         },
         "load_average": os.getloadavg()[0],
     }
+
+
+def software() -> dict[str, Any]:
+    """What ran: command, versions and revision; None of a package that is not installed."""
+    return {
+        "command": shlex.join(["vllm-medusa", *sys.argv[1:]]),
+        "versions": {
+            "vllm_medusa": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "git_revision": git_revision(),
+    }
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def git_revision() -> str | None:

@@ -30,6 +30,10 @@ class Table:
     rows: list[Sequence[str]] = field(default_factory=list)
     texts: Sequence[str] = ("variant",)
 
+    def add(self, *cells: object) -> None:
+        """Add a row; None is an empty cell."""
+        self.rows.append(tuple("" if cell is None else str(cell) for cell in cells))
+
     def markdown(self) -> str:
         """The table in Markdown, without its title."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]

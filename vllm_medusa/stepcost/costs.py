@@ -7,15 +7,16 @@ speed drifts does not decide.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.files import read_json
 from vllm_medusa.tree.draft_tree import TreePath
 
 COSTS_FORMAT = "vllm_medusa.step_costs/1"
@@ -133,18 +134,10 @@ class StepCosts:
                 "measure them again"
             )
         try:
-            rows = [
-                StepCost(
-                    int(row["batch_size"]),
-                    int(row["num_drafts"]),
-                    int(row["num_leaves"]),
-                    tuple(map(float, row["round_ms"])),
-                )
-                for row in values["rows"]
-            ]
+            rows = TypeAdapter(list[StepCost]).validate_python(values["rows"])
             provenance = dict(values["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the step costs are damaged ({error!r}); measure them again") from None
+        except (KeyError, TypeError, ValueError):
+            raise UserError("the step costs are damaged; measure them again") from None
         if len({len(row.round_ms) for row in rows}) != 1 or not rows[0].round_ms:
             raise UserError(
                 "the step costs hold no measurements, or not as many rounds in all rows; measure "
@@ -173,13 +166,6 @@ def read_step_costs(path: Path) -> StepCosts:
         UserError: it cannot be read, or is something else.
 
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--step-costs {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
-        raise UserError(f"--step-costs {path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--step-costs {path}: not a JSON object")
+    values = read_json(path, "a file of step costs, or a calibration.json")
     # A calibration's own report holds the costs that it measured.
     return StepCosts.from_dict(values.get("step_costs") or values)

@@ -101,7 +101,7 @@ def stage_table(times: Sequence[StageTimes]) -> Table:
     for row in times:
         cells = [row.step_ms, *(row.stage_ms[stage] for stage in STAGES), row.rest_ms]
         labels = (row.num_drafts, row.num_leaves, row.batch_size)
-        table.rows.append((*map(str, labels), *(f"{cell:.2f}" for cell in cells)))
+        table.add(*labels, *(f"{cell:.2f}" for cell in cells))
     return table
 
 

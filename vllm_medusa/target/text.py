@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,29 @@ class AnsweringModel:
         Raises:
             TemplateError: the chat template refuses it.
         """
-        from jinja2 import TemplateError as JinjaError
-
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except JinjaError as exc:
-            raise TemplateError(f"the chat template refuses it ({exc})") from None
+        text = chat_text(self.tokenizer, turns)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def text_of(self, token_ids: list[int]) -> str:
         """Return an answer's text as vLLM's chat gives it, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def chat_text(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """Render a conversation by the chat template, up to where the next answer starts.
+
+    Raises:
+        TemplateError: the chat template refuses it.
+    """
+    from jinja2 import TemplateError as JinjaError
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except JinjaError as exc:
+        raise TemplateError(f"the chat template refuses it ({exc})") from None
 
 
 def load_answering_model(settings: AnswerSettings) -> AnsweringModel:
@@ -76,7 +86,7 @@ def load_answering_model(settings: AnswerSettings) -> AnsweringModel:
     """
     target = read_target(settings.model, revision=settings.revision)
     location = resolve(settings.model, "model", None, revision=settings.revision)
-    tokenizer = _load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings.model, settings.revision, settings.llm_options)
     if tokenizer.vocab_size > target.vocab_size:
         raise UserError(
             f"the tokenizer of {settings.model} has {tokenizer.vocab_size} tokens, the model "
@@ -102,16 +112,25 @@ def load_answering_model(settings: AnswerSettings) -> AnsweringModel:
     )
 
 
-def _load_tokenizer(settings: AnswerSettings) -> Any:
+def load_tokenizer(model: str, revision: str | None, llm_options: Mapping[str, Any]) -> Any:
+    """Load the tokenizer that vLLM would take.
+
+    Args:
+        model: directory or hub name.
+        revision: of a hub name.
+        llm_options: arguments of ``vllm.LLM``, which may name another tokenizer.
+
+    Raises:
+        UserError: none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
-    name = settings.llm_options.get("tokenizer", settings.model)
-    revision = settings.llm_options.get("tokenizer_revision", settings.revision)
+    name = llm_options.get("tokenizer") or model
     try:
         return AutoTokenizer.from_pretrained(
             name,
-            revision=revision,
-            trust_remote_code=bool(settings.llm_options.get("trust_remote_code", False)),
+            revision=llm_options.get("tokenizer_revision", revision),
+            trust_remote_code=bool(llm_options.get("trust_remote_code", False)),
         )
     except Exception as exc:  # the library raises whatever its file readers do
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -7,15 +7,15 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
+from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.target.frozen import load_target
 from vllm_medusa.training.dataset import Dataset, load_dataset
 from vllm_medusa.training.evaluate import Continuation, expected_acceptance, measure
@@ -123,7 +123,7 @@ class Training:
         self._eval_every = settings.eval_every or max(1, math.ceil(self.num_steps / 10))
         self._save_every = save_every or self._eval_every
         self.identity = {
-            **{name: value for name, value in settings.to_dict().items() if name not in _NAMES},
+            **{name: value for name, value in asdict(settings).items() if name not in _NAMES},
             "target_fingerprint": self.target.fingerprint(),
             "data_fingerprint": self.dataset.fingerprint,
             "num_processes": self._accelerator.num_processes,
@@ -162,13 +162,13 @@ class Training:
         first = len(self._history.losses)
         batches = self._batches.from_batch(first * self._batches_per_step)
         started = time.perf_counter() - self._history.seconds
-        with self._progress(first) as progress:
+        total, done = (self.tokens_per_step * steps for steps in (self.num_steps, first))
+        with Bar("training", "tokens", total, done, is_shown=self.is_main) as bar:
             for step in range(first, self.num_steps):
                 losses = self._step(step, list(itertools.islice(batches, self._batches_per_step)))
                 self._history.losses.append(losses)
                 self._history.seconds = time.perf_counter() - started
-                progress.set_postfix(step=step + 1, loss=f"{sum(losses):.3f}", refresh=False)
-                progress.update(self.tokens_per_step)
+                bar.advance(self.tokens_per_step, f"step {step + 1}, loss {sum(losses):.3f}")
                 self._after(step + 1, directory)
         return self._finish(directory)
 
@@ -180,16 +180,6 @@ class Training:
         sequences = sum(len(self._batches.epoch(n)) for n in range(math.ceil(self.settings.epochs)))
         share = self.settings.epochs / math.ceil(self.settings.epochs)
         return max(1, math.ceil(sequences * share / per_step))
-
-    def _progress(self, first: int) -> Any:
-        return tqdm(
-            desc="training",
-            total=self.num_steps * self.tokens_per_step,
-            initial=first * self.tokens_per_step,
-            unit="tok",
-            unit_scale=True,
-            disable=not self.is_main,
-        )
 
     def _step(self, step: int, all_sequences: list[list[list[int]]]) -> list[float]:
         """Learn from one step's batches, of which this process takes its share."""

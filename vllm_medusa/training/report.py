@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import Any
 
 import torch
 
-from vllm_medusa import __version__
 from vllm_medusa.acceptance.paths import best_paths
+from vllm_medusa.files import write_json
 from vllm_medusa.heads.io.write import save_heads
+from vllm_medusa.reporting.provenance import provenance
 from vllm_medusa.training.evaluate import TREE_SIZES, summary
 from vllm_medusa.training.loop import Outcome, Training, curve
 from vllm_medusa.training.model import write_format_of
@@ -60,21 +58,18 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
             for step, losses in curve(history)
         ],
     }
-    _write_json(path / PROVENANCE, provenance(training, outcome))
-    _write_json(path / "report.json", report)
+    write_json(path / PROVENANCE, made_by(training, outcome))
+    write_json(path / "report.json", report)
     (path / "report.md").write_text(markdown(settings.model, report), encoding="utf-8")
     plot_report(report, path / "report.png")
     return report
 
 
-def provenance(training: Training, outcome: Outcome) -> dict[str, Any]:
+def made_by(training: Training, outcome: Outcome) -> dict[str, Any]:
     """Return how the heads came to be."""
-    import accelerate
-    import transformers
-
     data = training.dataset
     return {
-        "command": " ".join(["vllm-medusa", *sys.argv[1:]]),
+        **provenance(torch.cuda.get_device_name() if torch.cuda.is_available() else None),
         "model": training.settings.model,
         "data": training.settings.data,
         "identity": training.identity,
@@ -88,11 +83,6 @@ def provenance(training: Training, outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.history.seconds),
         "threads": torch.get_num_threads(),
         "device": str(training.target.weight.device.type),
-        "python": platform.python_version(),
-        "vllm_medusa": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
     }
 
 
@@ -126,7 +116,3 @@ def markdown(model: str, report: Mapping[str, Any]) -> str:
         "![loss and acceptance length](report.png)",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.reporting.plots import check_matplotlib
 from vllm_medusa.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ def train(
     """
     if save_every is not None and save_every < 1:
         raise UserError(f"--save-every {save_every}: must be 1 or more")
-    for package in ("accelerate", "matplotlib", "tqdm"):  # now, not after hours of training
-        if find_spec(package) is None:
-            raise UserError(f'training needs {package}: pip install "vllm-medusa[train]"')
+    if find_spec("accelerate") is None:
+        raise UserError('training needs accelerate: pip install "vllm-medusa[train]"')
+    check_matplotlib("train")
     from vllm_medusa.training.loop import Training
     from vllm_medusa.training.run_directory import RunDirectory
 

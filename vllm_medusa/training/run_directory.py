@@ -11,12 +11,12 @@ import json
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import locked_directory, remove_temporary_files, write_atomically
+from vllm_medusa.files import locked_directory, remove_temporary_files, write_atomically, write_json
 from vllm_medusa.training.settings import check_same
 
 _IDENTITY = "settings.json"
@@ -82,12 +82,7 @@ class RunDirectory:
         if left.exists():
             check_same(identity, json.loads(left.read_text(encoding="utf-8")), str(self.path))
         else:
-            text = json.dumps(identity, indent=2) + "\n"
-
-            def write(file: BinaryIO) -> None:
-                file.write(text.encode())
-
-            write_atomically(left, write)
+            write_json(left, identity)
         return self._load(_CHECKPOINT) if (self.path / _CHECKPOINT).exists() else None
 
     def save(self, state: dict[str, Any]) -> None:

@@ -1,41 +1,103 @@
-"""The engine's end of `engines.engine`: reads commands, runs them, replies with measurements."""
+"""The engine's end of `engines.engine`: reads commands, runs them, replies.
+
+Standard input gives the engine's options, then commands, a line of JSON each. The replies are, a
+line each: `{"value"}` when the engine is up and at the end of each command, `{"progress"}` as a
+run goes on, and `{"error"}`, one line, as the last.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import runpy
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TextIO
 
 from vllm_medusa.engines.memory import peak_memory, private_memory
+
+_REPORT_SECONDS = 1.0
+_SECONDS_TO_END = 5.0
+
+#: Sends a message.
+Reply = Callable[..., None]
 
 
 def main(reply_fd: int) -> None:
     """Serve commands from standard input until it is closed; reply to ``reply_fd``."""
     with os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
-        start = json.loads(sys.stdin.readline())
-        if start["prepare"]:
-            runpy.run_path(start["prepare"])
-        llm = _make_engine(start["options"])
-        _reply(replies, _describe())
-        for line in sys.stdin:
-            command = json.loads(line)
-            if "score" in command:
-                _reply(replies, _score(llm, command["score"]))
-            else:
-                _reply(replies, _run(llm, command))
+
+        def reply(**message: Any) -> None:
+            replies.write(json.dumps(message) + "\n")
+            replies.flush()
+
+        try:
+            _serve(_read_ahead(sys.stdin), reply)
+        except BrokenPipeError:
+            raise
+        except Exception as exc:
+            traceback.print_exc()
+            reply(error=reason_of(exc))
+
+
+def _serve(messages: Iterator[Any], reply: Reply) -> None:
+    start = next(messages)
+    if start["prepare"]:
+        runpy.run_path(start["prepare"])
+    llm = _make_engine(start["options"])
+    reply(value=_describe())
+    for command in messages:
+        if "score" in command:
+            reply(value=_score(llm, command["score"]))
+        elif "reset_prefix_cache" in command:
+            reply(value=llm.reset_prefix_cache())
+        else:
+            reply(value=_run(llm, command, reply))
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line; of pydantic's reports only what the user is to know."""
+    if hasattr(error, "errors"):
+        return "; ".join(str(entry["msg"]) for entry in error.errors())
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | RuntimeError) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def _read_ahead(lines: TextIO) -> Iterator[Any]:
+    """Parse lines as they come, until their writer is gone.
+
+    A run takes minutes. For a caller that was killed the process does not finish it.
+    """
+    read: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read_all() -> None:
+        for line in lines:
+            read.put(line)
+        read.put("")
+        time.sleep(_SECONDS_TO_END)
+        os._exit(1)
+
+    threading.Thread(target=read_all, daemon=True).start()
+    while line := read.get():
+        yield json.loads(line)
 
 
 def _make_engine(options: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    defaults: dict[str, Any] = {"disable_log_stats": False}
-    if options.get("tensor_parallel_size", 1) == 1:
-        defaults["distributed_executor_backend"] = "uni"
+    world_size = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    defaults = {
+        "disable_log_stats": False,
+        "distributed_executor_backend": "uni" if world_size == 1 else "mp",
+    }
     return LLM(**{**defaults, **options})
 
 
@@ -51,28 +113,15 @@ def _describe() -> dict[str, Any]:
     }
 
 
-def _reply(replies: Any, answer: Any) -> None:
-    replies.write(json.dumps(answer) + "\n")
-    replies.flush()
-
-
-def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
+def _run(llm: Any, command: dict[str, Any], reply: Reply) -> dict[str, Any]:
     engine = llm.llm_engine
-    params = SamplingParams(
-        **{"temperature": 0, "max_tokens": command["max_tokens"], **command["sampling"]},
-        output_kind=RequestOutputKind.DELTA,
-    )
     requests = [_Request() for _ in command["prompts"]]
     _take_stages(llm)
     before = _counts(llm)
     start = time.perf_counter()
-    for index, prompt in enumerate(command["prompts"]):
-        given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        engine.add_request(f"{time.monotonic_ns()}-{index}", given, params)
+    _add_requests(engine, command)
     step_ms: list[float] = []
+    progress = _Progress(reply)
     while engine.has_unfinished_requests():
         begin = time.perf_counter()
         outputs = engine.step()
@@ -80,7 +129,10 @@ def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
         for output in outputs:
             request = requests[int(output.request_id.rsplit("-", 1)[1])]
             request.add(output.outputs[0], len(step_ms), 1000 * (end - start))
+            progress.add(output.finished, len(output.outputs[0].token_ids))
+        progress.tell()
         step_ms.append(1000 * (end - begin))
+    progress.tell(at_once=True)
     counts = [
         [now - was for now, was in zip_longest(*both, fillvalue=0)]
         for both in zip(_counts(llm), before, strict=True)
@@ -103,6 +155,38 @@ def _run(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(os.getpid()),
         "device_memory_bytes": _device_memory(),
     }
+
+
+def _add_requests(engine: Any, command: dict[str, Any]) -> None:
+    """Add all requests before the first step, so that batches are the same each time."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = {"temperature": 0, "max_tokens": command["max_tokens"], **command["sampling"]}
+    for index, prompt in enumerate(command["prompts"]):
+        given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        own = {"seed": command["seeds"][index]} if command["seeds"] else {}
+        params = SamplingParams(**{**sampling, **own}, output_kind=RequestOutputKind.DELTA)
+        engine.add_request(f"{time.monotonic_ns()}-{index}", given, params)
+
+
+class _Progress:
+    """Tells how many requests have ended and how many tokens were made, about once a second."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._counts = [0, 0]
+        self._time = time.monotonic()
+
+    def add(self, has_ended: bool, num_tokens: int) -> None:
+        self._counts[0] += has_ended
+        self._counts[1] += num_tokens
+
+    def tell(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if at_once or now - self._time > _REPORT_SECONDS:
+            self._reply(progress=self._counts)
+            self._counts, self._time = [0, 0], now
 
 
 @dataclass

@@ -1,0 +1,42 @@
+"""What `distill` is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import PositiveInt
+
+from vllm_medusa.data.prompts import OnBad
+from vllm_medusa.data.rows import ShardFormat
+from vllm_medusa.errors import UserError
+from vllm_medusa.settings import PathText, settings
+from vllm_medusa.target.settings import AnswerSettings
+
+
+@settings
+class DistillSettings:
+    """What to distil."""
+
+    FLAGS: ClassVar[Mapping[str, str]] = {"shard_format": "--format", "ray_address": "--ray"}
+
+    answers: AnswerSettings
+    """The model, and how it answers."""
+    prompts: PathText
+    """JSON lines of texts, chats, ShareGPT conversations or MT-Bench questions."""
+    out: PathText
+    """Where the rows go; an interrupted run in it is completed."""
+    shard_size: PositiveInt = 256
+    """Prompts a file."""
+    shard_format: ShardFormat = "parquet"
+    """Of the files."""
+    on_bad: OnBad = "error"
+    """What to do about lines that are malformed or too long."""
+    ray_address: str | None = None
+    """Use Ray: of that address, 'auto' for the running one, nothing to start one here."""
+    num_workers: PositiveInt = 1
+    """Engines at once, on Ray."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers > 1 and self.ray_address is None:
+            raise UserError(f"--num-workers {self.num_workers}: only with --ray")
