@@ -27,8 +27,7 @@ def test_engine(engine):
         finally:
             Path("closed").touch()
 """
-NO_ENGINE_PLUGINS = ["-p", "tests.integration.conftest"]
-ENGINE = """
+NO_ENGINE = """
 import time
 from pathlib import Path
 
