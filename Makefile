@@ -1,12 +1,18 @@
 # Every target sets up what it needs first; that takes minutes the first time and no time after.
 # PYTHON: the Python 3.11 to build with.  VENV, VENV_NEXT: where the environments go.
+# WORKERS: how many processes `test` and `test-next` share their test files among, each with its
+# part of the cores; 0: none, all runs in pytest's own.
 # DEMO: where demo-model writes the model it makes; DEMO_BUILD: its training data.
 
 PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
+WORKERS ?= 2
 DEMO ?= demo
 DEMO_BUILD ?= build/demo
+
+# A file goes to one worker, so that its tests share their engines; files go in pytest's order.
+SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-next demo demo-model test test-slow test-next bench bench-ab bench-online lint format clean distclean
@@ -42,13 +48,13 @@ demo-model: venv ## make the demo's model, heads and trees anew; takes 40 minute
 	    --dtype float32 --llm-options '{"enforce_eager": true}'
 
 test: venv ## all tests but the slow ones, with lint and types among them
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest $(SHARED)
 
 test-slow: venv ## the tests that take minutes each
 	@$(VENV)/bin/python -m pytest -m slow
 
 test-next: venv-next ## the engine tests on vLLM 0.33
-	@$(VENV_NEXT)/bin/python -m pytest -m "engine and not slow"
+	@$(VENV_NEXT)/bin/python -m pytest $(SHARED) -m "engine and not slow"
 
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py

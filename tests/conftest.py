@@ -1,6 +1,8 @@
 """Settings of every test run. Environment variables are set here, before vLLM is imported."""
 
 import os
+import signal
+from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
@@ -24,3 +26,37 @@ settings.register_profile(
 )
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
+
+
+def take_cores() -> None:
+    """Leave the other workers of pytest-xdist cores of their own; what a test starts inherits it.
+
+    vLLM binds its threads to the first cores it may use, so all workers' engines would share them.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[int(worker) % count :: count] or cores)
+
+
+def heed_signals() -> None:
+    """Let SIGINT and SIGTERM end the run with its engines and fixtures closed.
+
+    A shell has a job in the background ignore SIGINT, some have it ignore SIGTERM too, and whatever
+    they start inherits that. Unheeded, SIGTERM ends Python without closing anything.
+    """
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # forked by a test, which may rely on what SIGTERM does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop)
+
+
+take_cores()
+heed_signals()

@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def open_engine(model: Path, **options: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        freeze_imports()
+
+
+@cache
+def freeze_imports() -> None:
+    """Keep what is imported out of garbage collection.
+
+    vLLM collects seven times for each engine and we do once; going through what it imported is
+    most of the time that an engine takes to open and to close.
+    """
+    gc.freeze()
+    # vLLM freezes what an engine holds and unfreezes all: the engine would stay or the imports not.
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 @pytest.fixture
