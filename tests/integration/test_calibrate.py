@@ -13,8 +13,9 @@ import torch
 
 from tests import tiny
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
-from vllm_medusa.acceptance import paths as P
 from vllm_medusa.acceptance.ranks import RankMeter
+from vllm_medusa.acceptance.statistics import accepted_drafts
+from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.calibration.texts import Request, continue_requests
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row, write_shard
@@ -135,7 +136,7 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
         texts = continue_requests(engine, requests, max_tokens + num_heads - 1, 0.0, lambda _: None)
     target = load_target(str(DEMO_MODEL), revision=None, dtype=torch.float32)
     continuations = RankMeter(target, checkpoint).measure(texts, lambda _: None)
-    paths = P.best_paths([item.ranks for item in continuations], 16)
+    paths = best_paths([item.ranks for item in continuations], 16)
     tree = [list(path) for path in paths]
     speculative = {"method": "medusa", "model": str(DEMO_HEADS), "tree": tree}
     with EngineProcess({**options, "speculative_config": speculative}) as engine:
@@ -145,7 +146,7 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
         if text.has_ended:
             continue
         simulated, position = [], 0
-        emitted = 1 + P.accepted_drafts(item.ranks, paths)
+        emitted = 1 + accepted_drafts(item.ranks, paths)
         while position < len(item.ranks):
             simulated.append(int(emitted[position]))
             position += simulated[-1]
