@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from inflate import inflate
 from transformers import AutoModelForCausalLM
 
-from vllm_medusa.data.documents import Document
+from vllm_medusa.data.rows import Row
 from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
 from vllm_medusa.training.model import TrainableHeads
@@ -87,7 +87,8 @@ def build(target: FrozenTarget, args: argparse.Namespace, **changes: Any) -> tup
     rng = np.random.default_rng(0)
     length = PROMPT_TOKENS + ANSWER_TOKENS
     documents = [
-        Document(
+        Row(
+            "",
             rng.integers(0, target.vocab_size, length).astype(np.int32),
             np.arange(length) >= PROMPT_TOKENS,
         )

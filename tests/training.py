@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_medusa.data.documents import Document
 from vllm_medusa.data.rows import Row, write_shard
 from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.settings import TrainSettings
@@ -68,11 +67,11 @@ def make_settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**{**defaults, **length, **changes})
 
 
-def document(tokens: list[int], is_answer: list[bool] | list[int]) -> Document:
-    return Document(np.array(tokens, dtype=np.int32), np.array(is_answer, dtype=np.bool_))
+def document(tokens: list[int], is_answer: list[bool] | list[int]) -> Row:
+    return Row("", np.array(tokens, dtype=np.int32), np.array(is_answer, dtype=np.bool_))
 
 
-def random_documents(count: int, seed: int = 0, longest: int = 30) -> list[Document]:
+def random_documents(count: int, seed: int = 0, longest: int = 30) -> list[Row]:
     """Documents with one answer or two, some of them with no prompt."""
     rng = np.random.default_rng(seed)
     result = []

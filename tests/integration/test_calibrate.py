@@ -13,8 +13,10 @@ import torch
 
 from tests import tiny
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
-from vllm_medusa.acceptance import paths as P
 from vllm_medusa.acceptance.ranks import RankMeter
+from vllm_medusa.acceptance.statistics import accepted_drafts
+from vllm_medusa.acceptance.stored_heads import StoredHeads
+from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.calibration.texts import Request, continue_requests
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row, write_shard
@@ -129,23 +131,22 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
     prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in PROMPTS[:24]]
     requests = [Request(str(index), tokens) for index, tokens in enumerate(prompts)]
     checkpoint = load_heads(DEMO_HEADS)
-    num_heads, max_tokens = checkpoint.spec.num_heads, 64
+    max_tokens = 68
     with EngineProcess(options) as engine:
         engine.wait()
-        texts = continue_requests(engine, requests, max_tokens + num_heads - 1, 0.0, lambda _: None)
+        texts = continue_requests(engine, requests, max_tokens, 0.0, lambda _: None)
     target = load_target(str(DEMO_MODEL), revision=None, dtype=torch.float32)
-    continuations = RankMeter(target, checkpoint).measure(texts, lambda _: None)
-    paths = P.best_paths([item.ranks for item in continuations], 16)
+    meter = RankMeter(target, StoredHeads(checkpoint, target))
+    continuations = meter.measure(texts, lambda _: None)
+    paths = best_paths([item.ranks for item in continuations], 16)
     tree = [list(path) for path in paths]
     speculative = {"method": "medusa", "model": str(DEMO_HEADS), "tree": tree}
     with EngineProcess({**options, "speculative_config": speculative}) as engine:
         engine.wait()
-        run = engine.run(prompts, max_tokens + num_heads)
-    for text, item, times in zip(texts, continuations, run.requests, strict=True):
-        if text.has_ended:
-            continue
+        run = engine.run(prompts, max_tokens)
+    for item, times in zip(continuations, run.requests, strict=True):
         simulated, position = [], 0
-        emitted = 1 + P.accepted_drafts(item.ranks, paths)
+        emitted = 1 + accepted_drafts(item.ranks, paths)
         while position < len(item.ranks):
             simulated.append(int(emitted[position]))
             position += simulated[-1]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training import document
-from vllm_medusa.data.documents import answers_of
 from vllm_medusa.training.model import low_rank_factors
 from vllm_medusa.training.packing import build_batch, pack_epoch
 
@@ -53,9 +52,9 @@ def test_learnt_positions_are_those_before_answer_tokens_of_their_own_document(
 @given(masks)
 def test_answers_are_the_runs_of_the_mask(mask: list[bool]) -> None:
     item = document([1] * len(mask), mask)
-    inside = [index for start, stop in answers_of(item) for index in range(start, stop)]
+    inside = [index for start, stop in item.answers() for index in range(start, stop)]
     assert inside == [index for index, flag in enumerate(mask) if flag and index > 0]
-    assert all(start < stop for start, stop in answers_of(item))
+    assert all(start < stop for start, stop in item.answers())
 
 
 @settings(deadline=None)

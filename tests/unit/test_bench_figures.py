@@ -73,7 +73,10 @@ def make_run(
         texts=["" for _ in emitted],
         step_ms=step_ms,
         full_steps=(1, len(step_ms)),
-        requests=[RequestTimes(ttft_ms=step_ms[0], tpot_ms=2.0, emitted=e) for e in emitted],
+        requests=[
+            RequestTimes(ttft_ms=step_ms[0], tpot_ms=2.0, emitted=e, has_ended=False)
+            for e in emitted
+        ],
         num_drafts=drafts,
         num_accepted=sum(by_depth),
         accepted_by_depth=by_depth,

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_medusa.acceptance import paths as P
 from vllm_medusa.acceptance.ranks import Continuation
+from vllm_medusa.acceptance.statistics import RANK_CAP, head_accuracy, simulate
+from vllm_medusa.acceptance.trees import path_probabilities, product_paths, step_paths
 from vllm_medusa.calibration.check import Checked, steps_of
 from vllm_medusa.calibration.choice import Candidate, choose
 from vllm_medusa.calibration.estimates import CrossFit, Estimate, ratio, resample
@@ -30,7 +31,7 @@ def made_up(num_prompts: int, seed: int, positions: int = 60) -> list[Continuati
     for prompt in range(num_prompts):
         ease = rng.beta(1.2, 1.2, size=(positions, 1))
         ranks = rng.geometric(np.clip(0.15 + 0.8 * ease, 0, 1), size=(positions, NUM_HEADS)) - 1
-        ranks = np.minimum(ranks, P.RANK_CAP).astype(np.int16)
+        ranks = np.minimum(ranks, RANK_CAP).astype(np.int16)
         result.append(Continuation(f"p{prompt}", 0.0, ranks, positions // 2))
     return result
 
@@ -47,7 +48,7 @@ def test_prediction_holds_on_other_prompts_where_in_sample_flatters() -> None:
     for seed in range(5):
         fit = CrossFit(made_up(10, seed, positions=30), 64, seed=0)
         (estimate,) = fit.curve([64], [True] * 10, with_loops=True).methods["joint"]
-        truth = P.simulate(fresh, fit.paths["joint"][:64])
+        truth = simulate(fresh, fit.paths["joint"][:64])
         flattery.append(estimate.in_sample - truth)
         errors.append(estimate.predicted.value - truth)
     assert np.mean(flattery) > 0.1
@@ -62,11 +63,11 @@ def test_figures_are_those_of_the_path_functions(fit: CrossFit) -> None:
     for size, joint, product, gain in zip(
         SIZES, curve.methods["joint"], curve.methods["product"], curve.gain, strict=True
     ):
-        assert joint.in_sample == P.simulate(ranks, P.step_paths(ranks, 16)[:size])
-        assert product.in_sample == P.simulate(ranks, P.product_paths(ranks, size))
+        assert joint.in_sample == simulate(ranks, step_paths(ranks, 16)[:size])
+        assert product.in_sample == simulate(ranks, product_paths(ranks, size))
         assert joint.predicted.low < joint.predicted.value < joint.predicted.high
         assert gain.value == pytest.approx(joint.predicted.value - product.predicted.value)
-    assert curve.chains[1].value == P.simulate(ranks, [(0,), (0, 0)])
+    assert curve.chains[1].value == simulate(ranks, [(0,), (0, 0)])
 
 
 def test_only_chosen_text_before_loops_is_scored(fit: CrossFit) -> None:
@@ -74,7 +75,7 @@ def test_only_chosen_text_before_loops_is_scored(fit: CrossFit) -> None:
     curve = fit.curve(SIZES, chosen, with_loops=False)
     assert (curve.num_positions, curve.num_continuations) == (20 * 30, 20)
     ranks = [item.ranks[:30] for item in made_up(60, 1)[:20]]
-    assert curve.chains[0].value == P.simulate(ranks, [(0,)])
+    assert curve.chains[0].value == simulate(ranks, [(0,)])
 
 
 def test_interval_covers_the_truth() -> None:
@@ -89,20 +90,23 @@ def test_interval_covers_the_truth() -> None:
 
 
 def test_steps_of_a_run() -> None:
-    # One does not loop, the other repeats a token from its fourth on.
+    # The first was cut at 12 tokens, the second ended by itself; the third repeats a token from its
+    # fourth on.
     run = SimpleNamespace(
-        token_ids=[list(range(40)), [1, 2, 3, *[7] * 37]],
+        token_ids=[list(range(12)), list(range(12)), [1, 2, 3, *[7] * 37]],
         requests=[
-            RequestTimes(0.0, None, [1, 3, 1, 2, 4]),
-            RequestTimes(0.0, None, [1, 1, 1, 1, 3, 3]),
+            RequestTimes(0.0, None, [1, 3, 1, 2, 3, 2], has_ended=False),
+            RequestTimes(0.0, None, [1, 3, 1, 2, 3, 2], has_ended=True),
+            RequestTimes(0.0, None, [1, 1, *[3] * 12, 2], has_ended=False),
         ],
     )
-    # Of the first one, the steps that begin at 0, 3, 4 count, and not at 6 (of 7 tokens). The
-    # second loops from token 4 on (its run of 7s begins at 3 and repeats at 4), so drafts of 2
-    # heads lie before the loop from positions 0 and 1.
-    assert steps_of(run, max_tokens=7, num_heads=2) == [  # type: ignore[arg-type]
-        [[6, 3], [6, 3]],
-        [[6, 4], [2, 2]],
+    # Steps begin at 0, 3, 4, 6, 9. With 2 heads those before 9 count if the text was cut, so not
+    # the last. The third loops from token 4 on (its run of 7s begins at 3 and repeats at 4), so
+    # that only the steps that begin at 0 lie before it.
+    assert steps_of(run, num_heads=2) == [  # type: ignore[arg-type]
+        [[9, 4], [9, 4]],
+        [[11, 5], [11, 5]],
+        [[37, 13], [1, 1]],
     ]
 
 
@@ -114,7 +118,7 @@ def findings_of(fit: CrossFit, with_costs: bool) -> Findings:
             "greedy",
             with_loops,
             fit.curve(SIZES, [True] * 60, with_loops),
-            P.head_accuracy([item.ranks for item in items]),
+            head_accuracy([item.ranks for item in items]),
         )
         for with_loops in (True, False)
     ]
@@ -143,7 +147,7 @@ def findings_of(fit: CrossFit, with_costs: bool) -> Findings:
         num_prompts=60,
         sections=sections,
         paths=fit.paths,
-        probabilities=P.path_probabilities([item.ranks for item in items]),
+        probabilities=path_probabilities([item.ranks for item in items]),
         checked=[Checked("joint", 8, Estimate(2.0, 1.9, 2.1), Estimate(1.9, 1.8, 2.0))],
         costs=costs,
         choice=choice,

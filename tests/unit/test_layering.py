@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "tree"},
     "data": {"errors", "files"},
     "target": {"errors", "heads", "data", "settings"},
-    "acceptance": {"errors", "tree", "heads", "target", "reporting"},
+    "acceptance": {"errors", "tree", "heads", "data", "target", "reporting"},
     "plugin": {"errors", "tree", "draft", "heads", "config"},
     "engines": {"errors", "data", "target", "plugin"},
     "stepcost": {"errors", "files", "tree", "engines", "reporting"},

@@ -136,7 +136,7 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
 def test_rows_beyond_the_targets_positions_are_cut_and_counted(tmp_path: Path) -> None:
     data = load(write_rows(tmp_path, counting_rows(20)), max_tokens=15)
     assert data.num_cut == sum(len(row.token_ids) > 15 for row in counting_rows(20)) > 0
-    assert max(len(item.tokens) for item in data.train + data.held_out) == 15
+    assert max(len(item.token_ids) for item in data.train + data.held_out) == 15
 
 
 def test_split_depends_on_ids_alone(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_split_depends_on_ids_alone(tmp_path: Path) -> None:
     one = load(write_rows(tmp_path / "one", rows, per_shard=7))
     other = load(write_rows(tmp_path / "other", rows[::-1], per_shard=40))
     assert len(one.held_out) == 4
-    assert {item.tokens.tobytes() for item in one.held_out} == {
-        item.tokens.tobytes() for item in other.held_out
+    assert {item.token_ids.tobytes() for item in one.held_out} == {
+        item.token_ids.tobytes() for item in other.held_out
     }
     assert one.fingerprint != other.fingerprint  # another order is another run
 
@@ -156,6 +156,6 @@ def test_answers_to_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
     ]
     data = load(write_rows(tmp_path, rows))
     assert (len(data.train), len(data.held_out)) == (36, 4)
-    held = {item.tokens.tobytes() for item in data.held_out}
+    held = {item.token_ids.tobytes() for item in data.held_out}
     prompts = {row.id for row in rows if row.token_ids.tobytes() in held}
     assert len(prompts) == 1

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
-from vllm_medusa.data.documents import Document
-from vllm_medusa.target.frozen import FrozenTarget
-from vllm_medusa.training.loss import accumulate_gradients, chunk_size, draw_learnt
+from vllm_medusa.data.rows import Row
+from vllm_medusa.target.frozen import FrozenTarget, chunk_size
+from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import build_batch
 from vllm_medusa.training.settings import TrainSettings
@@ -31,18 +31,18 @@ def make_heads(settings: TrainSettings, target: FrozenTarget) -> TrainableHeads:
 
 
 def slow_losses(
-    heads: TrainableHeads, target: FrozenTarget, documents: list[Document], settings: TrainSettings
+    heads: TrainableHeads, target: FrozenTarget, documents: list[Row], settings: TrainSettings
 ) -> Tensor:
     """[K] summed loss of each head, one document, position and head at a time."""
     sums = [torch.zeros(()) for _ in range(heads.num_heads)]
     for item in documents:
-        tokens = torch.from_numpy(item.tokens).long()
+        tokens = torch.from_numpy(item.token_ids).long()
         hidden = target.hidden(tokens[None], torch.arange(len(tokens))[None])[0]
         own = target.logits(hidden)
         for t in range(len(tokens)):
             for k in range(heads.num_heads):
                 predicted = t + 2 + k
-                if predicted >= len(tokens) or not item.is_answer[predicted]:
+                if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
                 feature = heads.features(hidden[t][None])[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_of_autograd(case: str, chunk: int) -> No
     settings = make_settings(**CASES[case])
     target = make_target()
     heads, slow_heads = make_heads(settings, target), make_heads(settings, target)
-    batch = build_batch(DOCUMENTS, max(sum(len(d.tokens) for d in row) for row in DOCUMENTS) + 3)
+    batch = build_batch(DOCUMENTS, max(sum(len(d.token_ids) for d in row) for row in DOCUMENTS) + 3)
     scale = 1 / len(batch.learnt)
     losses = accumulate_gradients(heads, target, batch, settings, scale, chunk)
 
@@ -169,7 +169,7 @@ def test_step_with_nothing_known_to_a_head_has_no_loss_for_it() -> None:
     settings, target = make_settings(num_heads=3), make_target()
     heads = make_heads(settings, target)
     short = replace(DOCUMENTS[0][0])
-    short = Document(short.tokens[:4], short.is_answer[:4] | True)
+    short = Row("", short.token_ids[:4], short.loss_mask[:4] | True)
     losses = accumulate_gradients(heads, target, build_batch([[short]], 4), settings, 1.0)
     assert losses[0] > 0
     assert losses[1] > 0

@@ -19,29 +19,29 @@ def test_packed_hidden_states_are_those_of_single_documents() -> None:
     for row, documents in enumerate(rows):
         start = 0
         for item in documents:
-            tokens = torch.from_numpy(item.tokens).long()[None]
+            tokens = torch.from_numpy(item.token_ids).long()[None]
             alone = target.model.model(input_ids=tokens).last_hidden_state[0]
-            packed = hidden[row, start : start + len(item.tokens)]
+            packed = hidden[row, start : start + len(item.token_ids)]
             torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
-            start += len(item.tokens)
+            start += len(item.token_ids)
 
 
 def test_neighbours_do_not_matter_but_earlier_tokens_do() -> None:
     """Would fail if documents saw each other, or if a document did not see itself."""
     target = make_target()
     first, second = random_documents(2, seed=4)
-    other = document(((first.tokens + 1) % 50).tolist(), first.is_answer.tolist())
+    other = document(((first.token_ids + 1) % 50).tolist(), first.loss_mask.tolist())
     states = [
-        target.hidden(batch.tokens, batch.position_ids)[0, len(first.tokens) :]
+        target.hidden(batch.tokens, batch.position_ids)[0, len(first.token_ids) :]
         for batch in (build_batch([[first, second]], 70), build_batch([[other, second]], 70))
     ]
     torch.testing.assert_close(states[0], states[1], atol=1e-6, rtol=1e-6)
     changed = document(
-        [(second.tokens[0] + 1) % 50, *second.tokens[1:].tolist()], second.is_answer.tolist()
+        [(second.token_ids[0] + 1) % 50, *second.token_ids[1:].tolist()], second.loss_mask.tolist()
     )
     batch = build_batch([[first, changed]], 70)
-    moved = target.hidden(batch.tokens, batch.position_ids)[0, len(first.tokens) :]
-    last = len(second.tokens) - 1
+    moved = target.hidden(batch.tokens, batch.position_ids)[0, len(first.token_ids) :]
+    last = len(second.token_ids) - 1
     assert (moved[last] - states[0][last]).abs().max() > 1e-3
 
 

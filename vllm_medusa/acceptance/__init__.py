@@ -1,1 +1,4 @@
-"""From texts to ranks to acceptance statistics: one definition for all tools."""
+"""From texts to ranks to acceptance statistics: one definition for all tools.
+
+docs/acceptance.md states it in words.
+"""

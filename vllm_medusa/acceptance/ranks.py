@@ -1,4 +1,4 @@
-"""The rank that each head gives the right token, at every position of the target's own texts.
+"""The rank that each head gives the right token, at every position that counts.
 
 The hidden states are those that vLLM feeds the heads: the target's last ones, after its final norm.
 """
@@ -7,32 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.acceptance.paths import RANK_CAP, Ranks, loop_start
-from vllm_medusa.acceptance.texts import Text
-from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, head_logits
+from vllm_medusa.acceptance.statistics import RANK_CAP, Ranks
+from vllm_medusa.acceptance.texts import Text, counted_positions
 from vllm_medusa.reporting.progress import Progress
-from vllm_medusa.target.frozen import FrozenTarget
+from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 
-#: Tokens of one forward pass, with the padding.
+#: Tokens of one forward pass, with the padding, where the caller has no wish.
 _BATCH_TOKENS = 8192
-#: Logits that are held at once, over all heads.
-_MAX_LOGITS = 2**26
+
+
+class Heads(Protocol):
+    """Medusa heads, in training (`training.model`) or read from files (`stored_heads`)."""
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Apply the residual blocks: [N, H] hidden states to [K, N, H]."""
+
+    def logits(self, features: Tensor, head: int) -> Tensor:
+        """Project one head's features: [N, H] to [N, V], minus infinity where it has no guess."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """One continuation, as the statistics see it.
+    """One answer, as the statistics see it.
 
     Attributes:
-        prompt_id: of its prompt.
+        prompt_id: of its text.
         temperature: that it was sampled at; 0 is greedy.
-        ranks: [positions, heads] int16, see `paths`.
-        num_before_loop: positions whose drafts all lie before the text begins to loop.
+        ranks: [positions, heads] int16, as `statistics` says.
+        num_before_loop: the first so many positions lie before the answer begins to loop.
 
     """
 
@@ -41,114 +54,120 @@ class Continuation:
     ranks: Ranks
     num_before_loop: int
 
+    def ranks_of(self, *, with_loops: bool) -> Ranks:
+        """Return the ranks of all positions, or of those before the loop."""
+        return self.ranks if with_loops else self.ranks[: self.num_before_loop]
+
 
 class RankMeter:
     """Runs the target and the heads over texts.
 
     Args:
         target: in the dtype to compute in.
-        checkpoint: the heads.
+        heads: on its device.
+        batch_tokens: of one forward pass, with the padding; a longer text has one of its own.
 
     """
 
-    def __init__(self, target: FrozenTarget, checkpoint: HeadsCheckpoint) -> None:
-        device, dtype = target.weight.device, target.weight.dtype
+    def __init__(
+        self, target: FrozenTarget, heads: Heads, batch_tokens: int = _BATCH_TOKENS
+    ) -> None:
         self._target = target
-        self._device = device
-        self._heads = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
-        self._num_heads = checkpoint.spec.num_heads
-        self._lm_head = {
-            name.removeprefix("lm_head."): tensor.to(device, dtype)
-            for name, tensor in checkpoint.tensors.items()
-            if name.startswith("lm_head.")
-        }
-        if checkpoint.spec.lm_head == "target":
-            self._lm_head = {"weight": target.weight}
-        draft_ids = _draft_ids(checkpoint, target.vocab_size)
-        self._draft_ids = None if draft_ids is None else draft_ids.to(device)
+        self._heads = heads
+        self._batch_tokens = batch_tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, texts: Sequence[Text], progress: Progress) -> list[Continuation]:
-        """Measure the ranks along the continuation of every text; ``progress`` counts texts."""
-        ranks: dict[int, Ranks] = {}
-        for batch in _batches(texts):
-            hidden = self._hidden_states([texts[index].token_ids for index in batch])
-            for row, index in enumerate(batch):
-                text = texts[index]
-                first = text.num_prompt_tokens - 1
-                states = hidden[row, first : first + len(text.continuation) - 1]
-                ranks[index] = self._ranks(states, text)
+        """Measure every answer of every text, in order; ``progress`` counts texts."""
+        found: dict[int, list[Continuation]] = {}
+        for batch in self._batches(texts):
+            found |= zip(batch, self._measure([texts[index] for index in batch]), strict=True)
             progress(len(batch))
+        return [item for index in range(len(texts)) for item in found[index]]
+
+    def _measure(self, texts: Sequence[Text]) -> list[list[Continuation]]:
+        """Return the answers of each text of one batch."""
+        hidden = self._hidden_states([text.token_ids for text in texts])
+        num_heads, length = self._heads.num_heads, hidden.shape[1]
+        answers = []
+        # From no answer on: a batch may hold texts without one.
+        states = [np.zeros(0, dtype=np.int64)]
+        wanted = [np.zeros((0, num_heads), dtype=np.int64)]
+        for row, text in enumerate(texts):
+            for answer in text.answers:
+                tokens = text.tokens_of(answer)
+                counted = counted_positions(tokens, answer.has_ended, num_heads)
+                answers.append(counted)
+                # The heads guess what follows a root from the state that the root came from.
+                states.append(row * length + answer.start - 1 + np.arange(counted.total))
+                wanted.append(wanted_tokens(tokens, counted.total, num_heads))
+        ranks = self._ranks(hidden.flatten(0, 1), np.concatenate(states), np.concatenate(wanted))
+        parts = iter(np.split(ranks, np.cumsum([counted.total for counted in answers])[:-1]))
+        before_loops = iter([counted.before_loop for counted in answers])
         return [
-            Continuation(
-                text.prompt_id,
-                text.temperature,
-                ranks[index],
-                min(len(ranks[index]), max(0, loop_start(text.continuation) - self._num_heads)),
-            )
-            for index, text in enumerate(texts)
+            [
+                Continuation(text.prompt_id, text.temperature, next(parts), next(before_loops))
+                for _ in text.answers
+            ]
+            for text in texts
         ]
 
     def _hidden_states(self, sequences: Sequence[list[int]]) -> Tensor:
         """Return [B, T, H]; what a shorter sequence is padded with comes behind it."""
+        device = self._target.weight.device
         length = max(map(len, sequences))
         padded = [tokens + [0] * (length - len(tokens)) for tokens in sequences]
-        tokens = torch.tensor(padded, device=self._device)
-        return self._target.hidden(tokens, torch.arange(length, device=self._device)[None])
+        tokens = torch.tensor(padded, device=device)
+        return self._target.hidden(tokens, torch.arange(length, device=device)[None])
 
-    def _ranks(self, states: Tensor, text: Text) -> Ranks:
-        """Return [positions, heads], from the hidden states [n - 1, H] before each token but one.
+    def _ranks(self, hidden: Tensor, states: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranks:
+        """Return [P, K] int16 ranks of the tokens ``wanted`` [P, K] by the ``hidden[states]``."""
+        device = hidden.device
+        features = self._heads.features(hidden[torch.from_numpy(states).to(device)])
+        labels = torch.from_numpy(wanted).to(device)
+        ranks = torch.empty(wanted.shape, dtype=torch.int16, device=device)
+        size = chunk_size(self._target.vocab_size, device)
+        for chunk in torch.split(torch.arange(len(states), device=device), size):
+            for head in range(self._heads.num_heads):
+                logits = self._heads.logits(features[head, chunk], head)
+                ranks[chunk, head] = rank_of(logits, labels[chunk, head]).to(torch.int16)
+        table: Ranks = ranks.cpu().numpy()
+        return table
 
-        Position p's root is token p of the continuation, sampled from state p. Where the limit of
-        tokens cut the text short, the last positions' tokens are not known and left out.
-        """
-        tokens = torch.tensor(text.continuation, device=self._device)
-        num_positions = len(tokens) - 1 if text.has_ended else len(tokens) - self._num_heads
-        if num_positions < 1:
-            return np.zeros((0, self._num_heads), dtype=np.int16)
-        unknown = tokens.new_full((self._num_heads,), -1)
-        ahead = torch.cat([tokens[1:], unknown]).unfold(0, self._num_heads, 1)
-        wanted = ahead[:num_positions].T  # [K, positions]
-        if self._draft_ids is not None:
-            wanted = torch.where(wanted < 0, wanted, self._draft_ids[wanted.clamp(min=0)])
-        parts = []
-        rows = self._lm_head["up" if "up" in self._lm_head else "weight"].shape[-2]
-        chunk = max(1, _MAX_LOGITS // (self._num_heads * rows))
-        for start in range(0, num_positions, chunk):
-            stop = min(start + chunk, num_positions)
-            logits = head_logits(self._heads(states[start:stop]), **self._lm_head)
-            parts.append(_rank_of(logits, wanted[:, start:stop]))
-        return torch.cat(parts, dim=1).T.to("cpu", torch.int16).numpy()
-
-
-def _rank_of(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Tokens ranked above the wanted one, at most `RANK_CAP`: [K, B, V], [K, B] -> [K, B].
-
-    Wanted tokens below 0 are unknown: misses.
-    """
-    value = logits.gather(-1, wanted.clamp(min=0).unsqueeze(-1))
-    ranks = (logits > value).sum(dim=-1).clamp(max=RANK_CAP)
-    return torch.where(wanted < 0, RANK_CAP, ranks)
-
-
-def _draft_ids(checkpoint: HeadsCheckpoint, vocab_size: int) -> Tensor | None:
-    """Row of the lm_heads of each token of the target, -1 for none; None if all have their own."""
-    token_map = checkpoint.tensors.get("token_map")
-    if token_map is None:
-        return None
-    draft_ids = torch.full((vocab_size,), -1, dtype=torch.int64)
-    draft_ids[token_map] = torch.arange(len(token_map))
-    return draft_ids
-
-
-def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
-    """Indices of texts of similar length, of `_BATCH_TOKENS` at most where there are several."""
-    batch: list[int] = []
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index].token_ids))
-    for index in order:
-        if batch and (len(batch) + 1) * len(texts[index].token_ids) > _BATCH_TOKENS:
+    def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:
+        """Yield indices of texts of similar length, so that little is padded."""
+        batch: list[int] = []
+        for index in sorted(range(len(texts)), key=lambda index: len(texts[index].token_ids)):
+            if batch and (len(batch) + 1) * len(texts[index].token_ids) > self._batch_tokens:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
             yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+
+
+def wanted_tokens(tokens: Sequence[int], num_positions: int, num_heads: int) -> NDArray[np.int64]:
+    """Return [positions, heads]: the tokens that guesses must be to make a step longer; -1 is none.
+
+    Head k guesses token p + 1 + k at position p. The answer's last token is none of them: the step
+    that reaches it emits it whether it was guessed or not, and nothing follows it.
+    """
+    none = np.full(num_heads, -1)
+    ahead = np.concatenate([np.array(tokens[1:-1], dtype=np.int64), none])
+    return np.lib.stride_tricks.sliding_window_view(ahead, num_heads)[:num_positions]
+
+
+def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the tokens that a head ranks above each label.
+
+    Args:
+        logits: [N, V].
+        labels: [N] int64; -1 is none.
+
+    Returns:
+        [N] int64, at most `RANK_CAP`, which is also the rank of a label that is none or whose
+        logit is minus infinity.
+    """
+    value = logits.gather(-1, labels.clamp(min=0)[:, None])
+    ranks = (logits > value).sum(dim=-1).clamp_(max=RANK_CAP)
+    return ranks.masked_fill_((labels < 0) | value[:, 0].isneginf(), RANK_CAP)

@@ -1,30 +1,113 @@
-"""The texts that acceptance is measured on."""
+"""The texts that acceptance is measured on, and which positions of them count.
+
+docs/acceptance.md explains the rule.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from vllm_medusa.data.rows import Row
+
+#: A text loops from the first run of so many tokens that it has already written before.
+LOOP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where in a text an answer of the target lies.
+
+    Attributes:
+        start, stop: its tokens are [start, stop) of the text's; start is at least 1.
+        has_ended: whether the target ended it by itself; if not, a limit of tokens cut it.
+
+    """
+
+    start: int
+    stop: int
+    has_ended: bool
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and the target's continuation of it.
+    """Prompts and the target's answers to them.
 
     Attributes:
-        prompt_id: of the prompt.
-        temperature: of the continuation; 0 is greedy.
-        token_ids: the prompt's tokens and the continuation's.
-        num_prompt_tokens: how many of them are the prompt's.
-        has_ended: whether the target ended it, or the limit of tokens did.
+        prompt_id: of the first prompt.
+        temperature: of the answers; 0 is greedy.
+        token_ids: all tokens.
+        answers: which of them the target wrote.
 
     """
 
     prompt_id: str
     temperature: float
     token_ids: list[int]
-    num_prompt_tokens: int
-    has_ended: bool
+    answers: Sequence[Answer]
 
-    @property
-    def continuation(self) -> list[int]:
-        """The target's tokens."""
-        return self.token_ids[self.num_prompt_tokens :]
+    def tokens_of(self, answer: Answer) -> list[int]:
+        """Return an answer's tokens."""
+        return self.token_ids[answer.start : answer.stop]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many positions of an answer count.
+
+    Attributes:
+        total: the first so many.
+        before_loop: of these, the ones before the answer begins to loop.
+
+    """
+
+    total: int
+    before_loop: int
+
+
+def text_of_row(row: Row, end_tokens: Collection[int]) -> Text:
+    """Return a row as a text, of which no temperature is known, so that it counts as greedy.
+
+    Rows do not say why an answer stopped: it has ended if its last token is one of ``end_tokens``
+    (`Target.end_tokens`), and counts as cut if not.
+    """
+    tokens: list[int] = row.token_ids.tolist()
+    answers = [Answer(start, stop, tokens[stop - 1] in end_tokens) for start, stop in row.answers()]
+    return Text(row.id, 0.0, tokens, answers)
+
+
+def counted_positions(tokens: Sequence[int], has_ended: bool, num_heads: int) -> Counted:
+    """Return which positions of an answer count.
+
+    A step begins at position p if its root is token p; it emits token p + 1 at least and token
+    p + num_heads + 1 at most. If the target ended the answer, a step can begin at every token but
+    the last, and how far each goes is known. If the answer was cut, that is known only of steps
+    that end before the cut however far they go. Text before a loop counts as if cut there.
+
+    Args:
+        tokens: of the answer.
+        has_ended: whether the target ended it.
+        num_heads: of the heads.
+
+    """
+    before_cut = len(tokens) - num_heads - 1
+    total = max(0, len(tokens) - 1 if has_ended else before_cut)
+    loop = loop_start(tokens)
+    if loop == len(tokens):
+        return Counted(total, total)
+    return Counted(total, max(0, loop - num_heads - 1))
+
+
+def loop_start(tokens: Sequence[int]) -> int:
+    """Return the index at which a text begins to loop; its length if it does not.
+
+    That is the first token of the first `LOOP_TOKENS` tokens in a row that already stood there
+    earlier in the text; the two runs may overlap.
+    """
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - LOOP_TOKENS + 1):
+        run = tuple(tokens[start : start + LOOP_TOKENS])
+        if run in seen:
+            return start
+        seen.add(run)
+    return len(tokens)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_medusa.acceptance.paths import loop_start
+from vllm_medusa.acceptance.texts import counted_positions
 from vllm_medusa.calibration.estimates import Estimate, ratio, resample
 from vllm_medusa.calibration.texts import Request, batches
 from vllm_medusa.engines.engine import Run, start_engine
@@ -21,13 +21,13 @@ _REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Checked:
-    """Tokens per step that the engine emitted with a tree, over such steps as are predicted.
+    """Tokens per step that the engine emitted with a tree, over the steps that count.
 
     Attributes:
         method: that made the tree.
         size: its draft nodes.
-        with_loops: over all steps.
-        without_loops: over those whose drafts all lie before the text begins to loop.
+        with_loops: over all steps that count.
+        without_loops: over those before the text begins to loop.
 
     """
 
@@ -55,8 +55,7 @@ def check_trees(
         heads: ``speculative_config`` without a tree.
         trees: method, size and paths of each.
         requests: to continue.
-        max_tokens: of a continuation; a few more are asked for, so that the limit cuts no step
-            that counts.
+        max_tokens: to generate for a request.
         num_heads: of the heads.
         seed: of the resamples.
         progress: counts requests.
@@ -75,8 +74,8 @@ def check_trees(
         given = {**options, "max_num_seqs": at_once, "speculative_config": config}
         with start_engine(given) as engine:
             for batch in batches(requests):
-                run = engine.run([r.token_ids for r in batch], max_tokens + num_heads)
-                counts += steps_of(run, max_tokens, num_heads)
+                run = engine.run([r.token_ids for r in batch], max_tokens)
+                counts += steps_of(run, num_heads)
                 progress(len(batch))
         by_prompt = np.array(counts, dtype=np.int64)
         estimates = [ratio(by_prompt[:, kind], resamples) for kind in (0, 1)]
@@ -84,8 +83,8 @@ def check_trees(
     return checked
 
 
-def steps_of(run: Run, max_tokens: int, num_heads: int) -> list[list[list[int]]]:
-    """Count the steps of a run that begin where the statistics have positions.
+def steps_of(run: Run, num_heads: int) -> list[list[list[int]]]:
+    """Count the steps of a run that begin at positions that count.
 
     Returns:
         [prompts, 2, 2]: tokens and steps, of all text and of that before loops.
@@ -93,15 +92,10 @@ def steps_of(run: Run, max_tokens: int, num_heads: int) -> list[list[list[int]]]
     """
     counts = []
     for times, tokens in zip(run.requests, run.token_ids, strict=True):
-        before_loop = loop_start(tokens) - num_heads
-        position = times.emitted[0] - 1
-        every, looped_not = [0, 0], [0, 0]
-        for emitted in times.emitted[1:]:
-            if position >= max_tokens - 1:
-                break
-            for count in (every, looped_not) if position < before_loop else (every,):
-                count[0] += emitted
-                count[1] += 1
-            position += emitted
-        counts.append([every, looped_not])
+        counted = counted_positions(tokens, times.has_ended, num_heads)
+        # The prompt's own step emits the first step's root.
+        roots = np.cumsum(times.emitted)[:-1] - 1
+        emitted = np.array(times.emitted[1:])
+        steps = [emitted[roots < limit] for limit in (counted.total, counted.before_loop)]
+        counts.append([[int(some.sum()), len(some)] for some in steps])
     return counts

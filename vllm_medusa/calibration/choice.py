@@ -10,9 +10,9 @@ from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.tree.draft_tree import TreePath
 from vllm_medusa.tree.schedule import TreeSchedule
 
-#: By how much speed a draft node must pay, as a share: what is within the noise goes to the smaller
-#: tree, which also takes less of the KV cache.
-_NODE_MUST_GAIN = 2e-4
+#: A larger tree is taken only if each node that it adds raises the speed by this share or more:
+#: smaller differences cannot be measured, and the smaller tree needs less of the KV cache.
+_MIN_GAIN_PER_NODE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def choose(candidates: Sequence[Candidate], costs: StepCosts) -> Choice:
     allowed = [[0] for _ in candidates]
     for batch_size in costs.batch_sizes:
         scores = [
-            math.log(prediction.speedup) - _NODE_MUST_GAIN * len(nodes)
+            math.log(prediction.speedup) - _MIN_GAIN_PER_NODE * len(nodes)
             for prediction, nodes in zip(predictions[batch_size], node_sets, strict=True)
         ]
         best = [

@@ -15,15 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_medusa.acceptance.paths import (
-    Ranks,
-    position_average,
-    product_paths,
-    simulate,
-    step_counts,
-    step_paths,
-)
 from vllm_medusa.acceptance.ranks import Continuation
+from vllm_medusa.acceptance.statistics import Ranks, position_average, simulate, step_counts
+from vllm_medusa.acceptance.trees import product_paths, step_paths
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 NUM_FOLDS = 5
@@ -50,7 +44,7 @@ class SizeEstimate:
     Attributes:
         size: draft nodes.
         in_sample: by simulation, on the texts that the tree was counted from.
-        position_average: the same if steps began at all positions alike (`paths`), in sample.
+        position_average: the same if steps began at all positions alike (`statistics`), in sample.
         predicted: by simulation, cross-fitted.
 
     """
@@ -119,9 +113,7 @@ class CrossFit:
 
         """
         scored = [
-            (item.ranks if with_loops else item.ranks[: item.num_before_loop])
-            if is_chosen
-            else item.ranks[:0]
+            item.ranks_of(with_loops=with_loops) if is_chosen else item.ranks[:0]
             for item, is_chosen in zip(self._continuations, chosen, strict=True)
         ]
         counts = {

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.acceptance.texts import Text
+from vllm_medusa.acceptance.texts import Text, text_of_row
 from vllm_medusa.calibration.settings import CalibrateSettings
-from vllm_medusa.calibration.texts import Request, encode_prompts
-from vllm_medusa.data.documents import Document, answers_of
+from vllm_medusa.calibration.texts import Request, encode_prompts, tokens_to_generate
 from vllm_medusa.data.prompts import read_prompts
 from vllm_medusa.data.rows import read_rows
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
 from vllm_medusa.heads.io.files import read_json
 from vllm_medusa.heads.io.resolve import resolve
-from vllm_medusa.target.config import read_target
+from vllm_medusa.target.config import Target, read_target
 from vllm_medusa.target.settings import AnswerSettings
 from vllm_medusa.target.text import load_answering_model
 
@@ -79,7 +78,7 @@ def read_inputs(settings: CalibrateSettings) -> Inputs:
         target_hidden_size=target.hidden_size,
         target_vocab_size=target.vocab_size,
     )
-    requests, texts = _requests_or_texts(settings, checkpoint.spec.num_heads)
+    requests, texts = _requests_or_texts(settings, target, checkpoint.spec.num_heads)
     check_requests: list[Request] = []
     if settings.check_prompts is not None:
         check_requests = _requests(settings, settings.check_prompts, checkpoint.spec.num_heads)
@@ -106,7 +105,7 @@ def read_inputs(settings: CalibrateSettings) -> Inputs:
 
 
 def _requests_or_texts(
-    settings: CalibrateSettings, num_heads: int
+    settings: CalibrateSettings, target: Target, num_heads: int
 ) -> tuple[list[Request], list[Text]]:
     if not settings.prompts.is_dir():
         return _requests(settings, settings.prompts, num_heads, settings.max_prompts), []
@@ -116,12 +115,7 @@ def _requests_or_texts(
             "rows, whose answers are used as they are; leave the temperature out"
         )
     rows = list(read_rows(settings.prompts))[: settings.max_prompts]
-    texts = [
-        # The answer's end may be the limit of tokens, so what follows it counts as unknown.
-        Text(row.id, 0.0, row.token_ids[:stop].tolist(), start, has_ended=False)
-        for row in rows
-        for start, stop in answers_of(Document(row.token_ids, row.loss_mask))
-    ]
+    texts = [text_of_row(row, target.end_tokens) for row in rows]
     return [], texts
 
 
@@ -132,7 +126,7 @@ def _requests(
     answers = AnswerSettings(
         model=settings.model,
         revision=settings.model_revision,
-        max_tokens=settings.max_tokens + num_heads,
+        max_tokens=tokens_to_generate(settings.max_tokens, num_heads),
         llm_options=text_options,
     )
     return encode_prompts(read_prompts(path)[:limit], load_answering_model(answers))
@@ -153,7 +147,11 @@ def _engine_options(settings: CalibrateSettings) -> dict[str, Any]:
 
 
 def _out(settings: CalibrateSettings) -> Path:
-    """Return the directory to write to, of which an hour later nothing bad is to be found."""
+    """Return the directory to write to.
+
+    It is written to at the end only, but what is wrong with it is said before the measurements,
+    which may take an hour.
+    """
     out = settings.out
     if out is None:
         heads = Path(settings.heads).expanduser()

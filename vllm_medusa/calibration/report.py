@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.acceptance.paths import LOOP_TOKENS
+from vllm_medusa.acceptance.texts import LOOP_TOKENS
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.estimates import NUM_FOLDS, Estimate, SizeEstimate
 from vllm_medusa.calibration.findings import Findings, Section

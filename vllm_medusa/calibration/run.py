@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_medusa.acceptance.paths import Ranks, head_accuracy, path_probabilities
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
+from vllm_medusa.acceptance.statistics import head_accuracy
+from vllm_medusa.acceptance.stored_heads import StoredHeads
+from vllm_medusa.acceptance.trees import path_probabilities
 from vllm_medusa.calibration.check import Checked, check_trees
 from vllm_medusa.calibration.choice import Candidate, choose
 from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
@@ -17,7 +19,7 @@ from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.inputs import Inputs, read_inputs
 from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
-from vllm_medusa.calibration.texts import continue_requests
+from vllm_medusa.calibration.texts import continue_requests, tokens_to_generate
 from vllm_medusa.engines.engine import start_engine
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
@@ -92,7 +94,7 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
     texts = list(inputs.texts)
     if inputs.requests:
         temperatures = [0.0, *([settings.temperature] if settings.temperature else [])]
-        num_tokens = settings.max_tokens + inputs.num_heads - 1
+        num_tokens = tokens_to_generate(settings.max_tokens, inputs.num_heads)
         with (
             start_engine(inputs.options) as engine,
             Bar("continuations", "prompts", len(temperatures) * len(inputs.requests)) as bar,
@@ -108,8 +110,9 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     with Bar("ranks", "texts", len(texts)) as bar:
-        continuations = RankMeter(target, inputs.checkpoint).measure(texts, bar.advance)
-    del target
+        meter = RankMeter(target, StoredHeads(inputs.checkpoint, target))
+        continuations = meter.measure(texts, bar.advance)
+    del target, meter
     # What PyTorch keeps for itself, the engines that follow could not have.
     torch.cuda.empty_cache()
     return continuations
@@ -147,8 +150,8 @@ def _sections(
     for name, wanted in groups:
         chosen = [item.temperature in wanted for item in continuations]
         for with_loops in (True, False):
-            ranks: list[Ranks] = [
-                item.ranks if with_loops else item.ranks[: item.num_before_loop]
+            ranks = [
+                item.ranks_of(with_loops=with_loops)
                 for item, is_chosen in zip(continuations, chosen, strict=True)
                 if is_chosen
             ]
@@ -210,7 +213,7 @@ def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[C
             inputs.speculative,
             trees,
             inputs.check_requests,
-            max_tokens=settings.max_tokens,
+            max_tokens=tokens_to_generate(settings.max_tokens, inputs.num_heads),
             num_heads=inputs.num_heads,
             seed=settings.seed,
             progress=bar.advance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vllm_medusa.acceptance.texts import Text
+from vllm_medusa.acceptance.texts import Answer, Text
 from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.engines.engine import EngineProcess
 from vllm_medusa.errors import UserError
@@ -53,6 +53,14 @@ def encode_prompts(prompts: Iterable[Prompt], model: AnsweringModel) -> list[Req
     return requests
 
 
+def tokens_to_generate(max_tokens: int, num_heads: int) -> int:
+    """Return how many tokens to ask for, so that steps count at the first ``max_tokens`` - 1.
+
+    Steps that a limit of tokens could cut do not count (`acceptance.texts.counted_positions`).
+    """
+    return max_tokens + num_heads
+
+
 def continue_requests(
     engine: EngineProcess,
     requests: Sequence[Request],
@@ -65,16 +73,10 @@ def continue_requests(
     for batch in batches(requests):
         prompts = [request.token_ids for request in batch]
         run = engine.run(prompts, max_tokens, temperature=temperature)
-        texts += [
-            Text(
-                request.prompt_id,
-                temperature,
-                request.token_ids + tokens,
-                len(request.token_ids),
-                len(tokens) < max_tokens,
-            )
-            for request, tokens in zip(batch, run.token_ids, strict=True)
-        ]
+        for request, tokens, times in zip(batch, run.token_ids, run.requests, strict=True):
+            both = request.token_ids + tokens
+            answer = Answer(len(request.token_ids), len(both), times.has_ended)
+            texts.append(Text(request.prompt_id, temperature, both, [answer]))
         progress(len(batch))
     return texts
 

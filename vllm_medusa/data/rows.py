@@ -54,6 +54,21 @@ class Row:
         """Number of tokens of the loss mask."""
         return int(self.loss_mask.sum())
 
+    @property
+    def num_learnt(self) -> int:
+        """Number of answer tokens that some position of the row can predict."""
+        return int(self.loss_mask[1:].sum())
+
+    def answers(self) -> list[tuple[int, int]]:
+        """Return the answers as ranges [start, stop) of tokens; a row of several turns has several.
+
+        An answer at the very start is cut by the token that no position predicts.
+        """
+        flags = np.concatenate(([False], self.loss_mask, [False]))
+        flags[1] = False
+        edges = np.flatnonzero(flags[1:] != flags[:-1])
+        return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
     def as_record(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {

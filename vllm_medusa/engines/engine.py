@@ -22,18 +22,20 @@ _WORKER = "vllm_medusa.engines.worker"
 
 @dataclass(frozen=True)
 class RequestTimes:
-    """When one request of a run got its tokens.
+    """When one request of a run got its tokens, and how it ended.
 
     Attributes:
         ttft_ms: time from the start of the run to the request's first token, in milliseconds.
         tpot_ms: mean time per further token, in milliseconds; None if there was only one.
         emitted: how many tokens each step gave it that gave it any, the prompt's own first.
+        has_ended: whether the model ended its text; if not, a limit of tokens did.
 
     """
 
     ttft_ms: float
     tpot_ms: float | None
     emitted: list[int]
+    has_ended: bool
 
     @property
     def num_steps(self) -> int:

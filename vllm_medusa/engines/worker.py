@@ -200,6 +200,7 @@ class _Request:
     last_step: int = 0
     first_ms: float = 0.0
     last_ms: float = 0.0
+    has_ended: bool = False
 
     def add(self, delta: Any, step: int, now_ms: float) -> None:
         if not self.token_ids:
@@ -209,6 +210,7 @@ class _Request:
         if delta.token_ids:
             self.emitted.append(len(delta.token_ids))
         self.last_step, self.last_ms = step, now_ms
+        self.has_ended = delta.finish_reason == "stop"
 
     def times(self) -> dict[str, Any]:
         further = len(self.token_ids) - 1
@@ -216,6 +218,7 @@ class _Request:
             "ttft_ms": self.first_ms,
             "tpot_ms": (self.last_ms - self.first_ms) / further if further > 0 else None,
             "emitted": self.emitted,
+            "has_ended": self.has_ended,
         }
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ class Target:
         hidden_size: of its final hidden states.
         vocab_size: rows of its lm_head.
         is_tied: whether its lm_head is its input embedding; None if config.json does not say.
+        end_tokens: that end its answers, by generation_config.json, or else by config.json.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Target:
     hidden_size: int
     vocab_size: int
     is_tied: bool | None
+    end_tokens: frozenset[int]
 
 
 def read_target(name: str, *, revision: str | None = None) -> Target:
@@ -57,7 +60,15 @@ def read_target(name: str, *, revision: str | None = None) -> Target:
         hidden_size=sizes[0],
         vocab_size=sizes[1],
         is_tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings")),
+        end_tokens=_end_tokens(location, text.get("eos_token_id", config.get("eos_token_id"))),
     )
+
+
+def _end_tokens(location: Path, of_config: object) -> frozenset[int]:
+    path = location / "generation_config.json"
+    end = (read_json(path) if path.is_file() else {}).get("eos_token_id", of_config)
+    tokens = end if isinstance(end, list) else [end]
+    return frozenset(token for token in tokens if isinstance(token, int))
 
 
 def read_lm_head(target: Target) -> torch.Tensor:

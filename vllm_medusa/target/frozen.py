@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.resolve import resolve
 
+# Logits held at once, by device: what fits into a CPU's cache, what keeps a GPU busy.
+_CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
+
+
+def chunk_size(vocab_size: int, device: torch.device) -> int:
+    """Return C: of how many positions to hold the logits at once."""
+    return max(16, _CHUNK_LOGITS.get(device.type, 2**24) // vocab_size)
+
 
 class FrozenTarget:
     """A causal language model that is read and never trained.
@@ -28,6 +36,8 @@ class FrozenTarget:
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
         self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+        self._compiled: Any = None
+        self._compiled_shape: tuple[int, int] | None = None
         self._lm_head: nn.Linear | None = model.get_output_embeddings()
         if self._body is None or self._body is model or self._lm_head is None:
             raise UserError(
@@ -54,7 +64,8 @@ class FrozenTarget:
         Returns:
             [B, S, H]
         """
-        output = self._body(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        body = self._compiled if tokens.shape == self._compiled_shape else self._body
+        output = body(input_ids=tokens, position_ids=position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -65,9 +76,10 @@ class FrozenTarget:
         logits: Tensor = self._lm_head(hidden)
         return logits
 
-    def compile(self) -> None:
-        """Compile the body, for batches that all have one shape."""
-        self._body = torch.compile(self._body, dynamic=False)
+    def compile(self, shape: tuple[int, int]) -> None:
+        """Compile the body for batches of one shape [B, S]; others run as they are."""
+        self._compiled = torch.compile(self._body, dynamic=False)
+        self._compiled_shape = shape
 
     def fingerprint(self) -> str:
         """Return a hash of the lm_head, which tells two targets of the same sizes apart."""

@@ -6,8 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_medusa.data.documents import Document
-from vllm_medusa.data.rows import read_rows
+from vllm_medusa.data.rows import Row, read_rows
 from vllm_medusa.errors import UserError
 
 #: More held-out rows than this would measure no better and cost time.
@@ -25,8 +24,8 @@ class Dataset:
         num_without_answer: rows left out because no token of theirs is an answer.
     """
 
-    train: list[Document]
-    held_out: list[Document]
+    train: list[Row]
+    held_out: list[Row]
     fingerprint: str
     num_cut: int
     num_without_answer: int
@@ -49,33 +48,33 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         UserError: rows that do not fit the target, or too few with answers.
     """
     digest = hashlib.sha256()
-    documents: list[tuple[bytes, Document]] = []
+    rows: list[tuple[bytes, Row]] = []
     num_rows = num_cut = 0
-    for row in read_rows(path):
+    for whole in read_rows(path):
         num_rows += 1
-        if row.token_ids.max() >= vocab_size:
+        if whole.token_ids.max() >= vocab_size:
             raise UserError(
-                f"{path}: row {row.id!r} holds token {row.token_ids.max()}, the target has "
+                f"{path}: row {whole.id!r} holds token {whole.token_ids.max()}, the target has "
                 f"{vocab_size} tokens; use rows of the target's own tokenizer (vllm-medusa distill)"
             )
-        num_cut += len(row.token_ids) > max_tokens
-        document = Document(row.token_ids[:max_tokens], row.loss_mask[:max_tokens])
-        digest.update(document.tokens.tobytes() + document.is_answer.tobytes() + b"|")
-        if document.num_learnt:
-            documents.append((hashlib.sha256(row.id.encode()).digest(), document))
+        num_cut += len(whole.token_ids) > max_tokens
+        row = Row(whole.id, whole.token_ids[:max_tokens], whole.loss_mask[:max_tokens])
+        digest.update(row.token_ids.tobytes() + row.loss_mask.tobytes() + b"|")
+        if row.num_learnt:
+            rows.append((hashlib.sha256(row.id.encode()).digest(), row))
     # By id, so that several answers to one prompt are on the same side.
-    order = sorted({key for key, _ in documents})
+    order = sorted({key for key, _ in rows})
     num_held_out = min(MAX_HELD_OUT_ROWS, max(1, round(held_out * len(order))))
     if len(order) <= num_held_out:
         raise UserError(
-            f"{path}: {len(documents)} of {num_rows} rows hold an answer to learn, too few to hold "
+            f"{path}: {len(rows)} of {num_rows} rows hold an answer to learn, too few to hold "
             "some out; give more rows (vllm-medusa distill makes them)"
         )
     held = set(order[:num_held_out])
     return Dataset(
-        train=[document for key, document in documents if key not in held],
-        held_out=[document for key, document in documents if key in held],
+        train=[row for key, row in rows if key not in held],
+        held_out=[row for key, row in rows if key in held],
         fingerprint=digest.hexdigest()[:16],
         num_cut=num_cut,
-        num_without_answer=num_rows - len(documents),
+        num_without_answer=num_rows - len(rows),
     )

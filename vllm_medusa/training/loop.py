@@ -15,10 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from vllm_medusa.acceptance.ranks import Continuation, RankMeter
 from vllm_medusa.reporting.progress import Bar
+from vllm_medusa.target.config import read_target
 from vllm_medusa.target.frozen import load_target
 from vllm_medusa.training.dataset import Dataset, load_dataset
-from vllm_medusa.training.evaluate import Continuation, expected_acceptance, measure
+from vllm_medusa.training.evaluate import expected_acceptance, held_out_texts
 from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.optimizer import HeadsOptimizer, rate_factor
@@ -115,9 +117,11 @@ class Training:
                 self.dataset.num_cut,
                 self.target.max_tokens,
             )
-        if compile_target:
-            self.target.compile()
+        end_tokens = read_target(settings.model, revision=settings.revision).end_tokens
+        self._held_out = held_out_texts(self.dataset.held_out, end_tokens, settings.num_heads)
         self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
+        if compile_target:
+            self.target.compile((self._batches.num_sequences, self._batches.sequence_length))
         self._batches_per_step: int = settings.grad_accumulation * self._accelerator.num_processes
         self.num_steps = self._count_steps()
         self._eval_every = settings.eval_every or max(1, math.ceil(self.num_steps / 10))
@@ -222,10 +226,8 @@ class Training:
     def _measure(self) -> list[Continuation]:
         """Measure the heads on the held-out rows, each process on its share."""
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
-        share = self.dataset.held_out[rank::num_processes]
-        found = (
-            measure(self._heads, self.target, share, self.settings.batch_tokens) if share else []
-        )
+        meter = RankMeter(self.target, self._heads, self.settings.batch_tokens)
+        found = meter.measure(self._held_out[rank::num_processes], lambda _: None)
         return gather_object(found) if num_processes > 1 else found
 
     def _state(self) -> dict[str, Any]:

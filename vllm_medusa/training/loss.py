@@ -15,18 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_medusa.target.frozen import FrozenTarget
+from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import Batch
 from vllm_medusa.training.settings import TrainSettings
-
-# Logits held at once, by device: what fits into a CPU's cache, what keeps a GPU busy.
-_CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
-
-
-def chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Return C: how many predicted tokens to handle at once."""
-    return max(16, _CHUNK_LOGITS.get(device.type, 2**24) // vocab_size)
 
 
 def accumulate_gradients(

@@ -1,4 +1,4 @@
-"""Packing documents into sequences of equal length, and what the loss looks at in them.
+"""Packing rows (here: documents) into sequences of equal length, and what the loss looks at.
 
 Which sequences a step sees follows from the seed and the step's number alone, so a run that was
 killed goes on with exactly the batches that it would have seen.
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.data.documents import Document
+from vllm_medusa.data.rows import Row
 
 # Documents are packed best-fit among so many at a time: enough for little padding, few enough that
 # the order stays random.
@@ -95,9 +95,9 @@ class Batches:
         num_sequences: B, sequences per batch.
     """
 
-    def __init__(self, documents: list[Document], batch_tokens: int, seed: int) -> None:
+    def __init__(self, documents: list[Row], batch_tokens: int, seed: int) -> None:
         self._documents = documents
-        self._lengths = [len(document.tokens) for document in documents]
+        self._lengths = [len(document.token_ids) for document in documents]
         self._seed = seed
         self.sequence_length = max(self._lengths)
         self.num_sequences = max(1, batch_tokens // self.sequence_length)
@@ -131,7 +131,7 @@ class Batches:
         )
 
 
-def build_batch(sequences: list[list[Document]], size: int) -> Batch:
+def build_batch(sequences: list[list[Row]], size: int) -> Batch:
     """Build the tensors of packed sequences, each padded to `size` tokens."""
     tokens = np.zeros((len(sequences), size), dtype=np.int64)
     position_ids = np.zeros_like(tokens)
@@ -139,10 +139,10 @@ def build_batch(sequences: list[list[Document]], size: int) -> Batch:
     for row, sequence in enumerate(sequences):
         end = 0
         for document in sequence:
-            start, end = end, end + len(document.tokens)
-            tokens[row, start:end] = document.tokens
+            start, end = end, end + len(document.token_ids)
+            tokens[row, start:end] = document.token_ids
             position_ids[row, start:end] = np.arange(end - start)
-            is_learnt[row, start : end - 1] = document.is_answer[1:]
+            is_learnt[row, start : end - 1] = document.loss_mask[1:]
         position_ids[row, end:] = np.arange(size - end)
     learnt = np.flatnonzero(is_learnt)
     return Batch(

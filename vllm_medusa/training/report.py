@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.acceptance.paths import best_paths
+from vllm_medusa.acceptance.texts import LOOP_TOKENS
+from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.files import write_json
 from vllm_medusa.heads.io.write import save_heads
 from vllm_medusa.reporting.provenance import provenance
@@ -95,7 +96,7 @@ def markdown(model: str, report: Mapping[str, Any]) -> str:
         "",
         f"Medusa heads for `{model}`, the best of {len(report['evaluations'])} measurements (after "
         f"step {report['best_step']}), on held-out answers that they did not learn from. An answer "
-        "loops from its first 16 tokens in a row that it had written before.",
+        f"loops from its first {LOOP_TOKENS} tokens in a row that it had written before.",
         "",
         "| held out | " + " | ".join(name for name, _ in both) + " |",
         "|---|" + "---:|" * len(both),

@@ -8,12 +8,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_medusa.acceptance import paths as P
+from vllm_medusa.acceptance.statistics import RANK_CAP, position_average, step_counts
+from vllm_medusa.acceptance.texts import LOOP_TOKENS, loop_start
+from vllm_medusa.acceptance.trees import (
+    best_paths,
+    path_probabilities,
+    product_paths,
+    rank_probabilities,
+    step_paths,
+)
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 Continuations = list[np.ndarray]
 
-_MISSES = (P.RANK_CAP - 1, P.RANK_CAP, P.RANK_CAP + 5)
+_MISSES = (RANK_CAP - 1, RANK_CAP, RANK_CAP + 5)
 
 
 @st.composite
@@ -63,16 +71,16 @@ def all_trees(paths: list[TreePath], size: int) -> list[tuple[TreePath, ...]]:
 
 @given(continuations(), st.data())
 def test_simulation_is_the_slow_walk(texts: Continuations, data: st.DataObject) -> None:
-    pool = P.best_paths(texts, 100)
+    pool = best_paths(texts, 100)
     paths = pool[: data.draw(st.integers(0, len(pool)))]
-    assert P.step_counts(texts, paths).tolist() == slow_counts(texts, paths)
+    assert step_counts(texts, paths).tolist() == slow_counts(texts, paths)
     if num_positions(texts):
-        assert np.isclose(P.position_average(texts, paths), slow_average(texts, paths))
+        assert np.isclose(position_average(texts, paths), slow_average(texts, paths))
 
 
 @given(continuations())
 def test_every_prefix_is_a_tree(texts: Continuations) -> None:
-    for find in (P.best_paths, P.step_paths, P.product_paths):
+    for find in (best_paths, step_paths, product_paths):
         paths = find(texts, 40)
         for size in range(1, len(paths) + 1):
             assert DraftTree.from_paths(paths[:size]).num_draft_tokens == size
@@ -81,32 +89,32 @@ def test_every_prefix_is_a_tree(texts: Continuations) -> None:
 @settings(max_examples=60)
 @given(continuations(max_rank=1, max_positions=5))
 def test_best_paths_are_the_best_tree(texts: Continuations) -> None:
-    pool = sorted(P.path_probabilities(texts))[:10]
+    pool = sorted(path_probabilities(texts))[:10]
     inside = [path for path in pool if all(path[:d] in pool for d in range(1, len(path)))]
-    best = [path for path in P.best_paths(texts, 1000) if path in inside]
+    best = [path for path in best_paths(texts, 1000) if path in inside]
     for size in range(1, min(4, len(best)) + 1):
-        most = max(P.position_average(texts, list(tree)) for tree in all_trees(inside, size))
-        assert np.isclose(P.position_average(texts, best[:size]), most)
+        most = max(position_average(texts, list(tree)) for tree in all_trees(inside, size))
+        assert np.isclose(position_average(texts, best[:size]), most)
 
 
 @given(continuations(), st.integers(1, 30))
 def test_joint_is_never_below_product(texts: Continuations, size: int) -> None:
-    joint, product = P.best_paths(texts, size), P.product_paths(texts, size)
-    assert P.position_average(texts, joint) >= P.position_average(texts, product) - 1e-12
+    joint, product = best_paths(texts, size), product_paths(texts, size)
+    assert position_average(texts, joint) >= position_average(texts, product) - 1e-12
 
 
 @given(continuations())
 def test_position_average_is_the_sum_of_probabilities(texts: Continuations) -> None:
-    probabilities = P.path_probabilities(texts)
-    paths = P.best_paths(texts, len(probabilities))
+    probabilities = path_probabilities(texts)
+    paths = best_paths(texts, len(probabilities))
     assert sorted(paths) == sorted(probabilities)
     total = 1 + sum(probabilities[path] for path in paths)
-    assert np.isclose(P.position_average(texts, paths), total)
+    assert np.isclose(position_average(texts, paths), total)
 
 
 @given(continuations())
 def test_product_paths_are_the_most_probable_products(texts: Continuations) -> None:
-    by_rank = P.rank_probabilities(texts)
+    by_rank = rank_probabilities(texts)
     used = [np.flatnonzero(row).tolist() for row in by_rank]
     products = sorted(
         (
@@ -118,7 +126,7 @@ def test_product_paths_are_the_most_probable_products(texts: Continuations) -> N
     )[:40]
     found = [
         float(np.prod([by_rank[d, rank] for d, rank in enumerate(path)]))
-        for path in P.product_paths(texts, 40)
+        for path in product_paths(texts, 40)
     ]
     assert np.allclose(found, products)
 
@@ -147,8 +155,8 @@ def slow_smoothed(visits: list[float], longest: int) -> list[float]:
 @settings(max_examples=60)
 @given(continuations(), st.integers(1, 8))
 def test_step_paths_grow_where_steps_begin(texts: Continuations, size: int) -> None:
-    ever_right = set(P.path_probabilities(texts))
-    grown = P.step_paths(texts, size)
+    ever_right = set(path_probabilities(texts))
+    grown = step_paths(texts, size)
     assert len(grown) == min(size, len(ever_right))
     chosen: list[TreePath] = []
     for path in grown:
@@ -177,7 +185,7 @@ def test_step_paths_grow_where_steps_begin(texts: Continuations, size: int) -> N
 
 @given(st.lists(st.integers(0, 2), max_size=60))
 def test_loop_start_is_the_first_repeated_run(tokens: list[int]) -> None:
-    width = P.LOOP_TOKENS
+    width = LOOP_TOKENS
     runs = [tuple(tokens[i : i + width]) for i in range(len(tokens) - width + 1)]
     repeats = [i for i, run in enumerate(runs) if run in runs[:i]]
-    assert P.loop_start(tokens) == (repeats[0] if repeats else len(tokens))
+    assert loop_start(tokens) == (repeats[0] if repeats else len(tokens))

@@ -1,9 +1,4 @@
-"""Statistics of rank paths, and the trees and acceptance lengths that follow from them.
-
-The input everywhere is a list of continuations. Each is an int array [positions, heads]: at every
-position of the text at which a step could begin, the rank that each head gave the token that then
-came. Position p's root is text token p, and head k guesses token p + 1 + k. A rank of `RANK_CAP`
-or more is a miss; so is a token beyond the end of the text (write `RANK_CAP` there).
+"""The draft trees that rank tables (`statistics`) speak for.
 
 The probability that a path is right is counted for the path as a whole: over all positions
 (`best_paths`), or over those at which steps begin (`step_paths`). The paper (arXiv
@@ -15,41 +10,35 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_medusa.acceptance.statistics import RANK_CAP, Ranks, joined
 from vllm_medusa.tree.draft_tree import TreePath
 
-Ranks: TypeAlias = NDArray[np.integer[Any]]
-
-#: Ranks from here on are misses: no tree of 127 nodes has use for them.
-RANK_CAP = 32
 #: Paths that `step_paths` tries for each place in the tree.
 _NUM_TRIED = 4
-#: A text loops from the first run of so many tokens that it has already written before.
-LOOP_TOKENS = 16
 
 
-def path_probabilities(continuations: Sequence[Ranks]) -> dict[TreePath, float]:
+def path_probabilities(tables: Sequence[Ranks]) -> dict[TreePath, float]:
     """Return the share of positions at which each path was right as a whole.
 
     Paths that never were are left out. Where a path is, its parent is too, at least as probable.
     """
-    table = _PathTable(_joined(continuations))
+    table = _PathTable(joined(tables))
     shares = table.count(np.ones(len(table.right))) / max(1, len(table.right))
     return dict(zip(table.paths, shares.tolist(), strict=True))
 
 
-def rank_probabilities(continuations: Sequence[Ranks]) -> NDArray[np.float64]:
+def rank_probabilities(tables: Sequence[Ranks]) -> NDArray[np.float64]:
     """Return [heads, RANK_CAP]: at what share of positions each rank of a head was right."""
-    ranks = _joined(continuations)
+    ranks = joined(tables)
     hits = [np.bincount(head[head < RANK_CAP], minlength=RANK_CAP) for head in ranks.T]
     return np.array(hits, dtype=np.float64).reshape(-1, RANK_CAP) / max(1, len(ranks))
 
 
-def best_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+def best_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the paths most often right as a whole, the most probable first.
 
     Every prefix of the list is a tree, and among trees of its size it has the largest expected
@@ -57,12 +46,12 @@ def best_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     more probable by the product of its ranks' probabilities comes first.
 
     Args:
-        continuations: as the module says.
+        tables: rank tables.
         num_paths: how many paths to return; fewer if fewer were ever right.
 
     """
-    by_rank = rank_probabilities(continuations).tolist()
-    probabilities = path_probabilities(continuations)
+    by_rank = rank_probabilities(tables).tolist()
+    probabilities = path_probabilities(tables)
     products: dict[TreePath, float] = {(): 1.0}
     for path in probabilities:  # parents come before their children
         products[path] = products[path[:-1]] * by_rank[len(path) - 1][path[-1]]
@@ -73,7 +62,7 @@ def best_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     return heapq.nsmallest(num_paths, probabilities, key=order)
 
 
-def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+def step_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the paths most often right where steps begin, the most probable first.
 
     As `best_paths`, but what counts are the positions at which steps begin: few in text that is
@@ -83,8 +72,8 @@ def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     follow it, the next most probable ones are tried too, and one of them is taken if it saves more
     steps by more than chance explains (one standard deviation of their numbers).
     """
-    table = _PathTable(_joined(continuations))
-    starts = _StepStarts([len(ranks) for ranks in continuations], table.num_heads)
+    table = _PathTable(joined(tables))
+    starts = _StepStarts([len(ranks) for ranks in tables], table.num_heads)
     emitted = np.ones(len(table.right), dtype=np.int64)
     is_open = table.parents < 0
     chosen: list[TreePath] = []
@@ -105,13 +94,13 @@ def step_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]
     return chosen
 
 
-def product_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePath]:
+def product_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the most probable paths by the paper's method, the most probable first.
 
     A path's probability is the product of its ranks' probabilities (paper, section 2.3.3). As
     `best_paths` otherwise.
     """
-    by_rank = rank_probabilities(continuations)
+    by_rank = rank_probabilities(tables)
     places_to_ranks = np.argsort(-by_rank, axis=1, kind="stable")
     sorted_by_rank = np.take_along_axis(by_rank, places_to_ranks, axis=1).tolist()
     order = places_to_ranks.tolist()
@@ -134,88 +123,6 @@ def product_paths(continuations: Sequence[Ranks], num_paths: int) -> list[TreePa
         offer((*places[:-1], places[-1] + 1), parent)
         offer((*places, 0), -negative)
     return chosen
-
-
-def accepted_drafts(ranks: Ranks, paths: Sequence[TreePath]) -> NDArray[np.int64]:
-    """Return [positions]: the draft tokens that a step beginning there would accept.
-
-    Args:
-        ranks: [positions, heads].
-        paths: a draft tree's; may be empty.
-
-    """
-    children = _children(paths)
-    node = np.zeros(len(ranks), dtype=np.int64)
-    accepted = np.zeros(len(ranks), dtype=np.int64)
-    for depth in range(ranks.shape[1]):
-        node = children[node, np.minimum(ranks[:, depth], RANK_CAP)]
-        accepted += node >= 0
-    return accepted
-
-
-def step_counts(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> NDArray[np.int64]:
-    """Return [continuations, 2]: tokens emitted and steps taken along each continuation.
-
-    This is what the engine does: a step emits its accepted drafts and one token more, and the next
-    begins after them. The last step's tokens count even where they lie beyond the last position.
-    """
-    lengths = np.array([len(ranks) for ranks in continuations], dtype=np.int64)
-    counts = np.zeros((len(continuations), 2), dtype=np.int64)
-    if not lengths.sum():
-        return counts
-    emitted = 1 + accepted_drafts(_joined(continuations), paths)
-    starts = np.cumsum(lengths) - lengths
-    position = np.zeros(len(continuations), dtype=np.int64)
-    # All continuations step at once; each stops at its end.
-    while len(live := np.flatnonzero(position < lengths)):
-        tokens = emitted[starts[live] + position[live]]
-        counts[live, 0] += tokens
-        counts[live, 1] += 1
-        position[live] += tokens
-    return counts
-
-
-def simulate(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
-    """Return the acceptance length, tokens per step, by exact simulation (see `step_counts`).
-
-    It differs from `position_average`: after a step that accepted much the next one begins further
-    on, so steps begin more often where little is accepted. Without any position it is 1.
-    """
-    tokens, steps = step_counts(continuations, paths).sum(axis=0).tolist()
-    return float(tokens / steps) if steps else 1.0
-
-
-def position_average(continuations: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
-    """Return the acceptance length if steps began at all positions alike.
-
-    It is one plus the sum of the nodes' probabilities, which `best_paths` maximises.
-    """
-    ranks = _joined(continuations)
-    return 1 + float(accepted_drafts(ranks, paths).mean()) if len(ranks) else 1.0
-
-
-def head_accuracy(
-    continuations: Sequence[Ranks], tops: Sequence[int] = (1, 2, 5, 10)
-) -> dict[int, list[float]]:
-    """Return by top n the share of positions at which each head had the token among its first n."""
-    ranks = _joined(continuations)
-    shares = {top: (ranks < top).sum(axis=0) / max(1, len(ranks)) for top in tops}
-    return {top: share.tolist() for top, share in shares.items()}
-
-
-def loop_start(tokens: Sequence[int]) -> int:
-    """Return the index at which a text begins to loop; its length if it does not.
-
-    That is the first token of the first `LOOP_TOKENS` tokens in a row that already stood there
-    earlier in the text; the two runs may overlap.
-    """
-    seen: set[tuple[int, ...]] = set()
-    for start in range(len(tokens) - LOOP_TOKENS + 1):
-        run = tuple(tokens[start : start + LOOP_TOKENS])
-        if run in seen:
-            return start
-        seen.add(run)
-    return len(tokens)
 
 
 class _PathTable:
@@ -310,22 +217,3 @@ class _StepStarts:
             sums[self._text, self._place + self._longest] - sums[self._text, self._place]
         )
         return windows
-
-
-def _joined(continuations: Sequence[Ranks]) -> Ranks:
-    """All positions: [sum of positions, heads]."""
-    if not continuations:
-        return np.zeros((0, 0), dtype=np.int64)
-    return np.concatenate([np.asarray(ranks) for ranks in continuations])
-
-
-def _children(paths: Sequence[TreePath]) -> NDArray[np.int64]:
-    """Node reached from each node by each rank: [nodes + 1, RANK_CAP + 1]; -1, which is also the
-    last row, is the end of the walk, and so is the last column, a miss.
-    """
-    index = {path: node for node, path in enumerate(paths, start=1)} | {(): 0}
-    children = np.full((len(index) + 1, RANK_CAP + 1), -1, dtype=np.int64)
-    for path, node in index.items():
-        if path and path[-1] < RANK_CAP:
-            children[index[path[:-1]], path[-1]] = node
-    return children

@@ -1,0 +1,55 @@
+"""Heads read from files, as `ranks` measures them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads
+from vllm_medusa.heads.io.formats import LmHeadKind
+from vllm_medusa.target.frozen import FrozenTarget
+
+_LM_HEADS: dict[LmHeadKind, tuple[str, ...]] = {
+    "own": ("lm_head.weight",),
+    "common": ("lm_head.weight",),
+    "low_rank": ("lm_head.down", "lm_head.up"),
+    "target": (),
+}
+
+
+class StoredHeads:
+    """The heads of a checkpoint, in the target's dtype and on its device (see `ranks.Heads`).
+
+    Args:
+        checkpoint: the heads.
+        target: whose lm_head the heads use if they have none of their own.
+
+    """
+
+    def __init__(self, checkpoint: HeadsCheckpoint, target: FrozenTarget) -> None:
+        device, dtype = target.weight.device, target.weight.dtype
+        self.num_heads = checkpoint.spec.num_heads
+        self._blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
+        # The matrices that project, first to last: [K, out, in], or [out, in] for all heads.
+        self._weights = [
+            checkpoint.tensors[name].to(device, dtype)
+            for name in _LM_HEADS[checkpoint.spec.lm_head]
+        ] or [target.weight]
+        token_map = checkpoint.tensors.get("token_map")
+        self._token_map = None if token_map is None else token_map.to(device)
+        self._vocab_size = target.vocab_size
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Apply the residual blocks: [N, H] to [K, N, H]."""
+        features: Tensor = self._blocks(hidden)
+        return features
+
+    def logits(self, features: Tensor, head: int) -> Tensor:
+        """Project one head's features onto the target's vocabulary: [N, H] to [N, V]."""
+        for weight in self._weights:
+            features = F.linear(features, weight if weight.ndim == 2 else weight[head])
+        if self._token_map is None:
+            return features
+        logits = features.new_full((len(features), self._vocab_size), -torch.inf)
+        return logits.index_copy_(1, self._token_map, features)
