@@ -287,7 +287,7 @@ MLA: dict[str, Any] = {
     ("name", "sizes", "reason"),
     [
         ("Mamba", {"state_size": 16}, "recurrent (Mamba-like) states cannot be forked; serve"),
-        ("DeepseekV2", MLA, "MLA caches are not forked yet; use tree='chain'"),
+        ("DeepseekV2", MLA, "MLA caches have no attention to trees yet; use tree='chain'"),
     ],
 )
 def test_models(
