@@ -16,10 +16,11 @@ from vllm.v1.worker.gpu import model_runner
 
 from vllm_medusa.kernels.compact import CacheGroup, compact
 from vllm_medusa.kernels.trees import prepare
-from vllm_medusa.plugin.compat import replaced
+from vllm_medusa.plugin.compat import plugin_logger, replaced
 from vllm_medusa.plugin.core.draft_parents import send_parents
 from vllm_medusa.plugin.counters import Counters
 from vllm_medusa.plugin.identity import masks_trees
+from vllm_medusa.plugin.sampling_params import max_nodes_of
 from vllm_medusa.plugin.worker.v2.attention import TreeBuilderMixin
 from vllm_medusa.plugin.worker.v2.backends import check_layers, tree_backends
 from vllm_medusa.plugin.worker.v2.constraints import follow_paths
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
+
+logger = plugin_logger(__name__)
 
 
 class TreeRunnerMixin(_Base):
@@ -102,6 +105,11 @@ class TreeRunnerMixin(_Base):
                     self.req_states.req_id_to_index[new.req_id],
                     self._needs_chain(new.sampling_params),
                 )
+                if max_nodes_of(new.sampling_params) is not None:
+                    logger.warning_once(
+                        "max_nodes of a request is not kept on Model Runner V2, where all requests "
+                        "of a batch have equally many draft nodes; its text is the same."
+                    )
 
     def _needs_chain(self, params: Any) -> bool:
         has_custom_processors = bool(self.model_config.logits_processors)
