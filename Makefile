@@ -1,30 +1,41 @@
 # Every target sets up what it needs first; that takes minutes the first time and no time after.
-# PYTHON: the Python 3.11 to build with.  VENV, VENV_NEXT: where the environments go.
 # WORKERS: how many processes `test` and `test-next` share their test files among, each with its
 # part of the cores; 0: none, all runs in pytest's own.
+# PYTHON: the Python 3.11 to build with.  VENV, VENV_NEXT, VENV_V2, VENV_V2_NEXT: where the
+# environments go.  GPU_PYTHON: of a GPU machine's own environment, for test-gpu and bench-gpu.
 # DEMO: where demo-model writes the model it makes; DEMO_BUILD: its training data.
 
 PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 VENV ?= .venv
 VENV_NEXT ?= .venv-next
 WORKERS ?= 2
+VENV_V2 ?= .venv-v2
+VENV_V2_NEXT ?= .venv-v2-next
 DEMO ?= demo
 DEMO_BUILD ?= build/demo
+GPU_PYTHON ?= python
 
 # A file goes to one worker, so that its tests share their engines; files go in pytest's order.
 SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo demo-model test test-slow test-next bench bench-ab bench-online lint format clean distclean
+.PHONY: help venv venv-next venv-v2 venv-v2-next demo demo-model test test-slow test-next test-v2
+.PHONY: test-v2-next test-gpu bench-gpu bench bench-ab bench-online lint format clean distclean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: ## set up the environment: vLLM 0.32 for CPU, this package, all tools
 	@$(PYTHON) tools/setup_env.py $(VENV)
 
 venv-next: venv ## set up a second environment with vLLM 0.33
 	@$(PYTHON) tools/setup_next.py $(VENV_NEXT) $(VENV)
+
+venv-v2: venv ## set up a third one for Model Runner V2 on a CPU, in Triton's interpreter
+	@$(PYTHON) tools/setup_v2.py $(VENV_V2) $(VENV)
+
+venv-v2-next: venv-next ## the same with vLLM 0.33
+	@$(PYTHON) tools/setup_v2.py $(VENV_V2_NEXT) $(VENV_NEXT) $(VENV)
 
 demo: venv ## generate text with a draft tree, beside the same without
 	@$(VENV)/bin/python examples/demo.py
@@ -56,6 +67,19 @@ test-slow: venv ## the tests that take minutes each
 test-next: venv-next ## the engine tests on vLLM 0.33
 	@$(VENV_NEXT)/bin/python -m pytest $(SHARED) -m "engine and not slow"
 
+test-v2: venv-v2 ## kernels and engine on Model Runner V2, in Triton's interpreter
+	@$(VENV_V2)/bin/python -m pytest -m "not slow" tests/kernels tests/v2
+
+test-v2-next: venv-v2-next ## the engine on Model Runner V2 of vLLM 0.33, likewise
+	@$(VENV_V2_NEXT)/bin/python -m pytest -m "not slow" tests/v2
+
+test-gpu: ## kernels and engine on a GPU machine with vLLM and this package (GPU_PYTHON)
+	@VLLM_USE_V2_MODEL_RUNNER=1 $(GPU_PYTHON) -m pytest -m "not slow" tests/kernels tests/v2
+
+bench-gpu: ## time the kernels, and steps with trees, on a GPU machine (GPU_PYTHON, BENCH_ARGS)
+	@$(GPU_PYTHON) examples/bench_kernels.py
+	@$(GPU_PYTHON) examples/bench_steps.py --dtype bfloat16 $(BENCH_ARGS)
+
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py
 
@@ -82,4 +106,4 @@ clean: ## remove caches and build output
 	@find vllm_medusa tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	@rm -rf $(VENV) $(VENV_NEXT)
+	@rm -rf $(VENV) $(VENV_NEXT) $(VENV_V2) $(VENV_V2_NEXT)

@@ -242,16 +242,37 @@ def test_unsupported(
     )
 
 
-def test_v2_runner(tiny_model: Path, tiny_heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LONG_TREE = [[rank] for rank in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"tree": "cpu-16"}, None),
+        ({"tree": LONG_TREE}, "tree='64 nodes' is not supported.*ancestors in 64 bits; use 63"),
+        ({"tree": "dynamic"}, "tree='dynamic' is not supported.*does not wait; use a static tree"),
+    ],
+    ids=["tree", "too many nodes", "dynamic"],
+)
+def test_v2_runner(
+    tiny_model: Path,
+    tiny_heads: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: dict[str, Any],
+    expected: str | None,
+) -> None:
     from vllm.config import VllmConfig
 
-    vllm_config = engine_config(tiny_model, medusa(tiny_heads), skip_tokenizer_init=True)
+    vllm_config = engine_config(tiny_model, medusa(tiny_heads, **spec), skip_tokenizer_init=True)
     # vLLM itself takes V1 where there is no Triton.
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     config = medusa_config_of(vllm_config)
     assert config is not None
-    with pytest.raises(UserError, match="VLLM_USE_V2_MODEL_RUNNER=1 is not supported"):
+    if expected is None:
         check_supported(vllm_config, config)
+    else:
+        with pytest.raises(UserError, match=expected):
+            check_supported(vllm_config, config)
 
 
 def test_kv_connectors(tiny_model: Path, tiny_heads: Path) -> None:
@@ -287,7 +308,7 @@ MLA: dict[str, Any] = {
     ("name", "sizes", "reason"),
     [
         ("Mamba", {"state_size": 16}, "recurrent (Mamba-like) states cannot be forked; serve"),
-        ("DeepseekV2", MLA, "MLA caches are not forked yet; use tree='chain'"),
+        ("DeepseekV2", MLA, "MLA caches have no attention to trees yet; use tree='chain'"),
     ],
 )
 def test_models(

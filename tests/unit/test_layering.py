@@ -26,17 +26,18 @@ ROOMS: dict[str, set[str]] = {
     "tree": {"errors"},
     "draft": {"errors", "tree"},
     "heads": {"errors", "tree"},
+    "kernels": set(),
     "config": {"errors", "tree"},
     "data": {"errors", "files"},
     "target": {"errors", "heads", "data", "settings"},
     "acceptance": {"errors", "tree", "heads", "data", "target", "reporting"},
-    "plugin": {"errors", "tree", "draft", "heads", "config"},
+    "plugin": {"errors", "tree", "draft", "heads", "kernels", "config"},
     "engines": {"errors", "data", "target", "plugin"},
     "stepcost": {"errors", "files", "tree", "engines", "reporting"},
 }
 # The tools may use all the rooms above but the plugin; none imports another.
 TOOLS = {"distill", "training", "calibration", "bench"}
-BELOW_TOOLS = set(ROOMS) - {"plugin"}
+BELOW_TOOLS = set(ROOMS) - {"plugin", "kernels"}
 ROOMS |= dict.fromkeys(TOOLS, BELOW_TOOLS)
 ROOMS["cli"] = BELOW_TOOLS | TOOLS
 
@@ -45,6 +46,7 @@ IMPORTS_VLLM = {"plugin", "engines"}
 PURE = {
     "tree": {"torch", "numpy"},
     "draft": {"numpy", "arctic_inference"},
+    "kernels": {"torch", "triton"},
     "heads": {"torch", "numpy", "safetensors", "huggingface_hub"},
 }
 _MODULE_NAME = re.compile(rf"{PACKAGE}(\.[a-z_0-9]+)+")

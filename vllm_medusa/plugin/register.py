@@ -5,6 +5,7 @@ than once. What it patches, and where each patch lies upstream:
 
 =========================================  =======================================================
 `arguments.patch_arguments`                ``EngineArgs``: the ``medusa`` string and our keys
+`v2_config.patch_v2_config`                ``VllmConfig``: Model Runner V2 knows our method
 `sampling_params.patch_validation`         ``SamplingParams``: parameters that trees can honour
 `memory.patch_engine_core`                 ``EngineCore``: fork blocks are taken off the KV cache
 `structured_output.patch_...`              ``StructuredOutputManager``: grammars walk trees
@@ -30,7 +31,7 @@ from vllm_medusa.plugin import compat
 
 def register() -> None:
     """Make vLLM know ``medusa``; does nothing when called again in the same process."""
-    from vllm_medusa.plugin import arguments, one_line_errors, sampling_params
+    from vllm_medusa.plugin import arguments, one_line_errors, sampling_params, v2_config
     from vllm_medusa.plugin.core import draft_parents, memory, structured_output
 
     one_line_errors.install_one_line_errors()
@@ -41,6 +42,7 @@ def register() -> None:
         return
     _initialise_amx()
     arguments.patch_arguments()
+    v2_config.patch_v2_config()
     sampling_params.patch_validation()
     # The engine core's module is slow to import, and only its own process needs the patch; where
     # the engine runs in this process, `arguments` applies it.

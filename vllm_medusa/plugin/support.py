@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_medusa.config import MedusaConfig
 from vllm_medusa.errors import UserError
+from vllm_medusa.kernels import MAX_NODES
 from vllm_medusa.plugin.compat import plugin_logger
 
 logger = plugin_logger(__name__)
@@ -34,14 +35,18 @@ def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
         UserError: naming the setting, its value and the remedy.
 
     """
+    is_v2 = bool(vllm_config.use_v2_model_runner)
+    refused_with_trees = _refused_with_masks if is_v2 else _refused_with_forks
     for setting, value, is_refused, reason in [
         *_refused_always(vllm_config),
-        *([] if config.limits.max_paths == 1 else _refused_with_forks(vllm_config)),
+        *(_refused_on_v2(vllm_config, config) if is_v2 else []),
+        *([] if config.limits.max_paths == 1 else refused_with_trees(vllm_config)),
     ]:
         if is_refused:
             raise UserError(f"{setting}={value!r} is not supported with Medusa: {reason}")
     _check_token_budget(vllm_config, config)
-    _avoid_full_cuda_graphs(vllm_config)
+    if not is_v2:
+        _avoid_full_cuda_graphs(vllm_config)
 
 
 def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
@@ -79,11 +84,73 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             model.runner_type != "generate",
             "there is nothing to draft for; leave speculative_config out",
         ),
+    ]
+
+
+def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, Any, bool, str]]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    num_nodes = config.limits.max_nodes
+    prefill_context = getattr(parallel, "prefill_context_parallel_size", 1)
+    return [
         (
-            "VLLM_USE_V2_MODEL_RUNNER",
-            1,
-            bool(vllm_config.use_v2_model_runner),
-            "the plugin extends the V1 model runner; unset the variable",
+            "tree",
+            "dynamic",
+            config.dynamic is not None,
+            "dynamic trees are chosen on the host, for which Model Runner V2 does not wait; use a "
+            "static tree, or V1 with VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            "tree",
+            f"{num_nodes} nodes",
+            num_nodes >= MAX_NODES,
+            f"Model Runner V2 keeps a node's ancestors in 64 bits; use {MAX_NODES - 1} nodes or "
+            "fewer",
+        ),
+        (
+            "prefill_context_parallel_size",
+            prefill_context,
+            prefill_context > 1,
+            "a request's tokens lie on several ranks; use tensor parallelism",
+        ),
+        (
+            "watermark_config",
+            "given",
+            getattr(vllm_config, "watermark_config", None) is not None,
+            "a watermark follows the drafts as a chain; leave it out",
+        ),
+        (
+            "enable_batch_sharded_sampling",
+            True,
+            bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
+            "ranks would accept paths that the others do not know; leave it out",
+        ),
+        (
+            "return_sampling_mask",
+            True,
+            bool(getattr(model, "return_sampling_mask", False)),
+            "masks are not returned by path yet; leave it out",
+        ),
+    ]
+
+
+def _refused_with_masks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
+    """What attention to trees does not know, beside what it shares with forks."""
+    model = vllm_config.model_config
+    chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+    kv_role = getattr(vllm_config.kv_transfer_config, "kv_role", None)
+    shared = [
+        refusal
+        for refusal in _refused_with_forks(vllm_config)
+        if not (refusal[0] == "kv_transfer_config" and kv_role == "kv_producer")
+    ]
+    return [
+        *shared,
+        (
+            "model",
+            getattr(model.hf_config, "architectures", None),
+            chunk is not None,
+            "its attention is cut into chunks by a token's slot, not by its position; use "
+            "tree='chain'",
         ),
     ]
 
@@ -96,7 +163,7 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "model",
             architectures,
             model.use_mla,
-            "MLA caches are not forked yet; use tree='chain'",
+            "MLA caches have no attention to trees yet; use tree='chain'",
         ),
         (
             "model",

@@ -39,16 +39,23 @@ def parents_of(request: Any, tokens: Sequence[int]) -> Sequence[int]:
 
 
 def patch_scheduler() -> None:
-    """Patch ``Scheduler.update_draft_token_ids`` (``v1/core/sched/scheduler.py``)."""
+    """Patch the two ways by which drafts get to the ``Scheduler`` (``v1/core/sched/scheduler.py``).
+
+    ``update_draft_token_ids_in_output`` is that of asynchronous scheduling, to which the drafts
+    come when their step is scheduled already.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     def wrap(original: Any) -> Any:
-        def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
-            original(self, draft_token_ids)
+        def update(self: Any, draft_token_ids: Any, *args: Any) -> None:
+            original(self, draft_token_ids, *args)
             for req_id, parents in getattr(draft_token_ids, _SENT, {}).items():
                 if req_id in self.requests:
                     setattr(self.requests[req_id], _KEPT, parents)
 
-        return update_draft_token_ids
+        return update
 
-    patch(Scheduler, "update_draft_token_ids", ["self", "draft_token_ids"], wrap)
+    parameters = ["self", "draft_token_ids"]
+    patch(Scheduler, "update_draft_token_ids", parameters, wrap)
+    parameters = [*parameters, "scheduler_output"]
+    patch(Scheduler, "update_draft_token_ids_in_output", parameters, wrap)

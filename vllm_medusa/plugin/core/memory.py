@@ -40,7 +40,9 @@ def patch_engine_core() -> None:
             kv_cache_config = original(kv_cache_configs)
             vllm_config = _vllm_config.get()
             config = medusa_config_of(vllm_config)
-            if config is not None:
+            if config is not None and vllm_config.use_v2_model_runner:
+                logger.info("Medusa: %s, on Model Runner V2", _described(config))
+            elif config is not None:
                 pool = fork_pool_of(vllm_config, kv_cache_config, config)
                 _log_start(config, pool, kv_cache_config)
                 kv_cache_config.num_blocks -= pool.num_blocks
@@ -53,18 +55,20 @@ def patch_engine_core() -> None:
 
 
 def _log_start(config: MedusaConfig, pool: ForkPool, kv_cache_config: Any) -> None:
-    limits = config.limits
     cache_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
     fork_mib = cache_bytes * pool.num_blocks / kv_cache_config.num_blocks / 2**20
     logger.info(
-        "Medusa: heads %s, tree %s (%d nodes, %d leaves, depth %d), acceptance lossless, forks for "
-        "%d requests in %d KV blocks (%.1f MiB)",
-        config.heads,
-        config.tree_name,
-        limits.max_nodes,
-        limits.max_paths,
-        limits.max_depth,
+        "Medusa: %s, forks for %d requests in %d KV blocks (%.1f MiB)",
+        _described(config),
         pool.num_requests,
         pool.num_blocks,
         fork_mib,
+    )
+
+
+def _described(config: MedusaConfig) -> str:
+    limits = config.limits
+    return (
+        f"heads {config.heads}, tree {config.tree_name} ({limits.max_nodes} nodes, "
+        f"{limits.max_paths} leaves, depth {limits.max_depth}), acceptance lossless"
     )

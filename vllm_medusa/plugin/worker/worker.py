@@ -6,8 +6,10 @@ then, because only then is the platform known.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
+from vllm_medusa.errors import UserError
 from vllm_medusa.plugin.compat import replaced
 from vllm_medusa.plugin.worker import timers
 
@@ -34,6 +36,7 @@ def _build_worker() -> type:
 
 class _WorkerMixin:
     model_runner: Any
+    use_v2_model_runner: bool
     _timers: timers.StepTimers | None = None
 
     def compile_or_warm_up_model(self) -> Any:
@@ -52,6 +55,11 @@ class _WorkerMixin:
         The first call begins to time; without ``VLLM_MEDUSA_TIMERS=1`` there never is anything.
         """
         if self._timers is None and timers.are_wanted():
+            if self.use_v2_model_runner:
+                raise UserError(
+                    f"{timers.VARIABLE}=1 times the steps of Model Runner V1 only; set "
+                    "VLLM_USE_V2_MODEL_RUNNER=0 too, or leave it out"
+                )
             self._timers = timers.StepTimers(self.model_runner)
         return [] if self._timers is None else self._timers.take()
 
@@ -68,8 +76,16 @@ def _build_cpu_worker() -> type:
     class MedusaWorker(_WorkerMixin, cpu_worker.CPUWorker):
         def init_device(self) -> None:
             # The CPU worker names its runner's class inside init_device (cpu_worker.py).
-            with replaced(cpu_worker, "CPUModelRunner", MedusaCPUModelRunner):
+            with self._our_runner():
                 super().init_device()
+
+        def _our_runner(self) -> AbstractContextManager[None]:
+            if not self.vllm_config.use_v2_model_runner:
+                return replaced(cpu_worker, "CPUModelRunner", MedusaCPUModelRunner)
+            from vllm.v1.worker.cpu import model_runner
+
+            v2_runner = _v2_runner(model_runner.CPUModelRunner)
+            return replaced(model_runner, "CPUModelRunner", v2_runner)
 
     return MedusaWorker
 
@@ -85,6 +101,16 @@ def _build_gpu_worker() -> type:
 
     class MedusaWorker(_WorkerMixin, Worker):
         def _make_model_runner(self) -> GPUModelRunner:
-            return MedusaGPUModelRunner(self.vllm_config, self.device)
+            if not self.vllm_config.use_v2_model_runner:
+                return MedusaGPUModelRunner(self.vllm_config, self.device)
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
+
+            return _v2_runner(V2ModelRunner)(self.vllm_config, self.device)
 
     return MedusaWorker
+
+
+def _v2_runner(base: type) -> type:
+    from vllm_medusa.plugin.worker.v2.runner import TreeRunnerMixin
+
+    return type(f"Medusa{base.__name__}V2", (TreeRunnerMixin, base), {})

@@ -1,0 +1,147 @@
+"""What the kernels compute, slowly and obviously, in Python and torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import Case
+from vllm_medusa.kernels import NO_TREE
+from vllm_medusa.kernels.attention import Features, Step
+
+
+def has_tree(case: Case, req: int) -> bool:
+    start = int(case.seq_lens[req]) - case.num_logits[req]
+    return case.num_logits[req] > 1 and start >= int(case.prefill_len[case.idx_mapping[req]])
+
+
+def prepare(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, ancestors and bases of a case."""
+    positions, seen = case.positions.clone(), case.token_ancestors.clone()
+    base = torch.full_like(case.base, NO_TREE)
+    for req in range(case.num_reqs):
+        if has_tree(case, req):
+            count, state = case.num_logits[req], int(case.idx_mapping[req])
+            base[req] = case.seq_lens[req] - count
+            tokens = slice(int(case.query_start_loc[req]), int(case.query_start_loc[req + 1]))
+            positions[tokens] = base[req] + case.depths[state, :count]
+            seen[tokens] = case.ancestors[state, :count]
+    return positions, seen, base
+
+
+def accept(case: Case, drafts: Tensor, targets: Tensor, max_depth: int) -> list[list[int]]:
+    """The accepted nodes of each request, the root first."""
+    paths = []
+    for req in range(case.num_reqs):
+        start, parents = int(case.cu_num_logits[req]), case.parents[case.idx_mapping[req]].tolist()
+        count = case.num_logits[req] if has_tree(case, req) else 1
+        path = [0]
+        while len(path) <= max_depth:
+            token = int(targets[start + path[-1]])
+            children = [
+                node
+                for node in range(1, count)
+                if parents[node] == path[-1] and int(drafts[start + node]) == token
+            ]
+            if not children:
+                break
+            path.append(children[0])
+        paths.append(path)
+    return paths
+
+
+def compact(case: Case, cache: Tensor, slots: Tensor, paths: list[list[int]]) -> Tensor:
+    """The cache afterwards; it is [blocks, heads, tokens of a block, content]."""
+    before, after = cache.clone(), cache.clone()
+    size = cache.shape[2]
+    for req, path in enumerate(paths):
+        first = int(case.logits_indices[case.cu_num_logits[req]])
+        for depth, node in enumerate(path):
+            a, b = int(slots[first + node]), int(slots[first + depth])
+            after[b // size, :, b % size] = before[a // size, :, a % size]
+    return after
+
+
+def path_tokens(case: Case, tokens: Tensor, req: int, node: int) -> list[int]:
+    """Drafted tokens on the way from the root to a node, the root's left out."""
+    parents, start = case.parents[case.idx_mapping[req]].tolist(), int(case.cu_num_logits[req])
+    path: list[int] = []
+    while node > 0:
+        path.insert(0, int(tokens[start + node]))
+        node = parents[node]
+    return path
+
+
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    step: Step,
+    scale: float,
+    features: Features = Features(),  # noqa: B008 - it cannot be changed
+    workspace: object = None,
+    wanted_programs: int = 1,
+) -> None:
+    """`tree_attention`, request by request, in float32."""
+    starts = step.query_start_loc.tolist()
+    for req, seq_len in enumerate(step.seq_lens.tolist()):
+        queries = slice(starts[req], starts[req + 1])
+        if queries.start == queries.stop:
+            continue
+        key, value = _keys_and_values(key_cache, value_cache, step, req, seq_len, features)
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = torch.einsum("thd,shd->hts", query[queries].float(), key) * scale
+        scores, seen = _bent_and_seen(scores, step, req, queries, seq_len, features)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if features.sinks is not None:
+            sink = features.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        out[queries] = torch.einsum("hts,shd->thd", weights, value).to(out.dtype)
+
+
+def _keys_and_values(
+    key_cache: Tensor, value_cache: Tensor, step: Step, req: int, seq_len: int, features: Features
+) -> tuple[Tensor, Tensor]:
+    """[S, heads, D] float32 keys and values of a request, multiplied with their scales."""
+    keys = torch.arange(seq_len, device=key_cache.device)
+    size = key_cache.shape[1]
+    page, inside = step.block_table[req, keys // size].long(), keys % size
+    key, value = key_cache[page, inside].float(), value_cache[page, inside].float()
+    scales = features.scales
+    if scales is None:
+        return key, value
+    if scales.kind == 1:
+        return key * scales.key, value * scales.value
+    return key * scales.key[page, inside][..., None], value * scales.value[page, inside][..., None]
+
+
+def _bent_and_seen(
+    scores: Tensor, step: Step, req: int, queries: slice, seq_len: int, features: Features
+) -> tuple[Tensor, Tensor]:
+    """Scores with soft cap and ALiBi, and [T, S] what each query may see."""
+    num_queries = queries.stop - queries.start
+    keys = torch.arange(seq_len, device=scores.device)
+    context = seq_len - num_queries
+    node = keys - int(step.base[req])
+    key_position = keys.clone()
+    for key in keys[node >= 0].tolist():
+        key_position[key] = step.positions[queries.start + int(node[key])]
+    position = step.positions[queries]
+    distance = position[:, None] - key_position
+    slot = context + torch.arange(num_queries, device=scores.device)
+    bit = (step.ancestors[queries, None] >> node.clamp(0, 63)) & 1
+    seen = (keys <= slot[:, None]) & ((node < 0) | (bit == 1))
+    if features.window:
+        seen &= distance < features.window
+    if features.softcap:
+        scores = features.softcap * torch.tanh(scores / features.softcap)
+    if features.slopes is not None:
+        offset = (key_position - context).expand_as(distance).float()
+        if features.slopes_of_root:
+            offset = -distance.clamp(min=0).float().sqrt()
+        scores = scores + features.slopes[:, None, None] * offset
+    return scores, seen

@@ -1,0 +1,27 @@
+"""Triton's compiler takes every kernel, though no GPU is there to run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+KERNELS = 8
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    environment = {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_for_gpu", "90"],
+        cwd=REPO,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("for sm_90") == KERNELS

@@ -1,0 +1,151 @@
+"""What a step with trees costs, by count: kernels, waits for the device, bytes attention reads.
+
+There is no clock to trust in the interpreter. Run with ``-s`` to see the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.conftest import greedy
+from tests.kernels.cases import random_case
+from tests.v2.conftest import IS_INTERPRETED
+from tests.v2.trees import spec
+from vllm_medusa.kernels import NO_TREE
+from vllm_medusa.kernels.attention import Step, tree_attention
+
+pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="counts in the interpreter")
+
+NUM_NODES = 16
+CONTEXT = 2048
+HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 1, 32, 16
+
+
+def long_step(num_reqs: int, has_trees: bool) -> dict[str, Any]:
+    """Requests of `CONTEXT` tokens that run a tree, or a causal chain of as many queries."""
+    case = random_case(1, num_reqs, NUM_NODES, kinds=("tree",))
+    case.seq_lens[:] = CONTEXT + NUM_NODES + 1
+    case.prepare()
+    if not has_trees:
+        case.base.fill_(NO_TREE)
+    pages = -(-(CONTEXT + NUM_NODES + 1) // PAGE)
+    cache = torch.randn(num_reqs * pages, PAGE, KV_HEADS, 2 * HEAD_SIZE)
+    table = torch.arange(num_reqs * pages, dtype=torch.int32).view(num_reqs, pages)
+    return {
+        "query": torch.randn(case.num_tokens, HEADS, HEAD_SIZE),
+        "key_cache": cache[..., :HEAD_SIZE],
+        "value_cache": cache[..., HEAD_SIZE:],
+        "step": Step(
+            query_start_loc=case.query_start_loc,
+            seq_lens=case.seq_lens,
+            block_table=table,
+            positions=case.positions,
+            ancestors=case.token_ancestors,
+            base=case.base,
+            max_query_len=NUM_NODES + 1,
+        ),
+    }
+
+
+def bytes_of_vllm(tensors: dict[str, Any]) -> int:
+    """What vLLM's Triton attention loads for the same queries as a chain."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    from tests.kernels.counting import counted_loads
+
+    step, query = tensors["step"], tensors["query"]
+    with counted_loads() as loaded:
+        unified_attention(
+            q=query,
+            k=tensors["key_cache"],
+            v=tensors["value_cache"],
+            out=torch.empty_like(query),
+            cu_seqlens_q=step.query_start_loc,
+            max_seqlen_q=step.max_query_len,
+            seqused_k=step.seq_lens,
+            max_seqlen_k=CONTEXT + NUM_NODES + 1,
+            softmax_scale=1.0,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=step.block_table,
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+        )
+    return loaded[0]
+
+
+def bytes_of_ours(tensors: dict[str, Any]) -> int:
+    from tests.kernels.counting import counted_loads
+
+    with counted_loads() as loaded:
+        tree_attention(out=torch.empty_like(tensors["query"]), scale=1.0, **tensors)
+    return loaded[0]
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_bytes_that_attention_reads(num_reqs: int) -> None:
+    tree = bytes_of_ours(long_step(num_reqs, has_trees=True))
+    causal = bytes_of_ours(long_step(num_reqs, has_trees=False))
+    vllm = bytes_of_vllm(long_step(num_reqs, has_trees=False))
+    once = num_reqs * CONTEXT * KV_HEADS * 2 * HEAD_SIZE * 4
+    print(f"\nbatch {num_reqs}: tree {tree}, causal {causal}, vLLM's {vllm}, context once {once}")
+    assert tree <= 1.05 * causal
+    assert tree <= 1.05 * vllm
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_kernels_and_waits_of_a_step(
+    engine: Callable[..., Any],
+    tiny_heads: Path,
+    num_reqs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside vLLM's own step: four launches, one attention for each layer, no wait."""
+    from tests.kernels.counting import Calls
+    from vllm_medusa.plugin.worker.v2 import runner, sampler, speculator
+
+    calls, steps = Calls(), [0]
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with calls:
+                return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def begins_step(self: Any, input_batch: Any) -> Any:
+        if input_batch.num_draft_tokens > 0:
+            if steps[0] == 0:  # what the prompts' step did does not count
+                calls.kernels.clear()
+                calls.operations.clear()
+            steps[0] += 1
+        return original_prepare(self, input_batch)
+
+    prompts = [{"prompt_token_ids": [7 + i, 8, 9]} for i in range(num_reqs)]
+    with engine(speculative_config=spec(tiny_heads, NUM_NODES)) as llm:
+        wanted = greedy(llm, prompts, 4)
+        counted(sampler.TreeSampler, "__call__")
+        counted(speculator.TreeSpeculator, "propose")
+        counted(runner.TreeRunnerMixin, "_compact")
+        counted(runner.TreeRunnerMixin, "_prepare_trees")
+        original_prepare = runner.TreeRunnerMixin.prepare_attn
+        monkeypatch.setattr(runner.TreeRunnerMixin, "prepare_attn", begins_step)
+        with calls.kernels_counted():
+            assert greedy(llm, prompts, 4) == wanted
+    ours = ["_prepare_kernel", "attention_kernel", "_accept_kernel", "_compact_kernel"]
+    launched = {name: calls.kernels[name] / steps[0] for name in [*ours, "_plant_kernel"]}
+    per_step = sum(calls.operations.values()) / steps[0]
+    print(f"\nbatch {num_reqs}, {steps[0]} steps: {launched}, {per_step:.1f} operations of torch")
+    assert steps[0] > 1
+    assert launched.pop("attention_kernel") == 2  # layers
+    assert set(launched.values()) == {1}
+    assert calls.waits == []

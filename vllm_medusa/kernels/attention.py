@@ -1,0 +1,213 @@
+"""Attention over the paged cache in which a request's queries may form a tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_medusa.kernels.attention_kernel import attention_kernel, merge_kernel
+
+#: Keys that a program goes through at a time.
+TILE = 32
+#: Rows (query tokens times heads of one KV head) that a program holds at most.
+MAX_ROWS = 64
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the cache's numbers are multiplied with.
+
+    Attributes:
+        key: [1] float32 for the whole tensor, or [blocks, tokens, heads] float32 in any strides.
+        value: likewise, in the same strides.
+
+    """
+
+    key: Tensor
+    value: Tensor
+
+    @property
+    def kind(self) -> int:
+        """The kernel's constant for it."""
+        return 2 if self.key.dim() == 3 else 1
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of block, token and head."""
+        return self.key.stride() if self.key.dim() == 3 else (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a layer's attention does besides the softmax of scaled products.
+
+    Attributes:
+        window: how many positions back from its own a query sees, itself included; 0: all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
+        slopes: [heads] float32 of ALiBi.
+        slopes_of_root: ALiBi takes the square root of the distance.
+        sinks: [heads] score of a key without value.
+        scales: of a quantised cache.
+
+    """
+
+    window: int = 0
+    softcap: float = 0.0
+    slopes: Tensor | None = None
+    slopes_of_root: bool = False
+    sinks: Tensor | None = None
+    scales: Scales | None = None
+
+    @property
+    def alibi(self) -> int:
+        """The kernel's constant for ALiBi."""
+        return 0 if self.slopes is None else 1 + self.slopes_of_root
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Partial results of splits over the context.
+
+    Attributes:
+        out: [rows, heads, head size to the next power of two] float32.
+        top: [rows, heads] float32, greatest score.
+        total: [rows, heads] float32, sum of the weights.
+
+    A row is one query token and split.
+
+    """
+
+    out: Tensor
+    top: Tensor
+    total: Tensor
+
+    @classmethod
+    def make(
+        cls, rows: int, num_heads: int, head_size: int, device: torch.device | str
+    ) -> Workspace:
+        """Allocate for ``rows`` pairs of query token and split."""
+        pad = triton.next_power_of_2(head_size)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        return cls(empty(rows, num_heads, pad), empty(rows, num_heads), empty(rows, num_heads))
+
+    def num_splits(self, num_tokens: int, num_programs: int, wanted_programs: int) -> int:
+        """Return into how many parts to split the context; a power of two.
+
+        Args:
+            num_tokens: query tokens, with the padding of a CUDA graph.
+            num_programs: programs without a split.
+            wanted_programs: that fill the device.
+
+        """
+        splits = 1
+        while (
+            splits < MAX_SPLITS
+            and num_programs * splits < wanted_programs
+            and 2 * splits * num_tokens <= self.top.shape[0]
+        ):
+            splits *= 2
+        return splits
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which queries and keys there are; all of it in persistent tensors.
+
+    Attributes:
+        query_start_loc: [B + 1] int32, first query of each request.
+        seq_lens: [B] int32, keys of each request, its queries' own included.
+        block_table: [B, blocks] int32.
+        positions: [T] int64, position of each query.
+        ancestors: [T] int64, bit ``j``: sees node ``j``; of tokens in trees.
+        base: [B] int32, position of each root, or `NO_TREE`.
+        max_query_len: no request has more queries.
+
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    positions: Tensor
+    ancestors: Tensor
+    base: Tensor
+    max_query_len: int
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    step: Step,
+    scale: float,
+    features: Features = Features(),
+    workspace: Workspace | None = None,
+    wanted_programs: int = 1,
+) -> None:
+    """Attend from every query to its request's keys that it may see.
+
+    A query sees the keys in front of its request's tree that are not behind it and, within the
+    tree, its ancestors and itself. Distances are between positions, so that of a node by its depth.
+
+    Nothing that differs from step to step is decided on the host: a CUDA graph may replay it.
+    Sizes (`TILE`, `MAX_ROWS`, `MAX_SPLITS`) are not tuned yet: no GPU has run it.
+
+    Args:
+        query: [T, Hq, D].
+        key_cache: [blocks, tokens of a block, Hkv, D], any strides but the last.
+        value_cache: likewise.
+        out: [T, Hq, D], written.
+        step: the queries and keys.
+        scale: of the products.
+        features: what else the layer does.
+        workspace: for splits over the context; None: none.
+        wanted_programs: that fill the device; the context is split to reach them.
+
+    """
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads, num_reqs = key_cache.shape[2], step.seq_lens.shape[0]
+    group = num_heads // num_kv_heads
+    block_m = _block_rows(group, step.max_query_len, head_size)
+    num_blocks = num_tokens // (block_m // group) + num_reqs
+    splits, parts = 1, (out, out, out)
+    if workspace is not None:
+        splits = workspace.num_splits(num_tokens, num_blocks * num_kv_heads, wanted_programs)
+        parts = (workspace.out, workspace.top, workspace.total)
+    scales, pad = features.scales, triton.next_power_of_2(head_size)
+    has_sinks, sinks = features.sinks is not None, _given(features.sinks, out)
+    attention_kernel[(num_blocks, num_kv_heads, splits)](
+        out, *parts, query, key_cache, value_cache, step.block_table, step.query_start_loc,
+        step.seq_lens, step.positions, step.ancestors, step.base,
+        _given(features.slopes, out), sinks, out if scales is None else scales.key,
+        out if scales is None else scales.value,
+        scale, features.softcap, num_reqs, *query.stride()[:2], *out.stride()[:2],
+        step.block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
+        *((0, 0, 0) if scales is None else scales.strides),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PAD=pad,
+        BLOCK_SIZE=key_cache.shape[1], BLOCK_Q=block_m // group, BLOCK_M=block_m, TILE=TILE,
+        NUM_SPLITS=splits, WINDOW=features.window, HAS_SOFTCAP=features.softcap > 0,
+        ALIBI=features.alibi, HAS_SINKS=has_sinks, SCALES=0 if scales is None else scales.kind,
+    )  # fmt: skip
+    if splits > 1:
+        merge_kernel[(num_tokens, num_heads)](
+            out, *parts, sinks, *out.stride()[:2], num_heads, head_size, pad, splits, has_sinks
+        )  # fmt: skip
+
+
+def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return any tensor where there is none: the kernel does not read it then."""
+    return other if tensor is None else tensor
+
+
+def _block_rows(group: int, max_query_len: int, head_size: int) -> int:
+    """Rows of a program: all queries of a small tree, so that its context is read once."""
+    most = MAX_ROWS if head_size <= 128 else MAX_ROWS // 2
+    wanted = triton.next_power_of_2(group * max_query_len)
+    return max(16, triton.next_power_of_2(group), min(most, wanted))

@@ -1,0 +1,76 @@
+"""Model Runner V2 for our method: what vLLM's configuration would refuse, and what trees want.
+
+vLLM lists the speculative methods that V2 and asynchronous scheduling do not know by name, and ours
+is called ``custom_class`` there. Whether V2 runs at all stays vLLM's choice.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from vllm_medusa.config import MedusaConfig
+from vllm_medusa.plugin.compat import patch, replaced
+from vllm_medusa.plugin.identity import medusa_config_of
+
+_REFUSAL = "speculative method 'custom_class'"
+
+
+def patch_v2_config() -> None:
+    """Patch ``VllmConfig`` (``config/vllm.py``).
+
+    ``_get_v2_model_runner_unsupported_features``: our method is supported. Every process asks,
+    again and again. ``__post_init__``: trees by batch size, and asynchronous scheduling, which 0.32
+    allows for the methods in a list that it looks up as a global name.
+    """
+    from vllm.config import VllmConfig
+
+    patch(
+        VllmConfig,
+        "_get_v2_model_runner_unsupported_features",
+        ["self"],
+        _wrap_unsupported_features,
+    )
+    patch(VllmConfig, "__post_init__", ["self"], _wrap_post_init)
+
+
+def _wrap_unsupported_features(original: Any) -> Any:
+    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
+        features = original(self)
+        if medusa_config_of(self) is None:
+            return features
+        return [feature for feature in features if feature != _REFUSAL]
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def _wrap_post_init(original: Any) -> Any:
+    def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        config = medusa_config_of(self)
+        if config is None or not self.use_v2_model_runner:
+            original(self, *args, **kwargs)
+            return
+        _set_sizes(self, config)
+        with _asynchronous_scheduling():
+            original(self, *args, **kwargs)
+
+    return __post_init__
+
+
+def _set_sizes(vllm_config: Any, config: MedusaConfig) -> None:
+    """V2 schedules, captures and pads numbers of drafts by batch size by itself."""
+    if config.sizes_by_batch is not None:
+        vllm_config.speculative_config.num_speculative_tokens_per_batch_size = [
+            tuple(size) for size in config.sizes_by_batch
+        ]
+
+
+def _asynchronous_scheduling() -> ExitStack:
+    """Let 0.32 count our method among those of whose drafts the scheduler knows the number only."""
+    from vllm.config import vllm as module
+
+    stack = ExitStack()
+    if hasattr(module, "NgramGPUTypes"):
+        names = Literal["ngram_gpu", "custom_class"]
+        stack.enter_context(replaced(module, "NgramGPUTypes", names))
+    return stack

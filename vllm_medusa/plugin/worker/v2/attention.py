@@ -1,0 +1,251 @@
+"""Attention in which requests with drafts go to the tree kernel, all others to vLLM's own backend.
+
+vLLM's backends stay what they are: cache layout, cache writes and quantisation are theirs, and so
+are prompts and steps without drafts. The mixins here stand in front of one
+(`triton_backend`, `flash_backend`), whose cache is logically [blocks, heads, tokens, K | V].
+
+Requests with drafts come first in a batch (``sort_batch_req_ids``), so a step is cut in two. What
+a CUDA graph captures is not: there the tree kernel, for which a request without a tree is plainly
+causal, takes all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from vllm_medusa.kernels.attention import Features, Scales, Step, Workspace, tree_attention
+from vllm_medusa.plugin.worker.v2.states import TreeBuffers
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.triton_attn import (
+        TritonAttentionImpl as _Impl,
+    )
+    from vllm.v1.attention.backends.triton_attn import (
+        TritonAttentionMetadataBuilder as _Builder,
+    )
+else:
+    _Impl = _Builder = object
+
+#: Pairs of query token and split that a layer's workspace holds.
+WORKSPACE_ROWS = 2048
+#: Programs for each multiprocessor of the device; the context is split until there are as many.
+PROGRAMS_PER_PROCESSOR = 2
+
+
+@dataclass
+class TreeMetadata:
+    """A step's attention metadata, of both parts.
+
+    Attributes:
+        num_actual_tokens: tokens of the step.
+        num_tree_tokens: how many of them, the first ones, are the tree kernel's.
+        step: their queries and keys; None: there are none.
+        workspace: for splits over the context.
+        rest: vLLM's own metadata of the other requests; None: there are none.
+
+    """
+
+    num_actual_tokens: int
+    num_tree_tokens: int
+    step: Step | None
+    workspace: Workspace
+    rest: Any
+
+
+class TreeBuilderMixin(_Builder):
+    """Builds `TreeMetadata`; the runner gives it the buffers.
+
+    Attributes:
+        buffers: what attention reads of the trees.
+
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    supports_draft_decode_metadata_update = False
+    supports_update_block_table = False
+    buffers: TreeBuffers | None = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        num_heads = max(layers[name].impl.num_heads for name in layer_names)
+        self._workspace = Workspace.make(
+            WORKSPACE_ROWS, num_heads, kv_cache_spec.head_size, self.device
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TreeMetadata:
+        """Give the whole batch to the tree kernel, whoever will have a tree at replay."""
+        # A capture over real lengths would take long.
+        common_attn_metadata.seq_lens.fill_(1)
+        return self._metadata(common_attn_metadata, common_attn_metadata.num_reqs, None)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TreeMetadata:
+        """Cut the batch behind the last request with drafts."""
+        common = common_attn_metadata
+        assert self.buffers is not None
+        wanted = self.buffers.num_tree_reqs
+        if wanted is None or wanted >= common.num_reqs:
+            return self._metadata(common, common.num_reqs, None)
+        rest = _without_first(common, wanted) if wanted else common
+        return self._metadata(common, wanted, super().build(0, rest, fast_build))
+
+    def _metadata(self, common: CommonAttentionMetadata, num_reqs: int, rest: Any) -> TreeMetadata:
+        assert self.buffers is not None
+        starts = common.query_start_loc_cpu[: num_reqs + 1]
+        num_tokens = common.num_actual_tokens if rest is None else int(starts[-1])
+        step = None
+        if num_reqs:
+            step = Step(
+                query_start_loc=common.query_start_loc[: num_reqs + 1],
+                seq_lens=common.seq_lens[:num_reqs],
+                block_table=common.block_table_tensor[:num_reqs],
+                positions=self.buffers.positions,
+                ancestors=self.buffers.ancestors,
+                base=self.buffers.base,
+                max_query_len=common.max_query_len if rest is None else int(starts.diff().max()),
+            )
+        return TreeMetadata(common.num_actual_tokens, num_tokens, step, self._workspace, rest)
+
+
+def _without_first(common: CommonAttentionMetadata, num_reqs: int) -> CommonAttentionMetadata:
+    """Return the metadata of a batch without its first requests."""
+    starts = common.query_start_loc_cpu
+    num_tokens = int(starts[num_reqs])
+
+    def behind(tensor: Any) -> Any:
+        return None if tensor is None else tensor[num_reqs:]
+
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[num_reqs:] - num_tokens,
+        query_start_loc_cpu=starts[num_reqs:] - num_tokens,
+        seq_lens=common.seq_lens[num_reqs:],
+        num_reqs=common.num_reqs - num_reqs,
+        num_actual_tokens=common.num_actual_tokens - num_tokens,
+        max_query_len=int(starts[num_reqs:].diff().max()),
+        block_table_tensor=common.block_table_tensor[num_reqs:],
+        slot_mapping=common.slot_mapping[num_tokens:],
+        positions=None if common.positions is None else common.positions[num_tokens:],
+        is_prefilling=behind(common.is_prefilling),
+        seq_lens_cpu_upper_bound=behind(common.seq_lens_cpu_upper_bound),
+        req_idx=behind(common.req_idx),
+        rswa_prefix_lens=behind(common.rswa_prefix_lens),
+        _token_to_req_indices_cache=None,
+    )
+
+
+class TreeImplMixin(_Impl):
+    """Runs the tree kernel on the first tokens and vLLM's own implementation on the others."""
+
+    _features: Features | None = None
+    _wanted_programs = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The tree kernel takes queries in the model's number format.
+        self.supports_quant_query_input = False
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Never: the tree kernel writes the model's number format."""
+        return False
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; shapes and arguments are those of vLLM's ``AttentionImpl.forward``."""
+        if attn_metadata is None:  # a profiling run
+            return output.fill_(0)
+        begin, end = attn_metadata.num_tree_tokens, attn_metadata.num_actual_tokens
+        step = attn_metadata.step
+        if step is not None:
+            self._attend_to_trees(
+                layer, query[:begin], kv_cache, output[:begin], step, attn_metadata.workspace
+            )
+        if attn_metadata.rest is not None:
+            super().forward(
+                layer,
+                query[begin:end],
+                key[begin:end],
+                value[begin:end],
+                kv_cache,
+                attn_metadata.rest,
+                output[begin:end],
+                output_scale,
+                output_block_scale,
+            )
+        return output
+
+    def _attend_to_trees(
+        self,
+        layer: Any,
+        query: Tensor,
+        kv_cache: Tensor,
+        out: Tensor,
+        step: Step,
+        workspace: Workspace,
+    ) -> None:
+        key_cache, value_cache = self._key_and_value(kv_cache)
+        if self._features is None:
+            self._features = self._layer_features(layer)
+            self._wanted_programs = PROGRAMS_PER_PROCESSOR * _num_processors(query.device)
+        tree_attention(
+            query,
+            key_cache,
+            value_cache,
+            out.view(query.shape),
+            step,
+            self.scale,
+            self._features,
+            workspace,
+            self._wanted_programs,
+        )
+
+    def _key_and_value(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """[blocks, tokens of a block, heads, head size] keys and values of a layer's cache."""
+        key, value = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return key, value
+
+    def _cache_scales(self, layer: Any) -> Scales | None:
+        """Factors of a quantised cache."""
+        return None
+
+    def _layer_features(self, layer: Any) -> Features:
+        slopes = self.alibi_slopes
+        return Features(
+            window=self.sliding_window[0] + 1,
+            softcap=float(self.logits_soft_cap or 0),
+            slopes=None if slopes is None else slopes.to(layer._k_scale.device),
+            slopes_of_root=bool(getattr(self, "use_alibi_sqrt", False)),
+            sinks=self.sinks,
+            scales=self._cache_scales(layer),
+        )
+
+
+def _num_processors(device: torch.device) -> int:
+    """Multiprocessors of the device; the interpreter runs one program after the other."""
+    if device.type == "cpu":
+        return 1
+    from vllm.platforms import current_platform
+
+    return int(current_platform.num_compute_units())

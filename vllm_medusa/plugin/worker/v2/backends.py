@@ -1,0 +1,60 @@
+"""Which of vLLM's attention backends serve trees, and how they get into its registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.worker.v2.attention import TreeBuilderMixin, TreeImplMixin
+
+_PACKAGE = "vllm_medusa.plugin.worker.v2"
+_BACKENDS = {
+    AttentionBackendEnum.TRITON_ATTN: f"{_PACKAGE}.triton_backend.TreeTritonBackend",
+    AttentionBackendEnum.FLASH_ATTN: f"{_PACKAGE}.flash_backend.TreeFlashBackend",
+}
+
+
+@contextmanager
+def tree_backends() -> Iterator[None]:
+    """Stand in vLLM's registry before the backends that serve trees, while a model is built.
+
+    Which of them serves a layer remains the platform's choice. Another engine of this process must
+    not get them, so they leave again.
+    """
+    before = {backend: backend.get_path() for backend in _BACKENDS}
+    for backend, path in _BACKENDS.items():
+        register_backend(backend, path)
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        for backend, path in before.items():
+            register_backend(backend, path)
+        selector._cached_get_attn_backend.cache_clear()
+
+
+def check_layers(attn_groups: Sequence[Sequence[Any]]) -> None:
+    """Refuse layers whose attention is not ours.
+
+    Args:
+        attn_groups: vLLM's attention groups, by KV-cache group.
+
+    Raises:
+        UserError: naming the backend, and the remedy.
+
+    """
+    for groups in attn_groups:
+        for group in groups:
+            name = group.backend.get_name()
+            builders = group.metadata_builders
+            is_ours = issubclass(group.backend.get_impl_cls(), TreeImplMixin)
+            if not is_ours or not all(isinstance(each, TreeBuilderMixin) for each in builders):
+                raise UserError(
+                    f"attention_backend={name!r} has no attention to trees on Model Runner V2; use "
+                    "attention_backend='TRITON_ATTN' or 'FLASH_ATTN', or tree='chain'"
+                )

@@ -1,0 +1,197 @@
+"""The tree sampler: one token from the target at every node, then each request's walk.
+
+vLLM's ``RejectionSampler`` (``v1/worker/gpu/spec_decode/rejection_sampler.py``) bounds the float32
+logits by verifying requests in chunks, and computes logprobs. Both are kept; how a chunk is
+verified is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    get_max_chunk_logits,
+)
+
+from vllm_medusa.kernels.accept import accept
+from vllm_medusa.plugin.worker.v2.states import TreeBuffers, TreeStates
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What a step accepted.
+
+    Attributes:
+        path: [B, D + 1] int32, the accepted nodes by depth; the last one repeats behind.
+        length: [B] int32, how many were accepted.
+
+    """
+
+    path: Tensor
+    length: Tensor
+
+
+class TreeSampler(RejectionSampler):
+    """Samples at every node of every request's tree and accepts what agrees.
+
+    Noise is a function of seed and position (`gumbel_sample`). Nodes of one depth share a position,
+    so each node draws what plain decoding draws there, and seeded text is that of no speculation.
+
+    Attributes:
+        acceptance: of this step; None if no request had drafts.
+
+    """
+
+    acceptance: Acceptance | None = None
+
+    def __init__(
+        self,
+        sampler: Any,
+        speculative_config: Any,
+        device: torch.device,
+        states: TreeStates,
+        buffers: TreeBuffers,
+        max_depth: int,
+    ) -> None:
+        super().__init__(sampler, speculative_config, device)
+        self._states = states
+        self._buffers = buffers
+        self._max_depth = max_depth
+        self._chunks: list[Acceptance] = []
+
+    def __call__(
+        self,
+        logits: Tensor,
+        input_batch: InputBatch,
+        draft_logits: Tensor | None = None,
+        invalid_drafts: Tensor | None = None,
+    ) -> SamplerOutput:
+        """Return the emitted tokens, [B, D + 1], how many they are, and logprobs.
+
+        Args:
+            logits: [L, V] target logits of every request's root and drafts.
+            input_batch: the step's batch; positions are those of the trees.
+            draft_logits: not used: the drafts are the heads' best guesses, not samples.
+            invalid_drafts: not used: what a grammar forbids its mask forbids at the parent.
+
+        """
+        rows = input_batch.logits_indices
+        self._chunks = []
+        sampled, num_sampled, logprobs, _ = self._verify_in_chunks(
+            logits,
+            input_batch,
+            None,
+            input_batch.input_ids[rows],
+            input_batch.positions[rows],
+            get_max_chunk_logits(logits.shape[1]),
+            self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np),
+        )
+        self.acceptance = _joined(self._chunks)
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            num_sampled,
+            input_batch.seq_lens,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.sampler.req_states.prefill_len.gpu,
+        )
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=logprobs,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _verify(
+        self,
+        logits: Tensor,
+        draft_logits: Tensor | None,
+        draft_sampled: Tensor,
+        pos: Tensor,
+        cu_num_logits: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample and accept in one chunk of requests."""
+        processed = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        targets = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            self.sampler.sampling_states.temperature.gpu,
+            self.sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        first = sum(chunk.length.shape[0] for chunk in self._chunks)
+        path, tokens, length = accept(
+            self._states.parents,
+            idx_mapping,
+            self._buffers.base[first:],
+            draft_sampled,
+            targets,
+            cu_num_logits,
+            self._max_depth,
+        )
+        self._chunks.append(Acceptance(path, length))
+        return processed, tokens, length + 1
+
+    def _get_logprobs_tensors(
+        self,
+        sampled: Tensor,
+        num_sampled: Tensor,
+        logits: Tensor,
+        cu_num_logits: Tensor,
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
+    ) -> Any:
+        """Put the accepted path's rows where vLLM reads those of a chain: first of each request."""
+        if max_num_logprobs == NO_LOGPROBS:
+            return None
+        path = self._chunks[-1].path
+        req = torch.repeat_interleave(
+            torch.arange(len(path), device=logits.device),
+            cu_num_logits.diff(),
+            output_size=logits.shape[0],
+        )
+        local = torch.arange(logits.shape[0], device=logits.device) - cu_num_logits[req]
+        node = path[req, local.clamp(max=self._max_depth)]
+        return super()._get_logprobs_tensors(
+            sampled,
+            num_sampled,
+            logits[cu_num_logits[req] + node],
+            cu_num_logits,
+            cu_num_logits_np,
+            max_num_logprobs,
+        )
+
+
+def _joined(chunks: list[Acceptance]) -> Acceptance:
+    if len(chunks) == 1:
+        return chunks[0]
+    return Acceptance(
+        torch.cat([chunk.path for chunk in chunks]), torch.cat([chunk.length for chunk in chunks])
+    )

@@ -1,0 +1,83 @@
+"""What is kept of the trees: one part for each request, one for each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_medusa.kernels import NO_TREE, trees
+
+
+@dataclass(frozen=True)
+class TreeStates:
+    """The trees that requests run in their next step, by request-state index.
+
+    The speculator writes them together with a request's draft tokens, so that every request may
+    have another tree at every step. Between steps nothing of a tree remains in the KV cache.
+
+    Attributes:
+        parents: [R, N + 1] int64, parent of each node; the root's is 0.
+        depths: [R, N + 1] int64.
+        ancestors: [R, N + 1] int64, bit ``j``: node ``j`` is on the way from the root to the node,
+            or the node itself.
+
+    """
+
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+
+    @classmethod
+    def make(cls, max_num_reqs: int, num_nodes: int, device: torch.device) -> TreeStates:
+        """Allocate for as many requests, of ``num_nodes`` nodes with the root."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
+
+        return cls(zeros(), zeros(), zeros())
+
+    def plant(self, parents: Tensor, idx_mapping: Tensor) -> None:
+        """Give requests their next trees (`trees.plant`).
+
+        Args:
+            parents: [B, N + 1] parent of each node.
+            idx_mapping: [B] state index of each request.
+
+        """
+        trees.plant(self.parents, self.depths, self.ancestors, parents, idx_mapping)
+
+
+@dataclass
+class TreeBuffers:
+    """What attention reads of a step's trees; persistent, because CUDA graphs read the same.
+
+    Attributes:
+        positions: [T] int64, the runner's own buffer; of a tree's token base plus depth.
+        ancestors: [T] int64, masks of the tokens in trees.
+        base: [B] int32, position of each request's root, or `NO_TREE`.
+        num_tree_reqs: how many requests, the first ones of the batch, may have a tree in this step.
+            On the host; None: any may, which is what a CUDA graph is captured for.
+
+    """
+
+    positions: Tensor
+    ancestors: Tensor
+    base: Tensor
+    num_tree_reqs: int | None = None
+
+    @classmethod
+    def make(cls, positions: Tensor, max_num_reqs: int) -> TreeBuffers:
+        """Allocate around the runner's buffer of positions."""
+        device = positions.device
+        return cls(
+            positions=positions,
+            ancestors=torch.zeros_like(positions, dtype=torch.int64),
+            base=torch.full((max_num_reqs,), NO_TREE, dtype=torch.int32, device=device),
+        )
+
+    def forget(self) -> None:
+        """Nobody has a tree: for steps that vLLM makes up, to profile, warm up and capture."""
+        self.base.fill_(NO_TREE)
+        self.num_tree_reqs = None
