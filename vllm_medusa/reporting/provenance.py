@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def provenance(device_name: str | None) -> dict[str, Any]:
         device_name: of the accelerator; None on a CPU.
     """
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["vllm-medusa", *sys.argv[1:]]),
         "versions": {
             "vllm_medusa": __version__,
