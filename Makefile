@@ -20,7 +20,7 @@ venv: ## set up the environment: vLLM 0.32 for CPU, this package, all tools
 venv-next: venv ## set up a second environment with vLLM 0.33
 	@$(PYTHON) tools/setup_next.py $(VENV_NEXT) $(VENV)
 
-demo: venv ## generate text with a draft tree, beside the same without
+demo: venv ## one text with a draft tree and without, side by side; takes a minute
 	@$(VENV)/bin/python examples/demo.py
 
 demo-model: export OMP_NUM_THREADS = 1
