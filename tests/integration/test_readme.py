@@ -34,8 +34,9 @@ def by_program(program: str) -> list[list[str]]:
 
 
 def test_all_commands_are_covered() -> None:
-    assert {command[0] for command in commands()} == {"make", "pip", "vllm", "curl", "vllm-medusa"}
-    assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
+    programs = {command[0] for command in commands()}
+    assert programs == {"make", "pip", "source", "vllm", "curl", "vllm-medusa"}
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
 
 
 @pytest.mark.parametrize("command", by_program("make"), ids=" ".join)
@@ -44,16 +45,30 @@ def test_make_targets_exist(command: list[str]) -> None:
     subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_demo() -> None:
-    """What ``make demo`` runs once everything is set up, with fewer tokens."""
-    command = [sys.executable, "examples/demo.py", "--max-tokens", "32", "--rounds", "1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "identical, token for token" in run.stdout
-    steps = {
-        name: int(re.search(rf"^{name} +(\d+) ", run.stdout, re.M)[1])
-        for name in ("without speculation", "with a draft tree")
+def test_the_demo(tmp_path: Path) -> None:
+    """What ``make demo`` runs once everything is set up, with a smaller model and less text."""
+    picture = tmp_path / "tree.png"
+    sizes = ["--parameters", "20e6", "--prompts", "2", "--max-tokens", "32", "--rounds", "1"]
+    command = [sys.executable, "examples/demo.py", *sizes, "--picture", str(picture)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert re.search(r"[12] of 2 texts are identical, token for token", run.stdout)
+    per_step = {
+        name: float(re.search(rf"^. {name} +\| +([\d.]+) ", run.stdout, re.M)[1])
+        for name in ("without speculation", "with a tree of 4 nodes")
     }
-    assert steps["with a draft tree"] < steps["without speculation"]
+    assert per_step["without speculation"] == 1
+    assert per_step["with a tree of 4 nodes"] > 1.2
+    assert re.search(r"over those without: [\d.]+ \(median of 1 rounds", run.stdout)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_room_is_in_the_file_tree() -> None:
+    (tree,) = (text for kind, text in BLOCKS if kind == "text" and "vllm_medusa/" in text)
+    package = ROOT / "vllm_medusa"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    rooms |= {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert {room for room in rooms if not re.search(rf"\b{re.escape(room)}\b", tree)} == set()
 
 
 def test_installing_names_this_package() -> None:
@@ -104,12 +119,12 @@ def test_tools(tmp_path: Path) -> None:
 
 
 def test_serving(tmp_path: Path) -> None:
-    """As in the README, but for the port and without compiling."""
+    """As in the README, but for the port."""
     (command,) = by_program("vllm")
     (request,) = by_program("curl")
     url = f"http://127.0.0.1:{free_port()}"
     log = tmp_path / "server.log"
-    here = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--enforce-eager"]
+    here = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*command, *here],

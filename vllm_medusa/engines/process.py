@@ -12,9 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 #: Time that a process has to end by itself when it is closed.
 _PATIENCE_S = 20.0
