@@ -18,11 +18,11 @@ from tests.oracles.tree import (
 )
 from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.fork_step import make_fork_step
 from vllm_medusa.tree.forks import (
     ForkGeometry,
     commit_writes,
     expand_block_table,
-    make_fork_step,
     mirror_copies,
     write_slots,
 )

@@ -126,7 +126,7 @@ def test_quartiles_are_of_all_steps_and_requests() -> None:
     rounds = [
         dataclasses.replace(
             make_run([1.0, 1.0], [[1, 1], [1, 1]], [], 0),
-            requests=[RequestTimes(ttft_ms=t, tpot_ms=None, emitted=[1, 1]) for t in times],
+            requests=[RequestTimes(t, None, emitted=[1, 1], has_ended=False) for t in times],
         )
         for times in ((1.0, 3.0), (5.0, 7.0))
     ]

@@ -20,9 +20,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_medusa.plugin.fork_pool import ForkPool
 from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.plugin.worker.v1.step import Step
+from vllm_medusa.tree.fork_step import ForkStep
 from vllm_medusa.tree.forks import (
     ForkGeometry,
-    ForkStep,
     commit_writes,
     expand_block_table,
     mirror_copies,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_medusa.tree.forks import ForkStep, make_fork_step
+from vllm_medusa.tree.fork_step import ForkStep, make_fork_step
 from vllm_medusa.tree.rows import NodeRows
 from vllm_medusa.tree.step_trees import IntArray, StepTrees
 
