@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, in directories that one run writes at a time."""
+"""Files that are written completely or not at all, in directories that one run writes at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target model as `distill` sees it: tokenizer, chat template, context, what tells it apart."""
+"""The target model as `distill` sees it: tokenizer, chat template, context, fingerprint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True)
 class AnsweringModel:
-    """The target model's text end.
+    """The target model's tokenizer, chat template and limits.
 
     Attributes:
         tokenizer: of `transformers`.

@@ -24,7 +24,7 @@ def train(
     save_every: int | None = None,
     compile_target: bool = False,
 ) -> dict[str, Any]:
-    """Train Medusa heads, or go on with a training into `out` that was cut short.
+    """Train Medusa heads, or continue an interrupted training into `out`.
 
     Under ``accelerate launch`` every process calls this.
 

@@ -86,7 +86,7 @@ class RunDirectory:
         return self._load(_CHECKPOINT) if (self.path / _CHECKPOINT).exists() else None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint; files of older best heads than its `best_step` go."""
+        """Replace the checkpoint; files of best heads before its `best_step` are removed."""
         self._save(_CHECKPOINT, state)
         for path in self.path.glob("best-*.pt"):
             if path.name != _best(state["best_step"]):
