@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree import named
 from vllm_medusa.tree.draft_tree import DraftTree, read_tree_file
 from vllm_medusa.tree.schedule import TreeSchedule
@@ -54,45 +54,76 @@ class MedusaOptions:
             UserError: if a key is not known or a value is not allowed.
 
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        given = {key.replace("-", "_"): value for key, value in values.items()}
-        given.pop("method", None)
+        given = {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in with_underscores(values).items()
+            if key != "method" and value is not None
+        }
         for key in given:
-            if key not in known:
+            if key not in _keys():
                 raise UserError(
-                    f"speculative_config has {key!r}, which method 'medusa' does not know; "
-                    f"use {', '.join(known)}"
+                    f"speculative_config has {shown(key)}, which method 'medusa' does not know; "
+                    f"use {', '.join(_keys())}"
                 )
-        request = cls(**{key: value for key, value in given.items() if value is not None})
+        request = cls(**given)
         request._check()
         return request
 
     def _check(self) -> None:
-        if self.acceptance != "lossless":
+        if not isinstance(self.acceptance, str) or self.acceptance != "lossless":
             raise UserError(
-                f"acceptance={self.acceptance!r} is not supported; use 'lossless', which keeps the "
-                "target model's output distribution"
+                f"acceptance={shown(self.acceptance)} is not supported; use 'lossless', which "
+                "keeps the target model's output distribution"
             )
         for key in ("model", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
-                raise UserError(f"{key}={value!r} must be a string")
+                raise UserError(f"{key}={shown(value)} must be a string")
         if self.revision is not None and self.model is None:
             raise UserError(
-                f"revision={self.revision!r} in speculative_config is that of the heads, but no "
-                "model is given there; name the heads' model, or leave revision out: heads in the "
-                "target's own repository come with the target's revision"
+                f"revision={shown(self.revision)} in speculative_config is that of the heads, but "
+                "no model is given there; name the heads' model, or leave revision out: heads in "
+                "the target's own repository come with the target's revision"
             )
         for key in ("num_speculative_tokens", "max_tree_requests"):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{key}={value!r} must be a positive integer")
+                raise UserError(f"{key}={shown(value)} must be a positive integer")
         if self.num_speculative_tokens_per_batch_size is not None:
             _check_sizes(self.num_speculative_tokens_per_batch_size)
         if not isinstance(self.tree, (str, Sequence)):
             raise UserError(
-                f"tree={self.tree!r} must be 'auto', a tree's name, a tree file or a list of paths"
+                f"tree={shown(self.tree)} must be 'auto', a tree's name, a tree file or a list of "
+                "paths"
             )
+
+
+def with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a ``speculative_config`` with ``a_key`` for ``a-key``.
+
+    Raises:
+        UserError: if a key is no string, or is given in both spellings.
+
+    """
+    spelled: dict[str, str] = {}
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(
+                f"speculative_config has the key {shown(key)}, which is no string; "
+                f"use {', '.join(_keys())}"
+            )
+        name = key.replace("-", "_")
+        if name in spelled:
+            raise UserError(
+                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are one "
+                "key; remove one of them"
+            )
+        spelled[name] = key
+    return {name: values[key] for name, key in spelled.items()}
+
+
+def _keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(MedusaOptions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +235,9 @@ def _sized_by_batch(
         stages = [DraftTree.chain(count) for count in counts]
     else:
         raise UserError(
-            f"num_speculative_tokens_per_batch_size={[list(size) for size in sizes]} needs "
-            f"tree='auto' or 'chain', not {request.tree!r}, which has no order to cut its nodes by"
+            f"num_speculative_tokens_per_batch_size={shown([list(size) for size in sizes])} needs "
+            f"tree='auto' or 'chain', not {shown(request.tree)}, which has no order to cut its "
+            "nodes by"
         )
     tree = DraftTree.from_stages(stage.paths for stage in stages)
     return TreeChoice(tree, f"{request.tree}, {counts} nodes by batch size", sizes)
@@ -252,13 +284,13 @@ def _check_sizes(sizes: Any) -> None:
             or (not before and size[0] != 1)
         ):
             raise UserError(
-                f"num_speculative_tokens_per_batch_size has {size!r}; use [first batch size, last "
-                "batch size, draft nodes] in rising order from batch size 1, "
+                f"num_speculative_tokens_per_batch_size has {shown(size)}; use [first batch size, "
+                "last batch size, draft nodes] in rising order from batch size 1, "
                 "such as [[1, 4, 16], [5, 64, 4]]"
             )
         before, largest = size[1], max(largest, size[2])
     if not largest:
         raise UserError(
-            f"num_speculative_tokens_per_batch_size={sizes!r} drafts nothing at any batch size; "
-            "leave speculative_config out instead"
+            f"num_speculative_tokens_per_batch_size={shown(sizes)} drafts nothing at any batch "
+            "size; leave speculative_config out instead"
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -85,9 +86,19 @@ def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
         ({"num_speculative_tokens": 2, "tree": [[0]]}, "given as paths, which has 1 nodes; remove"),
         ({"max_tree_requests": 0}, "max_tree_requests=0 must be a positive integer"),
         ({"model": 3}, "model=3 must be a string"),
+        ({"model": "x" * 256}, "no such file or directory; give an existing path"),
+        ({"model": "x/" * 3000}, "no such file or directory; give an existing path"),
+        ({"model": "~nobody-of-that-name/heads"}, "no such file or directory; give an existing"),
+        ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
+        (
+            {"max-tree-requests": 3, "max_tree_requests": 3},
+            "'max-tree-requests' and 'max_tree_requests', which are one key; remove one",
+        ),
+        ({"tree": np.array([[0]])}, "tree=array([[0]]) must be 'auto', a tree's name"),
+        ({"acceptance": np.array(["a", "b"])}, "is not supported; use 'lossless'"),
         ({"model": None, "revision": "main"}, "revision='main' in speculative_config is that of"),
     ],
-    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_values(tiny_model: Path, tiny_heads: Path, keys: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tiny_model, {**medusa(tiny_heads), **keys})
@@ -97,6 +108,7 @@ def test_values(tiny_model: Path, tiny_heads: Path, keys: dict[str, Any], expect
     ("content", "expected"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON (it is nested too deeply)"),
         ("{}", "has format None; use 'vllm_medusa.tree/1'"),
         ('{"format": "vllm_medusa.tree/1", "paths": 3}', "holds no list of paths"),
         ("[[0], [1, 1]]", "tree path [1, 1] has no parent"),
@@ -110,15 +122,33 @@ def test_tree_files(
     assert expected in refusal(tiny_model, medusa(tiny_heads, tree=str(path)))
 
 
+def test_schedule_that_is_nested_too_deeply(tiny_model: Path, tmp_path: Path) -> None:
+    heads = tiny.make_heads(tmp_path)
+    (heads / "medusa_tree_schedule.json").write_text("[" * 100_000)
+    message = refusal(tiny_model, medusa(heads))
+    assert "medusa_tree_schedule.json is not JSON (it is nested too deeply); calibrate" in message
+
+
+@pytest.mark.parametrize(
+    "speculative_config", [{3: 4}, {"method": np.array(["a", "b"])}, {"method": ["medusa"]}]
+)
+def test_what_is_not_for_us_is_left_to_vllm(tiny_model: Path, speculative_config: Any) -> None:
+    """vLLM's own error, of whatever type, and no traceback that begins in our code."""
+    with pytest.raises(Exception) as caught:
+        engine_config(tiny_model, speculative_config, skip_tokenizer_init=True)
+    assert "vllm_medusa" not in str(caught.traceback[-1].path)
+
+
 @pytest.mark.parametrize(
     ("speculative_config", "arguments"),
     [
         ({"num_speculative_tokens": 4}, {"spec_tokens": 4}),
         ({}, {"spec_method": "medusa"}),
         ({}, {"spec_model": "elsewhere"}),
+        ({}, {"spec_model": "x" * 3000}),
         ({"method": "ngram"}, {"spec_method": "medusa"}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_given_twice(
     tiny_model: Path, tiny_heads: Path, speculative_config: Any, arguments: Any
