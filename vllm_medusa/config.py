@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree import named
 from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS, DraftTree, read_tree_file
+from vllm_medusa.tree.limits import DYNAMIC, SOURCES, DynamicTrees, TreeLimits
 from vllm_medusa.tree.schedule import TreeSchedule
 from vllm_medusa.tree.step_trees import path_starts
 
 #: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
 CONFIG_KEY = "medusa"
-
-#: ``tree``: another tree for every request and step.
-DYNAMIC = "dynamic"
-#: Where the candidates of dynamic trees come from.
-SOURCES = ("heads", "text")
 
 #: vLLM's ``num_speculative_tokens_per_batch_size``: first batch size, last one, draft nodes.
 SizesByBatch = tuple[tuple[int, int, int], ...]
@@ -65,56 +61,65 @@ class MedusaOptions:
             UserError: if a key is not known or a value is not allowed.
 
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        given = {key.replace("-", "_"): value for key, value in values.items()}
-        given.pop("method", None)
+        given = {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in with_underscores(values).items()
+            if key != "method" and value is not None
+        }
         for key in given:
-            if key not in known:
+            if key not in _keys():
                 raise UserError(
-                    f"speculative_config has {key!r}, which method 'medusa' does not know; "
-                    f"use {', '.join(known)}"
+                    f"speculative_config has {shown(key)}, which method 'medusa' does not know; "
+                    f"use {', '.join(_keys())}"
                 )
-        request = cls(**{key: value for key, value in given.items() if value is not None})
+        request = cls(**given)
         request._check()
         return request
 
     def _check(self) -> None:
-        if self.acceptance != "lossless":
+        if not isinstance(self.acceptance, str) or self.acceptance != "lossless":
             raise UserError(
-                f"acceptance={self.acceptance!r} is not supported; use 'lossless', which keeps the "
-                "target model's output distribution"
+                f"acceptance={shown(self.acceptance)} is not supported; use 'lossless', which "
+                "keeps the target model's output distribution"
             )
         for key in ("model", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
-                raise UserError(f"{key}={value!r} must be a string")
+                raise UserError(f"{key}={shown(value)} must be a string")
         if self.revision is not None and self.model is None:
             raise UserError(
-                f"revision={self.revision!r} in speculative_config is that of the heads, but no "
-                "model is given there; name the heads' model, or leave revision out: heads in the "
-                "target's own repository come with the target's revision"
+                f"revision={shown(self.revision)} in speculative_config is that of the heads, but "
+                "no model is given there; name the heads' model, or leave revision out: heads in "
+                "the target's own repository come with the target's revision"
             )
         self._check_dynamic()
         for key in ("num_speculative_tokens", "max_tree_requests", "max_nodes", "max_depth"):
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{key}={value!r} must be a positive integer")
+                raise UserError(f"{key}={shown(value)} must be a positive integer")
         if self.num_speculative_tokens_per_batch_size is not None:
             _check_sizes(self.num_speculative_tokens_per_batch_size)
         if not isinstance(self.tree, (str, Sequence)):
             raise UserError(
-                f"tree={self.tree!r} must be 'auto', a tree's name, a tree file or a list of paths"
+                f"tree={shown(self.tree)} must be 'auto', a tree's name, a tree file or a list of "
+                "paths"
             )
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the trees are dynamic."""
+        # The tree may be of any type as long as it is not checked.
+        return isinstance(self.tree, str) and self.tree == DYNAMIC
 
     def _check_dynamic(self) -> None:
         """Check the keys that dynamic trees have and static ones do not."""
         for key in ("max_nodes", "max_depth", "sources", "learn"):
-            if getattr(self, key) is not None and self.tree != DYNAMIC:
+            if getattr(self, key) is not None and not self.is_dynamic:
                 raise UserError(
-                    f"{key}={getattr(self, key)!r} bounds dynamic trees, but the tree is "
-                    f"{self.tree!r}; use tree='dynamic' or leave {key} out"
+                    f"{key}={shown(getattr(self, key))} bounds dynamic trees, but the tree is "
+                    f"{shown(self.tree)}; use tree='dynamic' or leave {key} out"
                 )
-        if self.tree == DYNAMIC and (
+        if self.is_dynamic and (
             self.num_speculative_tokens is not None
             or self.num_speculative_tokens_per_batch_size is not None
         ):
@@ -140,33 +145,32 @@ class MedusaOptions:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DynamicTrees:
-    """Bounds of trees that are made anew for every request and step.
+def with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a ``speculative_config`` with ``a_key`` for ``a-key``.
 
-    Attributes:
-        max_nodes: draft nodes of a request's tree.
-        max_depth: depth of a tree; text goes on where the heads end.
-        max_paths: leaf paths of a tree. On vLLM's V1 runner each costs a sequence of its own.
-        sources: of candidates, some of `SOURCES`.
-        learn: whether probabilities go on being learnt while serving.
+    Raises:
+        UserError: if a key is no string, or is given in both spellings.
 
     """
+    spelled: dict[str, str] = {}
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(
+                f"speculative_config has the key {shown(key)}, which is no string; "
+                f"use {', '.join(_keys())}"
+            )
+        name = key.replace("-", "_")
+        if name in spelled:
+            raise UserError(
+                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are one "
+                "key; remove one of them"
+            )
+        spelled[name] = key
+    return {name: values[key] for name, key in spelled.items()}
 
-    max_nodes: int = 16
-    max_depth: int = 12
-    max_paths: int = 8
-    sources: tuple[str, ...] = SOURCES
-    learn: bool = True
 
-
-@dataclass(frozen=True)
-class TreeLimits:
-    """What no draft tree of an engine exceeds: draft nodes, depth and fork paths."""
-
-    max_nodes: int
-    max_depth: int
-    max_paths: int
+def _keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(MedusaOptions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +263,7 @@ def resolve_tree(
 
     """
     size, by_batch = request.num_speculative_tokens, request.num_speculative_tokens_per_batch_size
-    if request.tree == DYNAMIC:
+    if request.is_dynamic:
         return _dynamic_trees(request, num_heads, heads_tree)
     if by_batch is not None:
         choice = _sized_by_batch(request, by_batch, num_heads, heads_tree)
@@ -295,8 +299,9 @@ def _sized_by_batch(
         stages = [DraftTree.chain(count) for count in counts]
     else:
         raise UserError(
-            f"num_speculative_tokens_per_batch_size={[list(size) for size in sizes]} needs "
-            f"tree='auto' or 'chain', not {request.tree!r}, which has no order to cut its nodes by"
+            f"num_speculative_tokens_per_batch_size={shown([list(size) for size in sizes])} needs "
+            f"tree='auto' or 'chain', not {shown(request.tree)}, which has no order to cut its "
+            "nodes by"
         )
     tree = DraftTree.from_stages(stage.paths for stage in stages)
     return TreeChoice(tree, f"{request.tree}, {counts} nodes by batch size", sizes)
@@ -358,13 +363,13 @@ def _check_sizes(sizes: Any) -> None:
             or (not before and size[0] != 1)
         ):
             raise UserError(
-                f"num_speculative_tokens_per_batch_size has {size!r}; use [first batch size, last "
-                "batch size, draft nodes] in rising order from batch size 1, "
+                f"num_speculative_tokens_per_batch_size has {shown(size)}; use [first batch size, "
+                "last batch size, draft nodes] in rising order from batch size 1, "
                 "such as [[1, 4, 16], [5, 64, 4]]"
             )
         before, largest = size[1], max(largest, size[2])
     if not largest:
         raise UserError(
-            f"num_speculative_tokens_per_batch_size={sizes!r} drafts nothing at any batch size; "
-            "leave speculative_config out instead"
+            f"num_speculative_tokens_per_batch_size={shown(sizes)} drafts nothing at any batch "
+            "size; leave speculative_config out instead"
         )

@@ -1,5 +1,9 @@
 """What a user did wrong, and what to do about it."""
 
+from __future__ import annotations
+
+import reprlib
+
 
 class UserError(ValueError):
     """A setting, a file or a command that cannot be used.
@@ -10,3 +14,21 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def shown(value: object, longest: int = 120) -> str:
+    """Return a value as a message shows it: its ``repr``, cut where it is long or nested deeply.
+
+    Args:
+        value: what the user gave.
+        longest: characters of the result.
+
+    """
+    shortener = reprlib.Repr()
+    shortener.maxlevel = 5
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 16
+    shortener.maxset = shortener.maxfrozenset = 16
+    shortener.maxstring = shortener.maxother = shortener.maxlong = longest
+    text = shortener.repr(value)
+    half = (longest - 3) // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"

@@ -185,6 +185,15 @@ def test_tree_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tree_of(demo(tree="chain")) == DraftTree.chain(4)
 
 
+def test_path_objects(tmp_path: Path) -> None:
+    write_tree_file(tmp_path / "tree.json", PATHS)
+    spec = {"method": "medusa", "model": DEMO_HEADS, "tree": tmp_path / "tree.json"}
+    config = resolved(engine_config(DEMO_MODEL, spec))
+    assert (config.heads, config.tree) == (H, DraftTree.from_paths(PATHS))
+    arguments = EngineArgs(model=str(DEMO_MODEL), spec_method="medusa", spec_model=DEMO_HEADS)
+    assert resolved(arguments.create_engine_config()).heads == H
+
+
 def test_automatic_tree(tmp_path: Path, tiny_model: Path) -> None:
     schedule = read_schedule_file(DEMO_HEADS / "medusa_tree_schedule.json")
     assert tree_of(demo()) == tree_of(demo(tree="auto")) == schedule.tree()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,17 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.integration.command_line import (
-    DEMO_HEADS,
     DEMO_MODEL,
     engine_config,
-    run_python,
-    run_vllm,
-    serve_arguments,
 )
 from vllm_medusa.errors import UserError
 from vllm_medusa.plugin import compat
 from vllm_medusa.plugin.identity import medusa_config_of
-from vllm_medusa.plugin.one_line_errors import exit_in_one_line
 from vllm_medusa.plugin.support import check_supported
 
 pytestmark = pytest.mark.engine
@@ -85,9 +80,19 @@ def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
         ({"num_speculative_tokens": 2, "tree": [[0]]}, "given as paths, which has 1 nodes; remove"),
         ({"max_tree_requests": 0}, "max_tree_requests=0 must be a positive integer"),
         ({"model": 3}, "model=3 must be a string"),
+        ({"model": "x" * 256}, "no such file or directory; give an existing path"),
+        ({"model": "x/" * 3000}, "no such file or directory; give an existing path"),
+        ({"model": "~nobody-of-that-name/heads"}, "no such file or directory; give an existing"),
+        ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
+        (
+            {"max-tree-requests": 3, "max_tree_requests": 3},
+            "'max-tree-requests' and 'max_tree_requests', which are one key; remove one",
+        ),
+        ({"tree": np.array([[0]])}, "tree=array([[0]]) must be 'auto', a tree's name"),
+        ({"acceptance": np.array(["a", "b"])}, "is not supported; use 'lossless'"),
         ({"model": None, "revision": "main"}, "revision='main' in speculative_config is that of"),
     ],
-    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_values(tiny_model: Path, tiny_heads: Path, keys: dict[str, Any], expected: str) -> None:
     assert expected in refusal(tiny_model, {**medusa(tiny_heads), **keys})
@@ -97,6 +102,7 @@ def test_values(tiny_model: Path, tiny_heads: Path, keys: dict[str, Any], expect
     ("content", "expected"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON (it is nested too deeply)"),
         ("{}", "has format None; use 'vllm_medusa.tree/1'"),
         ('{"format": "vllm_medusa.tree/1", "paths": 3}', "holds no list of paths"),
         ("[[0], [1, 1]]", "tree path [1, 1] has no parent"),
@@ -110,15 +116,33 @@ def test_tree_files(
     assert expected in refusal(tiny_model, medusa(tiny_heads, tree=str(path)))
 
 
+def test_schedule_that_is_nested_too_deeply(tiny_model: Path, tmp_path: Path) -> None:
+    heads = tiny.make_heads(tmp_path)
+    (heads / "medusa_tree_schedule.json").write_text("[" * 100_000)
+    message = refusal(tiny_model, medusa(heads))
+    assert "medusa_tree_schedule.json is not JSON (it is nested too deeply); calibrate" in message
+
+
+@pytest.mark.parametrize(
+    "speculative_config", [{3: 4}, {"method": np.array(["a", "b"])}, {"method": ["medusa"]}]
+)
+def test_what_is_not_for_us_is_left_to_vllm(tiny_model: Path, speculative_config: Any) -> None:
+    """vLLM's own error, of whatever type, and no traceback that begins in our code."""
+    with pytest.raises(Exception) as caught:
+        engine_config(tiny_model, speculative_config, skip_tokenizer_init=True)
+    assert "vllm_medusa" not in str(caught.traceback[-1].path)
+
+
 @pytest.mark.parametrize(
     ("speculative_config", "arguments"),
     [
         ({"num_speculative_tokens": 4}, {"spec_tokens": 4}),
         ({}, {"spec_method": "medusa"}),
         ({}, {"spec_model": "elsewhere"}),
+        ({}, {"spec_model": "x" * 3000}),
         ({"method": "ngram"}, {"spec_method": "medusa"}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_given_twice(
     tiny_model: Path, tiny_heads: Path, speculative_config: Any, arguments: Any
@@ -329,56 +353,3 @@ def test_other_versions(
         assert "supports vLLM 0.32 and 0.33, not 0.34.1; install one of these" in message
     # Whoever does not ask for Medusa is left alone.
     engine_config(tiny_model, skip_tokenizer_init=True)
-
-
-# What the user sees.
-
-
-def check_one_line(result: Any, expected: str) -> None:
-    """One line of ours, on the standard error, and nothing else that names our code."""
-    assert result.returncode == 1
-    ours = [line for line in result.stderr.splitlines() if "vllm_medusa" in line]
-    assert len(ours) == 1, result.stderr
-    assert "vllm_medusa: error: " in ours[0]
-    assert expected in ours[0]
-    assert "vllm_medusa/" not in result.stdout
-
-
-def test_serve_prints_one_line(tiny_heads: Path) -> None:
-    spec = json.dumps(medusa(tiny_heads))
-    result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec)
-    check_one_line(result, "for hidden size 128, the target model has 256")
-    assert "Traceback" not in result.stdout + result.stderr
-
-
-def test_script_prints_one_line() -> None:
-    spec = medusa(DEMO_HEADS, tree=[[0], [1, 0]])
-    result = run_python(f"import vllm; vllm.LLM({str(DEMO_MODEL)!r}, speculative_config={spec!r})")
-    check_one_line(result, "tree path [1, 0] has no parent; add the path [1]")
-    assert "Traceback" not in result.stdout + result.stderr
-
-
-def test_mistakes_in_an_engine_process(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, exit_in_one_line(is_own_process=True):
-        raise UserError("too small; give more")
-    assert caught.value.code == 1
-    assert capfd.readouterr().err == "vllm_medusa: error: too small; give more\n"
-    with pytest.raises(UserError), exit_in_one_line(is_own_process=False):
-        raise UserError("too small; give more")
-    with pytest.raises(ValueError, match="vLLM's"), exit_in_one_line(is_own_process=True):
-        raise ValueError("vLLM's own")
-
-
-@pytest.mark.slow
-def test_engine_process_prints_one_line() -> None:
-    """A mistake that shows only when the memory is known, in the engine core's process."""
-    argv = ["--dtype", "float32", "--max-model-len", "512", "--num-gpu-blocks-override", "17"]
-    argv += ["--block-size", "32", "--enforce-eager"]
-    spec = json.dumps(medusa(DEMO_HEADS, tree="cpu-16"))
-    result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec, *argv)
-    check_one_line(result, "the KV cache of 17 blocks has no room for the")
-
-
-def test_parser_refuses_other_words() -> None:
-    with pytest.raises(SystemExit):
-        serve_arguments(DEMO_MODEL, "--spec-method", "medusa2")

@@ -21,10 +21,11 @@ from tests import tiny
 from tests.integration.conftest import counters, draft_with, open_engine
 from tests.integration.test_sampling_parameters import ForbidRecent
 from tests.oracles.tree import random_order, random_subtree
-from vllm_medusa.config import DynamicTrees, MedusaConfig, TreeLimits
+from vllm_medusa.config import MedusaConfig
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.forks import ForkGeometry
+from vllm_medusa.tree.limits import DynamicTrees, TreeLimits
 from vllm_medusa.tree.named import named_tree, tree_names
 from vllm_medusa.tree.schedule import TreeSchedule, write_schedule_file
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_medusa.config import MedusaConfig, MedusaOptions, TreeChoice, resolve_tree
@@ -13,6 +14,14 @@ from vllm_medusa.tree.named import default_paths
 from vllm_medusa.tree.schedule import TreeSchedule
 
 HEADS_TREE = [[0], [1], [0, 0], [1, 0], [0, 0, 0]]
+
+
+def nested(depth: int) -> Any:
+    """A list within a list, and so on."""
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def request(**values: Any) -> MedusaOptions:
@@ -62,12 +71,68 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
         ({"num_speculative_tokens_per_batch_size": [[1, 4, 0]]}, "drafts nothing at any batch"),
         ({"tree": 16}, "tree=16 must be 'auto', a tree's name, a tree file or a list of paths"),
         ({"tree": {"paths": [[0]]}}, "must be 'auto', a tree's name"),
+        ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
+        ({None: "heads"}, "the key None, which is no string"),
+        (
+            {"max-tree-requests": 4, "max_tree_requests": 4},
+            "'max-tree-requests' and 'max_tree_requests', which are one key; remove one of them",
+        ),
+        *(
+            (
+                {key: np.array([[0, 1], [2, 3]])},
+                f"{key}=array.* is not supported|{key}=array.* must",
+            )
+            for key in ("acceptance", "model", "revision", "tree", "max_tree_requests")
+        ),
+        (
+            {"num_speculative_tokens_per_batch_size": np.array([[1, 4, 8]])},
+            "per_batch_size has array",
+        ),
     ],
 )
 def test_mistakes_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        request(**values)
+        MedusaOptions.from_dict({"method": "medusa", **values})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"k" * 3000: 1},
+        {"acceptance": "x" * 3000},
+        {"model": ["x" * 3000]},
+        {"revision": "x" * 3000},
+        {"num_speculative_tokens": "x" * 3000},
+        {"max_tree_requests": [[0] * 1000] * 1000},
+        {"num_speculative_tokens_per_batch_size": [["x" * 3000]]},
+        {"num_speculative_tokens_per_batch_size": [[1, size, 0] for size in range(1, 1000)]},
+        {"tree": {"x" * 3000: 1}},
+        {"tree": "x" * 3000},
+        {"tree": "x" * 3000 + ".json"},
+        {"tree": [["x" * 3000]]},
+        {"tree": [["x"] * 1000]},
+        {"tree": [[0] * 3000]},
+        {"tree": nested(400)},
+        {
+            "tree": [[rank] for rank in range(100)],
+            "num_speculative_tokens_per_batch_size": [[n, n, 2] for n in range(1, 1000)],
+        },
+    ],
+    ids=lambda values: next(iter(values))[:30],
+)
+def test_long_values_are_cut(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_tree(request(**values), 2, None)
+    assert len(str(caught.value)) < 500
+
+
+def test_paths_may_be_path_objects(tmp_path: Path) -> None:
+    write_tree_file(tmp_path / "tree.json", HEADS_TREE)
+    given = request(model=tmp_path, tree=tmp_path / "tree.json")
+    assert given == request(model=str(tmp_path), tree=str(tmp_path / "tree.json"))
+    choice = resolve_tree(given, 3, None)
+    assert choice == TreeChoice(DraftTree.from_paths(HEADS_TREE), str(tmp_path / "tree.json"))
 
 
 def test_resolved_configuration_travels_as_json() -> None:

@@ -128,6 +128,8 @@ def test_tree_file_keeps_the_order(tmp_path: Path) -> None:
         ('{"paths": [[0]]}', "has format None; use"),
         (json.dumps({"format": TREE_FILE_FORMAT}), "holds no list of paths; give"),
         ('"cpu-16"', "holds no list of paths; give"),
+        ("[" * 100_000, "is not JSON .*nested too deeply"),
+        (json.dumps({"format": "x" * 3000}), "has format 'xx.*xx'; use 'vllm_medusa.tree/1'"),
     ],
 )
 def test_bad_tree_files_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -137,6 +139,7 @@ def test_bad_tree_files_are_named(tmp_path: Path, text: str, message: str) -> No
         read_tree_file(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(file))
 
 
 def test_missing_tree_file(tmp_path: Path) -> None:

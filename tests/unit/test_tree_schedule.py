@@ -68,6 +68,7 @@ def test_the_file_holds_the_schedule(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON .*nested too deeply"),
         ("[]", "not a tree schedule"),
         ('{"format": "other"}', "not a tree schedule; its format must be"),
         (json.dumps({"format": SCHEDULE_FILE_FORMAT, "entries": []}), "has no entries"),

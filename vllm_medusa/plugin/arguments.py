@@ -9,8 +9,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from vllm_medusa.config import CONFIG_KEY, MedusaConfig, MedusaOptions, resolve_tree
-from vllm_medusa.errors import UserError
+from vllm_medusa.config import (
+    CONFIG_KEY,
+    MedusaConfig,
+    MedusaOptions,
+    resolve_tree,
+    with_underscores,
+)
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.heads import HeadsReader
 from vllm_medusa.plugin.compat import check_version, patch, replaced
 from vllm_medusa.plugin.core.draft_parents import patch_scheduler
@@ -86,14 +92,14 @@ def take_request(args: Any) -> MedusaOptions | None:
         UserError: if a value is not known, not allowed, or given twice.
 
     """
-    given = args.speculative_config
-    if given == METHOD:
+    given = {} if args.speculative_config is None else args.speculative_config
+    if _is_method(given):
         given = {"method": METHOD}
-    if given is not None and not isinstance(given, dict):
+    if not isinstance(given, dict) or not any(
+        map(_is_method, (given.get("method"), getattr(args, "spec_method", None)))
+    ):
         return None
-    values = {key.replace("-", "_"): value for key, value in (given or {}).items()}
-    if METHOD not in (values.get("method"), getattr(args, "spec_method", None)):
-        return None
+    values = with_underscores(given)
     for flag, key in (
         ("spec_method", "method"),
         ("spec_model", "model"),
@@ -104,11 +110,16 @@ def take_request(args: Any) -> MedusaOptions | None:
             continue
         if key in values:
             raise UserError(
-                f"{flag}={value!r} and speculative_config[{key!r}]={values[key]!r} are both given; "
-                "remove one of them"
+                f"{flag}={shown(value)} and speculative_config[{key!r}]={shown(values[key])} are "
+                "both given; remove one of them"
             )
         values[key] = value
     return MedusaOptions.from_dict(values)
+
+
+def _is_method(value: Any) -> bool:
+    """Whether a value is our method's name; it may be of any type."""
+    return isinstance(value, str) and value == METHOD
 
 
 def _resolve(args: Any, request: MedusaOptions) -> tuple[MedusaConfig, HeadsReader]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from vllm_medusa.errors import shown
 from vllm_medusa.plugin.compat import patch
 from vllm_medusa.plugin.identity import is_medusa
 
@@ -38,7 +39,7 @@ def check_extra_args(sampling_params: Any) -> None:
     nodes = values.get("max_nodes") if isinstance(values, dict) and len(values) == 1 else None
     if type(nodes) is not int or nodes < 0:
         raise VLLMValidationError(
-            f"extra_args[{EXTRA_ARGS_KEY!r}]={repr(given)[:100]} is not known; give "
+            f"extra_args[{EXTRA_ARGS_KEY!r}]={shown(given)} is not known; give "
             "{'max_nodes': N} with N of 0 (no drafts) or more",
             parameter="extra_args",
             value=None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_medusa.config import MedusaConfig
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.kernels import MAX_NODES
 from vllm_medusa.plugin.compat import plugin_logger
 
@@ -17,8 +17,8 @@ def check_before(args: Any, worker_class: str) -> None:
     """Check ``EngineArgs`` before vLLM builds its configuration from them."""
     if args.worker_cls not in ("auto", worker_class):
         raise UserError(
-            f"worker_cls={args.worker_cls!r} cannot be combined with method 'medusa', which brings "
-            "its own worker class; leave worker_cls out"
+            f"worker_cls={shown(args.worker_cls)} cannot be combined with method 'medusa', which "
+            "brings its own worker class; leave worker_cls out"
         )
     # Here, because vLLM would first ask for a token budget that LoRA with drafts needs.
     if args.enable_lora:
@@ -43,7 +43,7 @@ def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
         *([] if config.limits.max_paths == 1 else refused_with_trees(vllm_config)),
     ]:
         if is_refused:
-            raise UserError(f"{setting}={value!r} is not supported with Medusa: {reason}")
+            raise UserError(f"{setting}={shown(value)} is not supported with Medusa: {reason}")
     _check_token_budget(vllm_config, config)
     if not is_v2:
         _avoid_full_cuda_graphs(vllm_config)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 
 TreePath = tuple[int, ...]
 
@@ -50,14 +51,14 @@ class DraftTree:
         for raw in paths:
             path = _checked_path(raw)
             if path in nodes:
-                raise UserError(f"tree path {list(path)} is given twice; remove one of them")
+                raise UserError(f"tree path {_shown(path)} is given twice; remove one of them")
             nodes.add(path)
         if not nodes:
             raise UserError("the tree has no paths; give at least [[0]], or use tree='chain'")
         for path in nodes:
             if len(path) > 1 and path[:-1] not in nodes:
                 raise UserError(
-                    f"tree path {list(path)} has no parent; add the path {list(path[:-1])}"
+                    f"tree path {_shown(path)} has no parent; add the path {_shown(path[:-1])}"
                 )
         if len(nodes) > MAX_DRAFT_TOKENS:
             raise UserError(
@@ -85,9 +86,9 @@ class DraftTree:
             missing = next((path for path in ordered if path not in tree.paths), None)
             if missing is not None:
                 raise UserError(
-                    f"the tree of {tree.num_draft_tokens} nodes lacks the path {list(missing)} of "
-                    f"the tree of {len(ordered)} before it; add the path, so that each tree holds "
-                    "the smaller ones"
+                    f"the tree of {tree.num_draft_tokens} nodes lacks the path {_shown(missing)} "
+                    f"of the tree of {len(ordered)} before it; add the path, so that each tree "
+                    "holds the smaller ones"
                 )
             ordered += [path for path in tree.paths if path not in ordered]
         return cls(tuple(ordered))
@@ -145,8 +146,8 @@ class DraftTree:
             return
         deepest = next(path for path in self.paths if len(path) > num_heads)
         raise UserError(
-            f"the tree is {self.depth} deep (path {list(deepest)}) but the heads are {num_heads}; "
-            "use heads trained for more positions or a tree without that path"
+            f"the tree is {self.depth} deep (path {_shown(deepest)}) but the heads are "
+            f"{num_heads}; use heads trained for more positions or a tree without that path"
         )
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -158,13 +159,17 @@ class DraftTree:
             )
 
 
+def _shown(path: Sequence[int]) -> str:
+    return shown(list(path))
+
+
 def _checked_path(raw: Sequence[int]) -> TreePath:
     """Return ``raw`` as a path, or raise `UserError`."""
     if isinstance(raw, (str, bytes)) or not isinstance(raw, Sequence):
-        raise UserError(f"tree path {raw!r} must be a list of ranks such as [0, 2]")
+        raise UserError(f"tree path {shown(raw)} must be a list of ranks such as [0, 2]")
     for rank in raw:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise UserError(f"tree path {list(raw)} has rank {rank!r}; use 0, 1, 2, ...")
+            raise UserError(f"tree path {_shown(raw)} has rank {shown(rank)}; use 0, 1, 2, ...")
     if not raw:
         raise UserError("the tree has an empty path; the root is implied, remove it")
     return tuple(raw)
@@ -180,20 +185,11 @@ def read_tree_file(path: Path) -> list[list[int]]:
         UserError: if the file cannot be read or does not hold a list of paths.
 
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the tree file {path}: {error.strerror}; check the path"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"the tree file {path} is not JSON ({error}); write it again or give its paths"
-        ) from None
+    data = read_json(path, "tree file", "write it again or give its paths")
     if isinstance(data, dict):
         if data.get("format") != TREE_FILE_FORMAT:
             raise UserError(
-                f"the tree file {path} has format {data.get('format')!r}; "
+                f"the tree file {path} has format {shown(data.get('format'))}; "
                 f"use {TREE_FILE_FORMAT!r}, or a bare list of paths"
             )
         data = data.get("paths")
@@ -202,6 +198,36 @@ def read_tree_file(path: Path) -> list[list[int]]:
             f"the tree file {path} holds no list of paths; give one such as [[0], [1], [0, 0]]"
         )
     return data
+
+
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        what: what it is, and
+        remedy: what to do if it is no JSON, both for the error.
+
+    Raises:
+        UserError: if it cannot be read or is no JSON.
+
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the {what} {_name(path)}: {error.strerror}; check the path"
+        ) from None
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise UserError(f"the {what} {_name(path)} is not JSON ({reason}); {remedy}")
+
+
+def _name(path: Path) -> str:
+    """Return the path of a file as a message shows it: longer than other values."""
+    return shown(str(path), 260).strip("'")
 
 
 def write_tree_file(path: Path, paths: Iterable[Sequence[int]]) -> None:

@@ -12,7 +12,7 @@ import heapq
 import json
 from importlib import resources
 
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 #: Chance that head 0's guess of each rank is right: an assumption that gives sensible shapes, not a
@@ -49,7 +49,7 @@ def named_tree(name: str, num_heads: int) -> DraftTree:
     if name in published:
         return DraftTree.from_paths([int(rank) for rank in path] for path in published[name])
     raise UserError(
-        f"there is no tree named {name!r}; use 'auto', one of {', '.join(tree_names())}, "
+        f"there is no tree named {shown(name)}; use 'auto', one of {', '.join(tree_names())}, "
         "the path of a tree file, or a list of paths"
     )
 

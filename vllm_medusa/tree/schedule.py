@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.errors import UserError
-from vllm_medusa.tree.draft_tree import DraftTree, TreePath
+from vllm_medusa.errors import UserError, shown
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath, read_json
 
 SCHEDULE_FILE_FORMAT = "vllm_medusa.tree_schedule/1"
 
@@ -66,8 +66,8 @@ class TreeSchedule:
                 )
             if size is not None and (type(size) is not int or size <= before):
                 raise UserError(
-                    f"entry {index} of the tree schedule has max_batch_size={size!r}; use integers "
-                    f"that rise from entry to entry (here above {before})"
+                    f"entry {index} of the tree schedule has max_batch_size={shown(size)}; use "
+                    f"integers that rise from entry to entry (here above {before})"
                 )
             before = size or before
             paths = DraftTree.from_paths(raw).paths if raw else ()
@@ -117,17 +117,7 @@ def read_schedule_file(path: Path) -> TreeSchedule:
         UserError: if the file cannot be read or does not hold a valid schedule.
 
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the tree schedule {path}: {error.strerror}; check the path"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"the tree schedule {path} is not JSON ({error}); calibrate again or remove the file"
-        ) from None
-    return _schedule_of(data)
+    return _schedule_of(read_json(path, "tree schedule", "calibrate again or remove the file"))
 
 
 def write_schedule_file(path: Path, schedule: TreeSchedule) -> None:

@@ -85,25 +85,6 @@ def _ways_up(parents: IntArray) -> IntArray:
     return np.stack(ways)
 
 
-def depth_first_nodes(parents: Sequence[int]) -> list[int]:
-    """Return a tree's draft nodes in depth-first order, children in the order of their numbers.
-
-    Args:
-        parents: of the draft nodes 1, 2, ...
-
-    """
-    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
-    for node, parent in enumerate(parents, start=1):
-        children[parent].append(node)
-    order: list[int] = []
-    waiting = children[0][::-1]
-    while waiting:
-        node = waiting.pop()
-        order.append(node)
-        waiting += children[node][::-1]
-    return order
-
-
 def path_starts(parents: Sequence[int]) -> list[int]:
     """Return the nodes at which a tree's *fork paths* start, the root first.
 

@@ -244,7 +244,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise UserError(f"{path}: not readable as JSON ({exc}); repair the file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; repair the file")

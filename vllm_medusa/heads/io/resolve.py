@@ -1,9 +1,10 @@
 """From what the user wrote (directory, file or hub name) to local files."""
 
+import os
 import re
 from pathlib import Path
 
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.heads.io.files import TORCH_SUFFIXES, Selector, open_store, read_index
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -27,24 +28,25 @@ def resolve(
     Raises:
         UserError: neither an existing path nor a repository that can be had.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    # `os.path`, because `Path` raises where a name is too long or names no user.
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Path(path)
     if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
         raise UserError(
-            f"{what} {str(name)!r}: no such file or directory; give an existing path or a hub name "
-            "such as 'owner/name'"
+            f"{what} {shown(str(name))}: no such file or directory; give an existing path or a hub "
+            "name such as 'owner/name'"
         )
     try:
         return _download(name, select, revision)
     except UserError:
         raise
     except Exception as exc:  # the hub client raises its own, its HTTP client's and OS errors
-        at = "" if revision is None else f" at revision {revision!r}"
+        at = "" if revision is None else f" at revision {shown(revision)}"
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
-            f"{what} {name!r}{at}: no such directory, and not to be had from the hub or its local "
-            f"cache ({type(exc).__name__}: {reason}); check the name, the network and "
+            f"{what} {shown(name)}{at}: no such directory, and not to be had from the hub or its "
+            f"local cache ({type(exc).__name__}: {reason}); check the name, the network and "
             "HF_HUB_OFFLINE, or give a local directory"
         ) from None
 

@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vllm_medusa.plugin.compat import patch, vllm_version
 from vllm_medusa.plugin.core.draft_parents import parents_of
-from vllm_medusa.plugin.identity import masks_trees
-from vllm_medusa.tree.step_trees import depth_first_nodes
+from vllm_medusa.plugin.identity import masks_trees, medusa_config_of
 
 
 def patch_structured_output() -> None:
-    """Patch ``StructuredOutputManager.grammar_bitmask`` and ``validate_tokens``."""
+    """Patch ``StructuredOutputManager``.
+
+    ``grammar_bitmask`` and ``validate_tokens`` for the walk over trees, ``_create_grammar`` for
+    accepted paths that run on behind a grammar's end.
+    """
     from vllm.v1.structured_output import StructuredOutputManager
 
     def wrap_bitmask(original: Any) -> Any:
@@ -46,6 +51,15 @@ def patch_structured_output() -> None:
 
         return validate_tokens
 
+    def wrap_create(original: Any) -> Any:
+        def _create_grammar(self: Any, request: Any) -> Any:
+            grammar = original(self, request)
+            if medusa_config_of(self.vllm_config) is not None:
+                stop_at_the_end(grammar)
+            return grammar
+
+        return _create_grammar
+
     patch(
         StructuredOutputManager,
         "grammar_bitmask",
@@ -58,6 +72,22 @@ def patch_structured_output() -> None:
         ["self", "request", "spec_tokens"],
         wrap_validate,
     )
+    patch(StructuredOutputManager, "_create_grammar", ["self", "request"], wrap_create)
+
+
+def stop_at_the_end(grammar: Any) -> None:
+    """Have a grammar ignore what an accepted path holds behind the grammar's end.
+
+    Given one token a step, vLLM's grammars ignore all behind their end, and the request goes on
+    without one (``ignore_eos``). Given several at once, ``GuidanceGrammar`` refuses those behind
+    the end, and the request ends with an error.
+    """
+    accept = grammar.accept_tokens
+
+    def accept_tokens(request_id: str, tokens: list[int]) -> bool:
+        return all(grammar.is_terminated() or accept(request_id, [token]) for token in tokens)
+
+    grammar.accept_tokens = accept_tokens
 
 
 def _masks_trees(manager: Any) -> bool:
@@ -87,51 +117,63 @@ def _tree_bitmask(
         request, tokens = requests[req_id], drafts.get(req_id, [])
         grammar = request.structured_output_request.grammar
         parents = parents_of(request, tokens)
-        _fill_tree(manager, grammar, req_id, tokens, parents, row)
+        fill_tree(manager._grammar_bitmask[row:], grammar, req_id, tokens, parents)
         row += num_nodes if has_fixed_rows else 1 + len(tokens)
     return manager._grammar_bitmask[:row].numpy()
 
 
-def _fill_tree(
-    manager: Any,
-    grammar: Any,
-    req_id: str,
-    tokens: Sequence[int],
-    parents: Sequence[int],
-    first_row: int,
+def fill_tree(
+    bitmask: Any, grammar: Any, req_id: str, tokens: Sequence[int], parents: Sequence[int]
 ) -> None:
-    """Fill the rows of one request; the grammar is left in the state it was in.
+    """Fill the masks of one request's nodes; the grammar is left in the state it was in.
 
-    ``entered`` is the path of nodes whose tokens the grammar has taken. The nodes are visited in
-    depth-first order, in which a node's parent is on the path to the node before it.
+    Each node gets the mask that vLLM would give it without speculation, had the request arrived
+    there. A node that no request can arrive at gets its parent's mask.
+
+    Args:
+        bitmask: [>= 1 + D, words] int32 masks, 32 tokens a word, to be filled: node ``i`` is row
+            ``i``, the root row 0. A tensor on the host.
+        grammar: a ``StructuredOutputGrammar`` (``v1/structured_output/backend_types.py``) in the
+            state of the root.
+        req_id: of the request.
+        tokens: [D] token of each draft node; -1 for none.
+        parents: [>= D] parent of each draft node, an index of ``bitmask``; parents before children.
+
     """
-    _fill_row(manager, grammar, first_row, True)
-    entered = [0]
-    for node in depth_first_nodes(parents):
-        parent, token = parents[node - 1], tokens[node - 1]
-        allowed = False
-        if parent in entered:
-            above = entered.index(parent) + 1
-            if above < len(entered):
-                grammar.rollback(len(entered) - above)
-                del entered[above:]
-            allowed = (
-                token >= 0
-                and not grammar.is_terminated()
-                and bool(grammar.validate_tokens([token]))
-                and grammar.accept_tokens(req_id, [token])
-            )
-        if allowed:
-            entered.append(node)
-        # A forbidden node is never reached: any mask will do.
-        _fill_row(manager, grammar, first_row + node, allowed)
-    if len(entered) > 1:
-        grammar.rollback(len(entered) - 1)
+    rows = bitmask.numpy()
+    children: list[list[int]] = [[] for _ in range(len(tokens) + 1)]
+    for node, parent in zip(range(1, len(tokens) + 1), parents, strict=False):
+        children[parent].append(node)
+    is_filled = np.zeros(len(tokens) + 1, dtype=bool)
+    # The nodes whose parent the grammar is at or has been at, and how deep they are; the last one
+    # is next, so that the walk is depth-first.
+    waiting = [(0, 0)]
+    # Nodes below the root whose tokens the grammar has taken.
+    entered = 0
+    while waiting:
+        node, depth = waiting.pop()
+        if node:
+            token = tokens[node - 1]
+            if not _permits(rows[parents[node - 1]], token):
+                continue
+            if entered >= depth:
+                grammar.rollback(entered - depth + 1)
+            entered = depth - 1
+            if not grammar.accept_tokens(req_id, [token]):
+                continue
+            entered = depth
+        is_filled[node] = True
+        if grammar.is_terminated():
+            # From here on the request is free; the nodes below get this row, too.
+            rows[node] = -1
+        else:
+            grammar.fill_bitmask(bitmask, node)
+            waiting += [(child, depth + 1) for child in reversed(children[node])]
+    if entered:
+        grammar.rollback(entered)
+    for node in np.flatnonzero(~is_filled):
+        rows[node] = rows[parents[node - 1]]
 
 
-def _fill_row(manager: Any, grammar: Any, row: int, is_constrained: bool) -> None:
-    """Fill one row as ``StructuredOutputManager._fill_bitmasks`` does."""
-    if is_constrained and not grammar.is_terminated():
-        grammar.fill_bitmask(manager._grammar_bitmask, row)
-    else:
-        manager._grammar_bitmask[row].fill_(manager._full_mask)
+def _permits(row: Any, token: int) -> bool:
+    return token >= 0 and bool(row[token >> 5] >> (token & 31) & 1)
