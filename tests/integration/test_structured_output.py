@@ -202,6 +202,8 @@ def test_walks_of_vllms_grammars(name: str) -> None:
     rng = random.Random(5)
     num_ends = 0
     for constraint in SHORT * 3:
+        if name == "xgrammar" and "choice" in constraint:
+            continue  # vLLM hands xgrammar a grammar instead
         key = get_structured_output_key(StructuredOutputsParams(**constraint))
 
         def fresh(context: list[int], key: Any = key) -> Any:
