@@ -80,7 +80,9 @@ def rank(
     return Ranked(drafts, request, np.argsort(-probability, kind="stable"), is_fork)
 
 
-def best_size(ranked: Ranked, num_requests: int, costs: CostCurve) -> tuple[int, Floats]:
+def best_size(
+    ranked: Ranked, num_requests: int, costs: CostCurve, more_ms: float = 0.0
+) -> tuple[int, Floats]:
     """Return the number of nodes that pays best, and [T + 1] tokens per ms by number of nodes.
 
     Every number is tried with the forks that it has, so a costly fork makes the numbers behind it
@@ -90,17 +92,36 @@ def best_size(ranked: Ranked, num_requests: int, costs: CostCurve) -> tuple[int,
         ranked: the nodes.
         num_requests: that decode in the step.
         costs: of the step.
+        more_ms: what the step costs in any case, beyond that.
 
     """
-    num_nodes = len(ranked.order)
-    emitted = np.full(num_nodes + 1, float(num_requests))
-    emitted[1:] += np.cumsum(ranked.drafts.probability[ranked.order])
-    ms = costs.by_drafts(num_requests, num_nodes)
+    rates = _rates(ranked, ranked.order, num_requests, costs, more_ms)
+    return int(np.argmax(rates)), rates
+
+
+def best_rate(ranked: Ranked, allowed: Bools, num_requests: int, costs: CostCurve) -> float:
+    """Return the tokens per ms that the best number of some nodes gives.
+
+    Args:
+        ranked: the nodes.
+        allowed: [T] which of them count, in falling probability.
+        num_requests: that decode in the step.
+        costs: of the step.
+
+    """
+    return float(_rates(ranked, ranked.order[allowed], num_requests, costs, 0.0).max())
+
+
+def _rates(
+    ranked: Ranked, order: Ints, num_requests: int, costs: CostCurve, more_ms: float
+) -> Floats:
+    emitted = np.full(len(order) + 1, float(num_requests))
+    emitted[1:] += np.cumsum(ranked.drafts.probability[order])
+    ms = costs.by_drafts(num_requests, len(order)) + more_ms
     if costs.fork_ms:
-        ms = ms.copy()
-        ms[1:] += costs.fork_ms * np.cumsum(ranked.is_fork[ranked.order])
-    rate = emitted / ms
-    return int(np.argmax(rate)), rate
+        ms[1:] += costs.fork_ms * np.cumsum(ranked.is_fork[order])
+    rates: Floats = emitted / ms
+    return rates
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_medusa.draft.types import Floats, Ints
 from vllm_medusa.errors import UserError
-from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 #: Paths that a superset holds at most: more cost time at every step and are never drafted.
 MAX_PATHS = 256
@@ -100,10 +100,28 @@ class Superset:
         """Build the superset that is a static tree."""
         return cls.from_paths(tree.paths, tree.depth, tree.top_k)
 
+    def cut_to_depth(self, depth: int) -> Superset:
+        """Return the superset without the paths deeper than ``depth``."""
+        paths = [path for path in self.paths() if len(path) <= depth]
+        return Superset.from_paths(paths, self.num_heads, self.num_guesses)
+
     def __len__(self) -> int:
         return len(self.parents)
+
+    def paths(self) -> list[TreePath]:
+        """Return the rank paths."""
+        paths: list[TreePath] = []
+        for parent, cell in zip(self.parents.tolist(), self.cells.tolist(), strict=True):
+            above = () if parent == len(self) else paths[parent]
+            paths.append((*above, cell % self.num_guesses))
+        return paths
 
     @property
     def num_heads(self) -> int:
         """Heads that the paths may use."""
         return len(self.levels) - 1
+
+    @property
+    def num_guesses(self) -> int:
+        """Guesses of each head that the paths may use."""
+        return int(self.children.shape[1])

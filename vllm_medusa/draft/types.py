@@ -30,6 +30,39 @@ class Source(IntFlag):
 
 
 @dataclass(frozen=True)
+class Request:
+    """A request that drafts in a step.
+
+    Attributes:
+        key: names it for as long as it runs.
+        tokens: [L] its prompt and output so far; the last one is the root. Not kept beyond the
+            call.
+        num_prompt_tokens: how many of them are the prompt's.
+        max_nodes: most nodes that it drafts; None is the engine's own limit.
+
+    """
+
+    key: str
+    tokens: NDArray[np.integer[Any]]
+    num_prompt_tokens: int
+    max_nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What the text of each request of the last step then was, as far as it is known.
+
+    Attributes:
+        tokens: [B, E] int64, with anything behind the known ones; E is at least 1.
+        counts: [B] how many are known; 0 where the request is gone.
+
+    """
+
+    tokens: Ints
+    counts: Ints
+
+
+@dataclass(frozen=True)
 class Draft:
     """The tree of M nodes that one request drafts in one step.
 

@@ -1,0 +1,188 @@
+"""One engine's drafts: from the requests' texts and the heads' guesses to one tree per request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
+from vllm_medusa.draft.costs import CostCurve
+from vllm_medusa.draft.learning import LogisticCurve, Observer
+from vllm_medusa.draft.merge import merge
+from vllm_medusa.draft.pacing import Pacer
+from vllm_medusa.draft.probability import Probabilities
+from vllm_medusa.draft.proposer import Proposer
+from vllm_medusa.draft.sources.heads import HeadsSource
+from vllm_medusa.draft.sources.shared_text import SharedTextSource
+from vllm_medusa.draft.sources.suffix import SuffixSource
+from vllm_medusa.draft.sources.text import TextSource
+from vllm_medusa.draft.types import Drafts, Emitted, Floats, Guesses, Ints, Request, Source
+
+#: Nodes that are less likely are never drafted.
+_MIN_PROBABILITY = 1e-3
+#: Of the heads' own nodes, so many times what may be drafted are looked at: if leaves are bounded,
+#: not only the likeliest are taken.
+_POOL = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSettings:
+    """Bounds of a request's tree, and where it comes from.
+
+    Attributes:
+        sources: of the nodes.
+        max_nodes: most draft nodes.
+        max_leaves: most leaves.
+        max_depth: deepest node.
+        learn: whether probabilities go on learning.
+        max_text_tokens: of a longer text, the last tokens are searched, half of so many at least.
+        max_shared_tokens: of the outputs of finished requests that are kept for `SHARED_TEXT`.
+        max_finished_requests: whose outputs are kept for `SUFFIX`.
+
+    """
+
+    sources: Source = Source.HEADS | Source.TEXT
+
+    max_nodes: int = 16
+    max_leaves: int = UNLIMITED
+    max_depth: int = 16
+    learn: bool = True
+    max_text_tokens: int = 2**16
+    max_shared_tokens: int = 2**18
+    max_finished_requests: int = 0
+
+
+class Drafter:
+    """Drafts step by step. It is given the same in the same order, it drafts the same.
+
+    In each step: ask `runs_heads`, run them or not, call `propose`. Call `finish` for each request
+    that has ended; one that was preempted may go on later.
+
+    Args:
+        settings: of the trees.
+        probabilities: of the sources; they learn in place.
+        costs: of a step, to choose the nodes that pay; None is to draft as many as may be.
+        observers: is shown, by source, what became of its candidates; None is that the curves
+            learn, if they are to.
+
+    """
+
+    def __init__(
+        self,
+        settings: DraftSettings,
+        probabilities: Probabilities,
+        costs: CostCurve | None = None,
+        observers: Mapping[Source, Observer] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._costs = costs
+        self._superset = probabilities.superset.cut_to_depth(settings.max_depth)
+        if observers is None:
+            observers = probabilities.learners() if settings.learn else {}
+        self._heads = HeadsSource(
+            probabilities.curves[Source.HEADS],
+            observers.get(Source.HEADS),
+            num_heads=self._superset.num_heads,
+            num_guesses=self._superset.num_guesses,
+        )
+        self._proposers = _proposers(settings, probabilities, observers)
+        self._pacer = Pacer()
+        # Of the last step: each request's place and how long its text was.
+        self._last: dict[str, tuple[int, int]] = {}
+
+    def runs_heads(self, num_requests: int) -> bool:
+        """Whether the heads are to run for the requests of this step."""
+        if Source.HEADS not in self._settings.sources or len(self._superset) == 0:
+            return False
+        return self._costs is None or self._pacer.runs_heads(num_requests)
+
+    def propose(
+        self, requests: Sequence[Request], guessed: tuple[Ints, Floats] | None = None
+    ) -> Drafts:
+        """Draft one tree for each of B requests.
+
+        Args:
+            requests: those that sampled a token in this step.
+            guessed: of the heads, [B, K, k] tokens, the likeliest first, and the probabilities
+                that they give them; None if they did not run.
+
+        """
+        self._learn(requests)
+        if not requests:
+            return Drafts.none(0)
+        proposals = [proposer.propose(requests) for proposer in self._proposers]
+        guesses = None if guessed is None else self._heads.guess(*guessed)
+        limits = np.array([self._limit(request) for request in requests], dtype=np.int64)
+        nodes = merge(self._superset, guesses, proposals, _POOL * self._settings.max_nodes)
+        ranked = rank(
+            nodes,
+            limits,
+            max_leaves=self._settings.max_leaves,
+            min_probability=_MIN_PROBABILITY,
+        )
+        return self._choose(ranked, guesses)
+
+    def finish(self, key: str) -> None:
+        """Drop what is held for a request that has ended."""
+        for proposer in self._proposers:
+            proposer.finish(key)
+
+    def _limit(self, request: Request) -> int:
+        most = self._settings.max_nodes
+        return most if request.max_nodes is None else min(most, request.max_nodes)
+
+    def _choose(self, ranked: Ranked, guesses: Guesses | None) -> Drafts:
+        num_requests = len(ranked.drafts)
+        if self._costs is None:
+            return ranked.drafts
+        heads_ms = 0.0 if guesses is None else self._costs.heads_ms
+        size, rates = best_size(ranked, num_requests, self._costs, heads_ms)
+        if guesses is not None:
+            others = ranked.drafts.source[ranked.order] & ~Source.HEADS != 0
+            without = best_rate(ranked, others, num_requests, self._costs)
+            self._pacer.record_gain(num_requests, float(rates[size]) / without)
+        if self._pacer.drafts_anyway(num_requests, size) and len(rates) > 1:
+            size = 1 + int(np.argmax(rates[1:]))
+        return take(ranked, size)
+
+    def _learn(self, requests: Sequence[Request]) -> None:
+        """Show all sources what followed the texts of the last step."""
+        depth = self._settings.max_depth
+        tokens = np.zeros((max(1, len(self._last)), depth), dtype=np.int64)
+        counts = np.zeros(len(tokens), dtype=np.int64)
+        for request in requests:
+            place, length = self._last.get(request.key, (0, len(request.tokens)))
+            new = request.tokens[length : length + depth]
+            if len(new):
+                tokens[place, : len(new)] = new
+                counts[place] = len(new)
+        emitted = Emitted(tokens, counts)
+        self._heads.learn(emitted)
+        for proposer in self._proposers:
+            proposer.learn(emitted)
+        self._last = {r.key: (place, len(r.tokens)) for place, r in enumerate(requests)}
+
+
+def _proposers(
+    settings: DraftSettings, probabilities: Probabilities, observers: Mapping[Source, Observer]
+) -> tuple[Proposer, ...]:
+    """Make the sources other than the heads."""
+    curves, depth = probabilities.curves, settings.max_depth
+    made: dict[Source, Callable[[LogisticCurve, Observer | None], Proposer]] = {
+        Source.TEXT: lambda curve, observer: TextSource(
+            curve, observer, max_depth=depth, max_tokens=settings.max_text_tokens
+        ),
+        Source.SUFFIX: lambda curve, observer: SuffixSource(
+            curve, observer, max_depth=depth, max_finished=settings.max_finished_requests
+        ),
+        Source.SHARED_TEXT: lambda curve, observer: SharedTextSource(
+            curve, observer, max_depth=depth, max_tokens=settings.max_shared_tokens
+        ),
+    }
+    return tuple(
+        make(curves[source], observers.get(source))
+        for source, make in made.items()
+        if source in settings.sources
+    )

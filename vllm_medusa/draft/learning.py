@@ -1,0 +1,212 @@
+"""How often candidates are right: logistic curves, and how they go on learning.
+
+A candidate is right, given that its parent is, with probability ``sigmoid(features . slopes +
+bias[group])``. While serving, every 100 steps the slopes and biases take one Newton step towards
+what was seen in them. This is what vLLM's ``OnlineAcceptanceEstimator`` does
+(``v1/worker/gpu/spec_decode/acceptance_estimator.py``), with another damping: there a step is
+damped by the number of observations in it, here by what is remembered of earlier ones, so that
+few new observations do not make a curve jump that many older ones have settled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from vllm_medusa.draft.types import Bools, Floats, Ints
+from vllm_medusa.errors import UserError
+
+#: No probability is closer to 0 or 1: a path's falls from node to node.
+MIN_PROBABILITY = 1e-6
+MAX_PROBABILITY = 0.9995
+#: Log-odds are cut off there.
+_MAX_LOG_ODDS = 14.0
+#: Steps between two updates.
+STEPS_PER_UPDATE = 100
+#: What is remembered of the information at each update: about the last twenty count.
+_MEMORY = 0.95
+#: How many observations a curve that was never fitted counts for, in each of its biases.
+_PRIOR_OBSERVATIONS = 50.0
+#: The same of a curve that is fitted once, and the Newton steps that it takes.
+_FIT_PRIOR = 4.0
+_FIT_STEPS = 20
+#: No coefficient moves further in one update.
+_MAX_MOVE = 1.0
+
+
+class LogisticCurve:
+    """The probability that a candidate is right, given that its parent is.
+
+    Args:
+        slopes: [F], of the features.
+        bias: [G], of the groups of candidates.
+
+    Raises:
+        UserError: if a number is not finite.
+
+    """
+
+    def __init__(self, slopes: Floats, bias: Floats) -> None:
+        self.slopes = np.array(slopes, dtype=np.float64)
+        self.bias = np.array(bias, dtype=np.float64)
+        if not (np.isfinite(self.slopes).all() and np.isfinite(self.bias).all()):
+            raise UserError(
+                "the curve of a source of drafts has a number that is not finite; calibrate again"
+            )
+
+    def predict(self, features: Floats, groups: Ints) -> Floats:
+        """Return the probabilities [...] of candidates with features [..., F] in groups [...]."""
+        log_odds = features @ self.slopes + self.bias[groups]
+        np.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS, out=log_odds)
+        probability: Floats = 1 / (1 + np.exp(-log_odds))
+        np.clip(probability, MIN_PROBABILITY, MAX_PROBABILITY, out=probability)
+        return probability
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `from_dict` is the inverse."""
+        return {"slopes": self.slopes.tolist(), "bias": self.bias.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Any, name: str, num_slopes: int, num_groups: int) -> LogisticCurve:
+        """Read what `to_dict` made.
+
+        Args:
+            values: JSON values.
+            name: for messages.
+            num_slopes, num_groups: that the curve must have.
+
+        Raises:
+            UserError: it is something else, or a curve of other features or groups.
+
+        """
+        try:
+            curve = cls(
+                np.array(values["slopes"], dtype=np.float64),
+                np.array(values["bias"], dtype=np.float64),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the curve {name!r} is damaged ({error!r}); calibrate again") from None
+        if curve.slopes.shape != (num_slopes,) or curve.bias.shape != (num_groups,):
+            raise UserError(
+                f"the curve {name!r} has {curve.slopes.size} slopes and {curve.bias.size} biases "
+                f"instead of {num_slopes} and {num_groups}; calibrate again"
+            )
+        return curve
+
+
+class Observer(Protocol):
+    """Is shown candidates whose parent was right."""
+
+    def observe(self, features: Floats, groups: Ints, predicted: Floats, right: Bools) -> None:
+        """Take up n candidates.
+
+        Args:
+            features, groups: [n, F] and [n].
+            predicted: [n] by the curve as it is.
+            right: [n] whether the text went through the candidate.
+
+        """
+
+    def end_step(self) -> None:
+        """Count a step."""
+
+
+class Recorder:
+    """Keeps all that it is shown, to fit a curve to it or to compare with what was predicted."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Floats, Ints, Floats, Bools]] = []
+
+    def observe(self, features: Floats, groups: Ints, predicted: Floats, right: Bools) -> None:
+        """Keep n candidates."""
+        self._parts.append((features, groups, predicted, right))
+
+    def end_step(self) -> None:
+        """Steps do not matter."""
+
+    def observations(self) -> tuple[Floats, Ints, Floats, Bools]:
+        """Return features, groups, predictions and outcomes of all candidates.
+
+        Raises:
+            ValueError: there were none.
+
+        """
+        features, groups, predicted, right = zip(*self._parts, strict=True)
+        return (
+            np.concatenate(features),
+            np.concatenate(groups),
+            np.concatenate(predicted),
+            np.concatenate(right),
+        )
+
+
+class Learner:
+    """Moves a curve towards what is observed, by Newton steps on the log-likelihood.
+
+    Between updates the curve is constant, so the sums of an update are those of a fit at it. What
+    is kept is as large as the curve's coefficients squared. The same observations in the same order
+    give the same curve.
+
+    Args:
+        curve: is changed in place.
+        prior: how many observations the curve counts for as it is, in each of its coefficients.
+
+    """
+
+    def __init__(self, curve: LogisticCurve, prior: float = _PRIOR_OBSERVATIONS) -> None:
+        self.curve = curve
+        self._num_slopes = len(curve.slopes)
+        size = self._num_slopes + len(curve.bias)
+        # p (1 - p) of an observation is 1/4 at most. A slope's features are of size one or so.
+        self._prior = np.eye(size) * prior / 4
+        self._information = self._prior.copy()
+        self._seen = np.zeros((size, size))
+        self._gradient = np.zeros(size)
+        self._num_steps = 0
+
+    def observe(self, features: Floats, groups: Ints, predicted: Floats, right: Bools) -> None:
+        """Add n candidates to the sums."""
+        slopes, num_groups = self._num_slopes, len(self.curve.bias)
+        weight = predicted * (1 - predicted)
+        excess = right - predicted
+        weighted = features * weight[:, None]
+        self._seen[:slopes, :slopes] += features.T @ weighted
+        for place in range(slopes):
+            shared = np.bincount(groups, weighted[:, place], num_groups)
+            self._seen[place, slopes:] += shared
+            self._seen[slopes:, place] += shared
+        diagonal = self._seen.reshape(-1)[slopes * (len(self._seen) + 1) :: len(self._seen) + 1]
+        diagonal += np.bincount(groups, weight, num_groups)
+        self._gradient[:slopes] += excess @ features
+        self._gradient[slopes:] += np.bincount(groups, excess, num_groups)
+
+    def end_step(self) -> None:
+        """Count a step; every `STEPS_PER_UPDATE` the curve is updated."""
+        self._num_steps += 1
+        if self._num_steps % STEPS_PER_UPDATE == 0:
+            self.update()
+
+    def update(self) -> None:
+        """Move the curve by one Newton step."""
+        # The prior never fades, so that what is never observed does not become singular.
+        self._information = _MEMORY * self._information + (1 - _MEMORY) * self._prior + self._seen
+        move = np.clip(np.linalg.solve(self._information, self._gradient), -_MAX_MOVE, _MAX_MOVE)
+        self.curve.slopes += move[: self._num_slopes]
+        self.curve.bias += move[self._num_slopes :]
+        self._seen[:] = 0
+        self._gradient[:] = 0
+
+
+def fit(curve: LogisticCurve, features: Floats, groups: Ints, right: Bools) -> None:
+    """Fit a curve to n observations, by Newton steps from where it is.
+
+    Args:
+        curve: is changed in place.
+        features, groups, right: as `Observer` has them.
+
+    """
+    for _ in range(_FIT_STEPS):
+        learner = Learner(curve, _FIT_PRIOR)
+        learner.observe(features, groups, curve.predict(features, groups), right)
+        learner.update()

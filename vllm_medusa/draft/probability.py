@@ -1,0 +1,163 @@
+"""The curves of all sources, and the file that calibration writes them to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_medusa.draft.learning import Learner, LogisticCurve
+from vllm_medusa.draft.superset import Superset
+from vllm_medusa.draft.trie import Trie
+from vllm_medusa.draft.types import Floats, Ints, Source
+from vllm_medusa.errors import UserError
+
+PROBABILITIES_FORMAT = "vllm_medusa.draft_probabilities/1"
+PROBABILITIES_FILE = "medusa_probabilities.json"
+
+#: First rank of each group of a head's guesses.
+_RANK_GROUPS = (0, 1, 2, 3, 6)
+_MIN_HEAD_PROBABILITY = 1e-6
+#: Added to a share and to what it lacks to one, so that log-odds are finite.
+_SHARE_PRIOR = 0.02
+#: Slopes and bias of curves that were never fitted, about what the demo model's texts give.
+_DEFAULTS: dict[Source, tuple[Floats, float]] = {
+    Source.HEADS: (np.array([0.9]), 0.0),
+    Source.TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.0),
+    Source.SUFFIX: (np.array([0.5, 0.8, 0.9]), -1.0),
+    Source.SHARED_TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.5),
+}
+#: Of heads that nothing is known about: shares at which their guesses are right, by rank.
+_TYPICAL_HEAD = 0.5 / np.arange(1, 64) ** 1.7
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """What turns candidates into probabilities.
+
+    Attributes:
+        curves: by source; that of the heads has a group for each depth and range of ranks.
+        superset: the heads' rank paths.
+
+    """
+
+    curves: Mapping[Source, LogisticCurve]
+    superset: Superset
+
+    @classmethod
+    def default(cls, num_heads: int, num_guesses: int) -> Probabilities:
+        """Return curves of ordinary heads and texts, to start from without a calibration."""
+        by_rank = np.tile(_TYPICAL_HEAD[:num_guesses], (num_heads, 1))
+        curves = {
+            source: LogisticCurve(slopes, np.full(_num_groups(source, num_heads), bias))
+            for source, (slopes, bias) in _DEFAULTS.items()
+        }
+        return cls(curves, Superset.from_product(by_rank))
+
+    def learners(self) -> dict[Source, Learner]:
+        """Return what makes the curves learn."""
+        return {source: Learner(curve) for source, curve in self.curves.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `from_dict` is the inverse."""
+        curves = {_name(source): curve.to_dict() for source, curve in self.curves.items()}
+        paths = [list(path) for path in self.superset.paths()]
+        return {"format": PROBABILITIES_FORMAT, "curves": curves, "paths": paths}
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], num_heads: int, num_guesses: int
+    ) -> Probabilities:
+        """Read what `to_dict` made. A source without a curve gets the default one.
+
+        Raises:
+            UserError: it is something else, or of other heads.
+
+        """
+        if values.get("format") != PROBABILITIES_FORMAT:
+            raise UserError(
+                f"the probabilities have format {values.get('format')!r} instead of "
+                f"{PROBABILITIES_FORMAT!r}; calibrate again"
+            )
+        given, paths = values.get("curves"), values.get("paths")
+        if not isinstance(given, dict) or not isinstance(paths, list):
+            raise UserError("the probabilities hold no curves or no list of paths; calibrate again")
+        curves = dict(cls.default(num_heads, num_guesses).curves)
+        for source in _DEFAULTS:
+            if (name := _name(source)) in given:
+                size = len(_DEFAULTS[source][0]), _num_groups(source, num_heads)
+                curves[source] = LogisticCurve.from_dict(given[name], name, *size)
+        return cls(curves, Superset.from_paths(paths, num_heads, num_guesses))
+
+
+def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabilities:
+    """Read the file that a calibration wrote.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); calibrate again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; calibrate again")
+    try:
+        return Probabilities.from_dict(values, num_heads, num_guesses)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def head_groups(num_heads: int, num_guesses: int) -> Ints:
+    """Return [K, k]: group of each depth and rank."""
+    by_rank = np.searchsorted(_RANK_GROUPS, np.arange(num_guesses), side="right") - 1
+    groups: Ints = len(_RANK_GROUPS) * np.arange(num_heads)[:, None] + by_rank
+    return groups
+
+
+def head_features(probability: Floats) -> Floats:
+    """Return [..., 1]: the log-odds of probabilities [...] that heads gave."""
+    q = np.clip(probability, _MIN_HEAD_PROBABILITY, 1 - _MIN_HEAD_PROBABILITY)
+    features: Floats = np.log(q / (1 - q))[..., None]
+    return features
+
+
+def text_features(trie: Trie) -> Floats:
+    """Return [n, 5] of the nodes of continuations.
+
+    The log-odds of the node's share of what goes through its parent, by weight; logarithms of the
+    longest match, of the depth and of the number of occurrences; and whether the best of the
+    parent's occurrences goes on here.
+    """
+    features = np.empty((len(trie.tokens), 5))
+    features[:, 0] = _share_log_odds(trie.weight / trie.total)
+    features[:, 1] = np.log(trie.match)
+    features[:, 2] = np.log(trie.depths)
+    features[:, 3] = np.log(trie.count)
+    features[:, 4] = trie.is_best
+    return features
+
+
+def suffix_features(share: Floats, match: Ints, depths: Ints) -> Floats:
+    """Return [n, 3] of the suffix library's nodes: log-odds of the share, and two logarithms."""
+    return np.stack([_share_log_odds(share), np.log(match), np.log(depths)], axis=1)
+
+
+def _share_log_odds(share: Floats) -> Floats:
+    log_odds: Floats = np.log((share + _SHARE_PRIOR) / (1 - share + _SHARE_PRIOR))
+    return log_odds
+
+
+def _num_groups(source: Source, num_heads: int) -> int:
+    return num_heads * len(_RANK_GROUPS) if source is Source.HEADS else 1
+
+
+def _name(source: Source) -> str:
+    return str(source.name).lower()

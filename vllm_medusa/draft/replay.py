@@ -1,0 +1,114 @@
+"""What the engine would accept of drafts, by walking along texts that are known.
+
+Greedy text is the same whatever is drafted, so this is exact: a step emits the accepted nodes and
+one token more, and the next step begins behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_medusa.draft.drafter import Drafter
+from vllm_medusa.draft.types import Draft, Request
+
+
+@dataclass(frozen=True)
+class GuessedText:
+    """A prompt, the target's continuation of it, and what the heads guess along it.
+
+    Attributes:
+        tokens: [L] of the prompt and the continuation.
+        num_prompt_tokens: how many are the prompt's.
+        guessed_tokens: [P, K, k] at each position, where position p's root is token p of the
+            continuation; the likeliest first.
+        guessed_probability: [P, K, k] that the heads give them.
+        num_positions: steps begin at positions below it, P at most. What is accepted beyond counts
+            as far as the text goes, so it should go on for the longest draft.
+
+    """
+
+    tokens: NDArray[np.int64]
+    num_prompt_tokens: int
+    guessed_tokens: NDArray[np.int64]
+    guessed_probability: NDArray[np.float64]
+    num_positions: int
+
+
+@dataclass
+class Replayed:
+    """What happened in a replay.
+
+    Attributes:
+        num_tokens: emitted.
+        num_requests: in all steps together: steps of single requests.
+        steps: of each step, its requests, nodes, nodes that fork, and whether the heads ran.
+
+    """
+
+    num_tokens: int = 0
+    num_requests: int = 0
+    steps: list[tuple[int, int, int, bool]] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a request's step emits; 1 without any."""
+        return self.num_tokens / self.num_requests if self.num_requests else 1.0
+
+
+def replay(texts: Sequence[GuessedText], drafter: Drafter, batch_size: int = 32) -> Replayed:
+    """Draft along texts, ``batch_size`` of them at a time, each as a request."""
+    result = Replayed()
+    waiting = [index for index, text in enumerate(texts) if text.num_positions > 0][::-1]
+    position: dict[int, int] = {}
+    while waiting or position:
+        while waiting and len(position) < batch_size:
+            position[waiting.pop()] = 0
+        running = list(position)
+        requests = [_request(index, texts[index], position[index]) for index in running]
+        guessed = None
+        if runs_heads := drafter.runs_heads(len(running)):
+            at = [(texts[index], position[index]) for index in running]
+            guessed = (
+                np.stack([text.guessed_tokens[place] for text, place in at]),
+                np.stack([text.guessed_probability[place] for text, place in at]),
+            )
+        drafts = drafter.propose(requests, guessed)
+        num_forks = 0
+        for index, draft in zip(running, drafts, strict=True):
+            text = texts[index]
+            root = text.num_prompt_tokens + position[index]
+            emitted = 1 + num_accepted(draft, text.tokens[root + 1 :])
+            num_forks += len(draft) - len(set(draft.parents.tolist()))
+            result.num_tokens += emitted
+            position[index] += emitted
+            if position[index] >= text.num_positions:
+                del position[index]
+                drafter.finish(str(index))
+        result.num_requests += len(running)
+        result.steps.append((len(running), len(drafts.tokens), num_forks, runs_heads))
+    return result
+
+
+def num_accepted(draft: Draft, following: NDArray[np.int64]) -> int:
+    """Return how many nodes of a draft the text goes through that follows its root."""
+    nodes = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(
+            zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True), start=1
+        )
+    }
+    node, count = 0, 0
+    for token in following.tolist():
+        if (node, token) not in nodes:
+            break
+        node, count = nodes[node, token], count + 1
+    return count
+
+
+def _request(index: int, text: GuessedText, position: int) -> Request:
+    stop = text.num_prompt_tokens + position + 1
+    return Request(str(index), text.tokens[:stop], text.num_prompt_tokens)
