@@ -8,6 +8,7 @@ so does looking up. A token costs about 0.4 KiB of memory.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ class NgramKeys:
 
     def __init__(self) -> None:
         # Of each order but the last: its hashes at the last places, as far back as they are read.
-        self._recent = [deque([0] * order, maxlen=order) for order in ORDERS[:-1]]
+        self._recent = [deque([NO_TOKEN] * order, maxlen=order) for order in ORDERS[:-1]]
 
     def add(self, token: int) -> list[int]:
         """Add a token; return the keys: each the hash of its two halves'."""
@@ -48,11 +49,11 @@ class NgramKeys:
 
 
 def keys_of(tokens: Sequence[int]) -> list[int]:
-    """Return the keys of the n-grams in which tokens end."""
-    keys, result = NgramKeys(), [0] * len(ORDERS)
+    """Return the keys of the n-grams in which tokens end, none longer than they are."""
+    ngrams, keys = NgramKeys(), [0]
     for token in tokens[-ORDERS[-1] :]:
-        result = keys.add(token)
-    return result
+        keys = ngrams.add(token)
+    return keys[: bisect_right(ORDERS, len(tokens))]
 
 
 class TextIndex:
@@ -67,10 +68,13 @@ class TextIndex:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._ngrams: NgramKeys
-        self._before: list[array[int]]
         #: Tokens that were ever added.
         self.num_added = 0
+        #: Hashes of the n-grams in which the text ends, by `ORDERS`.
+        self.keys = [0] * len(ORDERS)
+        self._ngrams = NgramKeys()
+        self._last: list[dict[int, int]] = []
+        self._before: list[array[int]] = []
         self._clear()
 
     def __len__(self) -> int:
@@ -102,12 +106,13 @@ class TextIndex:
         length the latest.
 
         Args:
-            keys: `keys` of that text: this one or another.
+            keys: `keys` of that text, this one, or `keys_of` another's last tokens.
             count: how many.
 
         """
         found: list[int] = []
-        for key, last, before in zip(keys[::-1], self._last[::-1], self._before[::-1], strict=True):
+        by_order = zip(keys, self._last, self._before, strict=False)
+        for key, last, before in reversed(list(by_order)):
             place = last.get(key, 0)
             seen = 0
             while place and seen < count and len(found) < count:
@@ -130,10 +135,9 @@ class TextIndex:
 
     def _clear(self) -> None:
         self._length = 0
-        #: Hashes of the n-grams in which the text ends, by `ORDERS`.
         self.keys = [0] * len(ORDERS)
         self._ngrams = NgramKeys()
-        self._last: list[dict[int, int]] = [{} for _ in ORDERS]
+        self._last = [{} for _ in ORDERS]
         # Place 0 ends every chain.
         self._before = [array("i", [0]) for _ in ORDERS]
         self._allocate(_FIRST_CAPACITY)

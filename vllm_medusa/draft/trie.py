@@ -45,7 +45,9 @@ class Trie:
 
     def along_paths(self, given: Floats) -> Floats:
         """Return [n] the product of [n] numbers along each node's path."""
-        paths: Floats = np.multiply.accumulate(given[self.nodes], axis=0)[self.is_new]
+        # Ended cells read one of them or, where there is none at all, the one more.
+        cells = np.append(given, 1.0)[self.nodes]
+        paths: Floats = np.multiply.accumulate(cells, axis=0)[self.is_new]
         return paths
 
 
