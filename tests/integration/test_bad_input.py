@@ -181,8 +181,6 @@ def few_words(tensors: Heads) -> None:
         (lambda t: t.pop("1.0.linear.weight"), "tensor '1.0.linear.weight' is missing"),
         (lambda t: t.pop("3.1.weight"), "tensor '3.1.weight' is missing"),
         (lambda t: t.update({"4.bias": torch.ones(1)}), "tensor '4.bias' is no part of 4 heads"),
-        (lambda t: change(t, "2.1.weight", float("nan")), "tensor '2.1.weight' holds NaN"),
-        (lambda t: change(t, "0.0.linear.bias", float("inf")), "'0.0.linear.bias' holds NaN or"),
     ],
 )
 def test_heads_that_do_not_fit(

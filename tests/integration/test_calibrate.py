@@ -191,7 +191,7 @@ def test_prediction_is_what_the_engine_measures(tmp_path: Path) -> None:
             ["--prompts", "{prompts}", "--check", "8", "--check-prompts", "{prompts}"],
             "is among --prompts too",
         ),
-        (["--prompts", "{rows}", "--no-step-costs"], "4 prompts (424 positions) are too few"),
+        (["--prompts", "{rows}", "--no-step-costs"], "4 prompts (416 positions) are too few"),
         (["--prompts", "{rows}", "--temperature", "1"], "leave the temperature out"),
         (["--prompts", "{prompts}", "--no-step-costs", "--batch-sizes", "1"], "leave it out"),
         (["--prompts", "{prompts}", "--step-costs", "{costs}", "--sizes", "16"], "go up to 8"),
