@@ -40,9 +40,10 @@ class _WorkerMixin:
     _timers: timers.StepTimers | None = None
 
     def compile_or_warm_up_model(self) -> Any:
-        """Let the runner measure what it needs once vLLM has warmed up."""
+        """Let the runner measure what dynamic trees need (V1) once vLLM has warmed up."""
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        self.model_runner.prepare_drafting()
+        if not self.use_v2_model_runner:
+            self.model_runner.prepare_drafting()
         return result
 
     def medusa_counters(self) -> dict[str, int]:
