@@ -142,6 +142,20 @@ class MedusaRunnerMixin(_Base):
             ),
         )
 
+    def _dummy_sampler_run(self, hidden_states: Tensor) -> Tensor:
+        """Let vLLM profile the sampler: every request has a draft of one node there."""
+        num_reqs = len(hidden_states)
+        ones = np.ones(num_reqs, dtype=np.int64)
+        self.rejection_sampler.step = Step(
+            req_ids=(),
+            outputs=[[] for _ in ones],
+            discarded=frozenset(),
+            drafts=[[0] for _ in ones],
+            num_computed=0 * ones,
+            plan=self._planner.plan(ones + 1, [(0,)] * num_reqs, ones > 0, None),
+        )
+        return super()._dummy_sampler_run(hidden_states)
+
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         if self.forks is not None:
             self.forks.end_step()
