@@ -261,7 +261,8 @@ class Actor:
         wrapper.init_device()
         wrapper.load_model()
         runner = wrapper.worker.model_runner
-        return [type(wrapper.worker).__name__, type(runner).__name__, runner.tree_layout.num_nodes]
+        num_nodes = 1 + runner.drafter.config.limits.max_nodes
+        return [type(wrapper.worker).__name__, type(runner).__name__, num_nodes]
 
 try:
     print("BUILT", *ray.get(Actor.remote().build.remote(sys.argv[1], sys.argv[2])))
