@@ -11,6 +11,8 @@ VENV_NEXT ?= .venv-next
 WORKERS ?= 2
 VENV_V2 ?= .venv-v2
 VENV_V2_NEXT ?= .venv-v2-next
+# What test-v2-next runs; in the interpreter an engine test takes minutes.
+V2_NEXT_TESTS ?= tests/v2
 DEMO ?= demo
 DEMO_BUILD ?= build/demo
 GPU_PYTHON ?= python
@@ -68,10 +70,10 @@ test-next: venv-next ## the engine tests on vLLM 0.33
 	@$(VENV_NEXT)/bin/python -m pytest $(SHARED) -m "engine and not slow"
 
 test-v2: venv-v2 ## kernels and engine on Model Runner V2, in Triton's interpreter
-	@$(VENV_V2)/bin/python -m pytest -m "not slow" tests/kernels tests/v2
+	@$(VENV_V2)/bin/python -m pytest $(SHARED) -m "not slow" tests/kernels tests/v2
 
 test-v2-next: venv-v2-next ## the engine on Model Runner V2 of vLLM 0.33, likewise
-	@$(VENV_V2_NEXT)/bin/python -m pytest -m "not slow" tests/v2
+	@$(VENV_V2_NEXT)/bin/python -m pytest $(SHARED) -m "not slow" $(V2_NEXT_TESTS)
 
 test-gpu: ## kernels and engine on a GPU machine with vLLM and this package (GPU_PYTHON)
 	@VLLM_USE_V2_MODEL_RUNNER=1 $(GPU_PYTHON) -m pytest -m "not slow" tests/kernels tests/v2

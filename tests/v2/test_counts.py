@@ -89,7 +89,7 @@ def bytes_of_ours(tensors: dict[str, Any]) -> int:
     return loaded[0]
 
 
-@pytest.mark.parametrize("num_reqs", [1, 8])
+@pytest.mark.parametrize("num_reqs", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_bytes_that_attention_reads(num_reqs: int) -> None:
     tree = bytes_of_ours(long_step(num_reqs, has_trees=True))
     causal = bytes_of_ours(long_step(num_reqs, has_trees=False))
