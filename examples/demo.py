@@ -30,13 +30,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from vllm_medusa.bench.sameness import TIE_LOGPROB, first_difference
 from vllm_medusa.engines.engine import EngineProcess, Run, thread_environment
 
 EXAMPLES = Path(__file__).resolve().parent
 DEMO = EXAMPLES.parent / "demo"
-DTYPE = "bfloat16"
+#: On other processors a bfloat16 product costs as much for each token as for the first one.
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+DTYPE = "bfloat16" if HAS_BFLOAT16 else "float32"
 #: An engine that got less than this share of a core was disturbed by other programs.
 QUIET_SHARE = 0.9
 #: So was a measurement whose best round's ratio is more than this times its worst.
@@ -47,6 +50,7 @@ def main() -> None:
     """Inflate the model, start both engines, run them side by side and in turns, print."""
     args = arguments()
     console = Console()
+    logging.disable_progress_bar()
     lines = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[: args.prompts]]
     tree = {"num_speculative_tokens": args.nodes} if args.tree is None else {"tree": args.tree}
@@ -54,8 +58,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = Path(folder) / "model"
         console.print("Inflating the demo model ...")
-        num_parameters = write_inflated(model, args.parameters)
-        console.print(f"Starting two engines of {num_parameters / 1e6:.0f} M parameters ...")
+        num_parameters = write_inflated(model, 1e6 * args.megabytes)
+        console.print(
+            f"Starting two engines of {num_parameters / 1e6:.0f} M parameters, {DTYPE} ..."
+        )
         name = f"with a tree of {args.nodes} nodes" if args.tree is None else f"with {args.tree}"
         sides = [
             Side.start("without speculation", model, {}),
@@ -80,7 +86,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=200e6, help="model size (200e6)")
+    parser.add_argument("--megabytes", type=float, default=400, help="size of the weights (400)")
     parser.add_argument("--nodes", type=int, default=4, help="draft nodes of the tree (4)")
     parser.add_argument("--tree", help="another tree: any of the README's")
     parser.add_argument("--prompts", type=int, default=3, help="how many prompts (3)")
@@ -92,11 +98,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_inflated(out: Path, parameters: float) -> int:
-    """Write the demo model, inflated, and return how many parameters it has."""
+def write_inflated(out: Path, size: float) -> int:
+    """Write the demo model, inflated to so many bytes; return how many parameters it has."""
+    dtype: torch.dtype = getattr(torch, DTYPE)
     small = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-    large = inflate(small, parameters)
-    large.to(torch.bfloat16).save_pretrained(out)
+    large = inflate(small, size / dtype.itemsize)
+    large.to(dtype).save_pretrained(out)
     AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(out)
     return int(large.num_parameters())
 

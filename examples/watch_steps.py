@@ -50,14 +50,15 @@ class WatchedDrafter:
 
 
 def watch_drafts() -> None:
-    """Have every runner draft through a `WatchedDrafter`."""
-    initialise = MedusaRunnerMixin.__init__
+    """Have every runner draft through a `WatchedDrafter`, once it has its drafter."""
+    original = MedusaRunnerMixin.initialize_kv_cache
 
-    def initialise_watched(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **kwargs)
-        self.tree_drafter = WatchedDrafter(self.tree_drafter)
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not isinstance(self.tree_drafter, WatchedDrafter):
+            self.tree_drafter = WatchedDrafter(self.tree_drafter)
 
-    MedusaRunnerMixin.__init__ = initialise_watched
+    MedusaRunnerMixin.initialize_kv_cache = initialize_kv_cache
 
 
 def watch_text() -> None:
