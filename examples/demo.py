@@ -2,8 +2,8 @@
 
 Run it with `make demo`. The demo model is inflated first (`inflate.py`), so that its weights cost
 something, as those of a real model do. Then two engines, each on one thread, write a text side by
-side: one without speculation, one with a tree of the demo's Medusa heads. Last they take turns at
-some prompts, one prompt at a time, and the medians are printed.
+side: one without speculation, one with draft trees from the demo's Medusa heads and the text so
+far. Last they take turns at some prompts, one prompt at a time, and the medians are printed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
     logging.disable_progress_bar()
     lines = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[: args.prompts]]
-    tree = {"num_speculative_tokens": args.nodes} if args.tree is None else {"tree": args.tree}
+    by_size = args.tree.isdigit()
+    tree = {"num_speculative_tokens": int(args.tree)} if by_size else {"tree": args.tree}
     medusa = {"method": "medusa", "model": str(DEMO / "heads"), **tree}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = Path(folder) / "model"
@@ -62,7 +63,7 @@ def main() -> None:
         console.print(
             f"Starting two engines of {num_parameters / 1e6:.0f} M parameters, {DTYPE} ..."
         )
-        name = f"with a tree of {args.nodes} nodes" if args.tree is None else f"with {args.tree}"
+        name = f"with a tree of {args.tree} nodes" if by_size else f"with {args.tree} trees"
         sides = [
             Side.start("without speculation", model, {}),
             Side.start(name, model, {"speculative_config": medusa}),
@@ -86,12 +87,15 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=400, help="size of the weights (400)")
-    parser.add_argument("--nodes", type=int, default=4, help="draft nodes of the tree (4)")
-    parser.add_argument("--tree", help="another tree: any of the README's")
+    parser.add_argument("--megabytes", type=float, default=200, help="size of the weights (200)")
+    parser.add_argument(
+        "--tree",
+        default="dynamic",
+        help="any tree of the README; a number: the heads' best tree of so many nodes (dynamic)",
+    )
     parser.add_argument("--prompts", type=int, default=3, help="how many prompts (3)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="tokens of each text (96)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each text (64)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
     parser.add_argument(
         "--picture", type=Path, default=Path("out/demo-tree.png"), help="where the tree is drawn"
     )

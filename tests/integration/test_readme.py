@@ -48,7 +48,18 @@ def test_make_targets_exist(command: list[str]) -> None:
 def test_the_demo(tmp_path: Path) -> None:
     """What ``make demo`` runs once everything is set up, with a smaller model and less text."""
     picture = tmp_path / "tree.png"
-    sizes = ["--megabytes", "60", "--prompts", "2", "--max-tokens", "32", "--rounds", "1"]
+    sizes = [
+        "--tree",
+        "4",
+        "--megabytes",
+        "60",
+        "--prompts",
+        "2",
+        "--max-tokens",
+        "32",
+        "--rounds",
+        "1",
+    ]
     command = [sys.executable, "examples/demo.py", *sizes, "--picture", str(picture)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
