@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
         help="any tree of the README; a number: the heads' best tree of so many nodes (dynamic)",
     )
     parser.add_argument("--prompts", type=int, default=3, help="how many prompts (3)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each text (64)")
+    parser.add_argument("--max-tokens", type=int, default=48, help="tokens of each text (48)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
     parser.add_argument(
         "--picture", type=Path, default=Path("out/demo-tree.png"), help="where the tree is drawn"
@@ -180,6 +180,7 @@ def show_side_by_side(
             )
             live.update(grid, refresh=True)
             time.sleep(0.05)
+    console.print()
     return [run.result() for run in runs]
 
 
@@ -215,7 +216,7 @@ def draw_best_step(console: Console, side: Side, picture: Path) -> None:
     best = max(trees, key=lambda tree: len(tree.accepted))
     draw(best, tokenizer, picture)
     console.print(
-        f"\nOne step's tree, of which {len(best.accepted)} of {len(best.tokens)} draft tokens "
+        f"One step's tree, of which {len(best.accepted)} of {len(best.tokens)} draft tokens "
         f"were accepted: {picture}"
     )
 
@@ -295,7 +296,7 @@ def report_speed(console: Console, sides: list[Side], rounds: list[list[Measured
     console.print(table)
     ratios = [tree.tokens_per_second / plain.tokens_per_second for plain, tree in rounds]
     console.print(
-        f"Tokens per second with the tree over those without: {statistics.median(ratios):.2f} "
+        f"Tokens per second with trees over those without: {statistics.median(ratios):.2f} "
         f"(median of {len(ratios)} rounds in turns, {min(ratios):.2f} to {max(ratios):.2f})"
     )
     share = min(measured.core_share for pair in rounds for measured in pair)

@@ -51,14 +51,13 @@ class WatchedDrafter:
 
 def watch_drafts() -> None:
     """Have every runner draft through a `WatchedDrafter`, once it has its drafter."""
-    original = MedusaRunnerMixin.initialize_kv_cache
+    original = MedusaRunnerMixin.prepare_drafting
 
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if not isinstance(self.tree_drafter, WatchedDrafter):
-            self.tree_drafter = WatchedDrafter(self.tree_drafter)
+    def prepare_drafting(self: Any) -> None:
+        original(self)
+        self.tree_drafter = WatchedDrafter(self.tree_drafter)
 
-    MedusaRunnerMixin.initialize_kv_cache = initialize_kv_cache
+    MedusaRunnerMixin.prepare_drafting = prepare_drafting
 
 
 def watch_text() -> None:
