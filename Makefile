@@ -39,7 +39,7 @@ venv-v2: venv ## set up a third one for Model Runner V2 on a CPU, in Triton's in
 venv-v2-next: venv-next ## the same with vLLM 0.33
 	@$(PYTHON) tools/setup_v2.py $(VENV_V2_NEXT) $(VENV_NEXT) $(VENV)
 
-demo: venv ## one text with a draft tree and without, side by side; takes a minute
+demo: venv ## one text with draft trees and without, side by side; about a minute
 	@$(VENV)/bin/python examples/demo.py
 
 demo-model: export OMP_NUM_THREADS = 1
