@@ -4,7 +4,9 @@ Run it with `make bench`. Every variant is an engine in its own process; all tak
 round, and every ratio is taken within a round, so that a machine whose speed drifts does not
 decide. A step's time is the wall-clock time of ``LLMEngine.step`` while all requests decode.
 
-(a) `chain` of 4 against the Medusa that vLLM 0.32 has built in, with the same heads.
+(a) `chain` of 4 against the Medusa that vLLM 0.32 has built in, with the same heads: the demo's,
+    whose lm_head is the target's, and the same with that as each head's own, as one for all heads,
+    and as low-rank factors of it. vLLM gets the products of the factors: it knows no low rank.
 (b) trees of 8, 16 and 32 drafts against a plain chain of as many drafts through the same code
     (`repeat_drafts.py` makes the chain that long).
 """
@@ -12,18 +14,26 @@ decide. A step's time is the wall-clock time of ``LLMEngine.step`` while all req
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from vllm_medusa.bench.variants import VLLM_CHAIN, parse_variants, with_built_in_heads
 from vllm_medusa.engines.engine import EngineProcess
+from vllm_medusa.heads import HeadsCheckpoint, load_heads
+from vllm_medusa.heads.io.write import save_heads, with_target_lm_head
+from vllm_medusa.target.config import read_lm_head, read_target
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "heads"
 SIZES = (8, 16, 32)
+LM_HEADS = ("target", "own", "common", "low_rank")
+RANK = 64
 PROMPT_TOKENS = 128
 
 
@@ -33,23 +43,18 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens a run (default: 64)")
+    parser.add_argument("--lm-heads", nargs="*", choices=LM_HEADS, default=LM_HEADS, help="of (a)")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="of (b)")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path, help="also write every round's figures here")
     args = parser.parse_args()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        (_, chain) = parse_variants([VLLM_CHAIN], None)
-        chain = with_built_in_heads(chain, str(HEADS), str(MODEL), Path(folder))
-        print("(a) step time of our chain of 4 over that of vLLM's built-in Medusa")
-        results += compare(
-            args,
-            {
-                "vllm-chain": (chain.speculative, chain.environment),
-                "chain": ({"method": "medusa", "model": str(HEADS), "tree": "chain"}, {}),
-            },
-        )
-    for size in SIZES:
+    for lm_head in args.lm_heads:
+        print(f"(a) step time of our chain of 4 over that of vLLM's built-in Medusa, {lm_head=}")
+        with tempfile.TemporaryDirectory() as folder:
+            results += compare(args, chains(lm_head, Path(folder)))
+    for size in args.sizes:
         print(f"(b) step time of a tree of {size} drafts over that of a chain of {size}")
         long_chain = [[0] * depth for depth in range(1, size + 1)]
         medusa = {"method": "medusa", "model": str(HEADS)}
@@ -62,6 +67,55 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def chains(lm_head: str, folder: Path) -> dict[str, tuple[dict[str, object], dict[str, str]]]:
+    """Write the demo's heads with a kind of lm_heads; return the engines that draft with them."""
+    ours = theirs = with_lm_heads(lm_head)
+    if lm_head == "low_rank":
+        factors = ours.tensors
+        product = factors["lm_head.up"] @ factors["lm_head.down"]
+        theirs = _replace(ours, "own", {"lm_head.weight": product})
+    save_heads(ours, folder / "ours")
+    save_heads(theirs, folder / "theirs")
+    (_, chain) = parse_variants([VLLM_CHAIN], None)
+    chain = with_built_in_heads(chain, str(folder / "theirs"), str(MODEL), folder / "vllm")
+    medusa = {"method": "medusa", "model": str(folder / "ours"), "tree": "chain"}
+    return {
+        f"vllm-chain {lm_head}": (chain.speculative, chain.environment),
+        f"chain {lm_head}": (medusa, {}),
+    }
+
+
+def with_lm_heads(lm_head: str) -> HeadsCheckpoint:
+    """Return the demo's heads with a kind of lm_heads, all made of the target's."""
+    heads = load_heads(HEADS)
+    weight = read_lm_head(read_target(str(MODEL)))
+    num_heads = heads.spec.num_heads
+    if lm_head == "common":
+        return with_target_lm_head(heads, weight)
+    if lm_head == "own":
+        return _replace(heads, lm_head, {"lm_head.weight": weight.expand(num_heads, -1, -1)})
+    if lm_head == "low_rank":
+        up, scale, down = torch.linalg.svd(weight.float(), full_matrices=False)
+        factors = {"up": up[:, :RANK] * scale[:RANK], "down": down[:RANK]}
+        return _replace(
+            heads,
+            lm_head,
+            {
+                f"lm_head.{name}": factor.to(weight.dtype).expand(num_heads, -1, -1)
+                for name, factor in factors.items()
+            },
+        )
+    return heads
+
+
+def _replace(
+    heads: HeadsCheckpoint, lm_head: str, tensors: dict[str, torch.Tensor]
+) -> HeadsCheckpoint:
+    blocks = {name: heads.tensors[name] for name in heads.tensors if name.startswith("blocks.")}
+    spec = dataclasses.replace(heads.spec, lm_head=lm_head)
+    return dataclasses.replace(heads, spec=spec, tensors=blocks | tensors)
 
 
 def compare(

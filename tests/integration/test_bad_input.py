@@ -156,10 +156,6 @@ def test_given_twice(
 Heads = dict[str, torch.Tensor]
 
 
-def change(tensors: Heads, name: str, value: float) -> None:
-    tensors[name].view(-1)[7] = value
-
-
 def narrow(tensors: Heads) -> None:
     for name in tensors:
         tensors[name] = tensors[name][..., :64].contiguous()

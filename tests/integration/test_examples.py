@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -87,6 +88,17 @@ def test_step_benchmark(tmp_path: Path) -> None:
     printed = run("bench_steps.py", *few, "--json", tmp_path / "steps.json")
     assert "(a) step time" in printed
     assert json.loads((tmp_path / "steps.json").read_text())
+
+
+def test_heads_loading_benchmark(tmp_path: Path) -> None:
+    few = ["--num-heads", 2, "--hidden-size", 64, "--vocab-size", 512, "--folder", tmp_path]
+    rows = run("bench_heads_loading.py", *few).splitlines()[-4:]
+    names = [row.split("  ")[0] for row in rows]
+    assert names == ["front end", "rank 0 of 1", "rank 0 of 2", "rank 1 of 2"]
+    for row in rows:
+        before, peak = re.findall(r"([\d,]+) MiB", row)
+        assert 0 < int(before.replace(",", "")) <= int(peak.replace(",", ""))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

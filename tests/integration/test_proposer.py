@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import checkpoints
-from tests.integration.command_line import run_vllm
+from tests.integration.command_line import engine_config, run_vllm
 from tests.integration.conftest import open_engine
 from tests.unit.test_heads_module import slow_features, slow_logits
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint
+from vllm_medusa.heads.io import files
 from vllm_medusa.plugin.worker import proposer
 from vllm_medusa.tree.draft_tree import DraftTree
 
@@ -151,22 +154,34 @@ def test_rank_reads_no_heads_deeper_than_the_tree(
     load_rank(monkeypatch, spoil(tmp_path, head=2, row=0))
 
 
-def spoiled_tiny_heads(directory: Path, tiny_heads: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
+@pytest.fixture
+def spoiled(tiny_heads: Path, tmp_path: Path) -> dict[str, Any]:
+    """The speculative configuration of heads with one value that is not finite."""
     tensors = load_file(tiny_heads / "medusa_lm_head.safetensors")
     tensors["2.1.weight"][-1, -1] = torch.nan
-    save_file(tensors, directory / "medusa_lm_head.safetensors")
-    return directory
+    save_file(tensors, tmp_path / "medusa_lm_head.safetensors")
+    return {"method": "medusa", "model": str(tmp_path)}
 
 
-def test_engine_refuses_values_that_are_not_finite(
-    tiny_model: Path, tiny_heads: Path, tmp_path: Path
+def test_front_end_opens_the_heads_once_and_reads_no_values(
+    tiny_model: Path, spoiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = {"method": "medusa", "model": str(spoiled_tiny_heads(tmp_path, tiny_heads))}
+    opened: list[Path] = []
+    original = files.open_tensor_file
+
+    def record(path: Path) -> files.TensorFile:
+        opened.append(path)
+        return original(path)
+
+    monkeypatch.setattr(files, "open_tensor_file", record)
+    engine_config(tiny_model, spoiled, skip_tokenizer_init=True)
+    assert opened == [Path(spoiled["model"], "medusa_lm_head.safetensors")]
+
+
+def test_engine_refuses_them(tiny_model: Path, spoiled: dict[str, Any]) -> None:
     with (
         pytest.raises(UserError, match=r"tensor '2.1.weight' holds NaN"),
-        open_engine(tiny_model, speculative_config=spec),
+        open_engine(tiny_model, speculative_config=spoiled),
     ):
         pass
 
@@ -174,15 +189,15 @@ def test_engine_refuses_values_that_are_not_finite(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_engine_process_refuses_them_in_one_line(
-    tiny_model: Path, tiny_heads: Path, tmp_path: Path, ranks: int
+    tiny_model: Path, spoiled: dict[str, Any], ranks: int
 ) -> None:
-    """Heads that the front end, which reads no values, has let through."""
     argv = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32"]
     argv += ["--num-gpu-blocks-override", "200", "--skip-tokenizer-init"]
     argv += ["--tensor-parallel-size", str(ranks), "--gpu-memory-utilization", "0.1"]
-    spec = f'{{"method": "medusa", "model": "{spoiled_tiny_heads(tmp_path, tiny_heads)}"}}'
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
-    done = run_vllm("serve", str(tiny_model), "--speculative-config", spec, *argv, **env)
+    done = run_vllm(
+        "serve", str(tiny_model), "--speculative-config", json.dumps(spoiled), *argv, **env
+    )
     assert done.returncode == 1
     ours = [line for line in done.stderr.splitlines() if "vllm_medusa" in line]
     assert len(ours) == 1, done.stderr[-3000:]
