@@ -108,7 +108,11 @@ def run_rank(folder: Path, role: str) -> dict[str, float]:
     """Load a rank's share of the heads, on its share of the cores."""
     import torch
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
 
     from vllm_medusa.plugin.worker.proposer import MedusaProposer
 
@@ -121,7 +125,9 @@ def run_rank(folder: Path, role: str) -> dict[str, float]:
         )
         initialize_model_parallel(num_ranks)
         proposer = MedusaProposer(config)
-        return cost_of(lambda: proposer.load_model(torch.nn.Module()))
+        found = cost_of(lambda: proposer.load_model(torch.nn.Module()))
+    cleanup_dist_env_and_memory()
+    return found
 
 
 def cost_of(call: Callable[[], None]) -> dict[str, float]:

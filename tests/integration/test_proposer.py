@@ -62,14 +62,6 @@ def load_rank(
     return loaded
 
 
-def expected_guesses(heads: HeadsCheckpoint, hidden: torch.Tensor) -> tuple[Any, Any]:
-    """[K, B, k] logits and tokens, by the oracle of the heads' module."""
-    logits = slow_logits(heads, slow_features(heads, hidden))[: TREE.depth] * heads.spec.logit_scale
-    values, tokens = logits.topk(TREE.top_k, dim=-1)
-    token_map = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE))
-    return values, token_map[tokens]
-
-
 KINDS: list[dict[str, Any]] = [
     {"lm_head": "own"},
     {"lm_head": "own", "num_layers": 2, "has_bias": False, "draft_vocab_size": 41},
@@ -81,16 +73,26 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+def check_guesses(
+    loaded: proposer.MedusaProposer, heads: HeadsCheckpoint, hidden: torch.Tensor
+) -> None:
+    """Logits, log-probabilities and tokens are the oracle's."""
+    logits = slow_logits(heads, slow_features(heads, hidden))[: TREE.depth] * heads.spec.logit_scale
+    expected, tokens = logits.topk(TREE.top_k, dim=-1)
+    tokens = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE))[tokens]
+    log_probs = logits.log_softmax(dim=-1).topk(TREE.top_k, dim=-1).values
+    for guess, values in ((loaded.guesses, expected), (loaded.probable_guesses, log_probs)):
+        found_values, found_tokens = guess(hidden)
+        torch.testing.assert_close(found_values, values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found_tokens, tokens)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
     heads = make_heads(**kind)
     loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
     for num_rows in (1, 5):
-        hidden = some_states(num_rows)
-        values, tokens = loaded.guesses(hidden)
-        expected_values, expected_tokens = expected_guesses(heads, hidden)
-        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
-        assert torch.equal(tokens, expected_tokens)
+        check_guesses(loaded, heads, some_states(num_rows))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -102,24 +104,26 @@ def test_heads_split_over_ranks(
     heads, hidden = make_heads(**kind), some_states()
     path = checkpoints.write_native(tmp_path, heads)
     ranks = [load_rank(monkeypatch, path, rank, world_size) for rank in range(world_size)]
-    parts: list[torch.Tensor] = []
+    # The ranks' collective is played by going over them twice: what they give, by its kind (guesses
+    # are [2, K, B, k], the sums of probabilities [K, B, 1]), and then what they get.
+    given: dict[int, list[torch.Tensor]] = {3: [], 4: []}
 
     def record(part: torch.Tensor, dim: int) -> torch.Tensor:
-        parts.append(part)
+        given[part.ndim].append(part)
         return torch.cat([part] * world_size, dim)
 
     monkeypatch.setattr(proposer, "tensor_model_parallel_all_gather", record)
     for rank in ranks:
-        rank.guesses(hidden)
-    assert len({part.shape for part in parts}) == 1  # what a collective needs
+        rank.probable_guesses(hidden)
+    for parts in given.values():
+        assert len({part.shape for part in parts}) == 1  # what a collective needs
     monkeypatch.setattr(
-        proposer, "tensor_model_parallel_all_gather", lambda part, dim: torch.cat(parts, dim)
+        proposer,
+        "tensor_model_parallel_all_gather",
+        lambda part, dim: torch.cat(given[part.ndim], dim),
     )
-    expected_values, expected_tokens = expected_guesses(heads, hidden)
     for rank in ranks:
-        values, tokens = rank.guesses(hidden)
-        torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
-        assert torch.equal(tokens, expected_tokens)
+        check_guesses(rank, heads, hidden)
 
 
 def test_drafts_are_the_guesses_at_the_nodes(
@@ -127,7 +131,7 @@ def test_drafts_are_the_guesses_at_the_nodes(
 ) -> None:
     heads, hidden = make_heads(), some_states()
     loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
-    _, tokens = expected_guesses(heads, hidden)
+    _, tokens = loaded.guesses(hidden)
     nodes = [tokens[len(path) - 1, :, path[-1]] for path in TREE.paths]
     assert torch.equal(loaded.propose(hidden), torch.stack(nodes, dim=1))
 

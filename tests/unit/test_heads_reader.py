@@ -69,6 +69,8 @@ def test_rows_are_all_that_is_read(tmp_path: Path) -> None:
     rows = reader.read_rows(2, 64_000, 72_000)
     assert rows.shape == (8_000, 1024)
     assert 31 * MIB < resident_bytes() - before < 64 * MIB
+    del rows
+    assert resident_bytes() - before < 16 * MIB
 
 
 def test_opening_a_torch_file_reads_no_values(tmp_path: Path) -> None:

@@ -41,14 +41,8 @@ class TensorFile(Protocol):
 
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
-        try:
-            handle: Any = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as exc:
-            raise UserError(
-                f"{path}: not a readable safetensors file ({exc}); it is truncated or damaged, "
-                "copy or download it again"
-            ) from None
-        self._handle = handle
+        self._path = path
+        handle = self._mapped()
         stored = set(handle.keys())
         # safetensors.torch.save_model drops a tensor that shares memory with another one and notes
         # "dropped name: kept name" in the metadata. Heads whose layers are tied (the reference
@@ -60,8 +54,18 @@ class _SafetensorsFile:
         self.keys = sorted(stored | self._aliases.keys())
 
     def read(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handle.get_tensor(self._aliases.get(key, key))
+        # Mapped anew, so that what was read of one tensor leaves memory with that tensor.
+        tensor: torch.Tensor = self._mapped().get_tensor(self._aliases.get(key, key))
         return tensor
+
+    def _mapped(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as exc:
+            raise UserError(
+                f"{self._path}: not a readable safetensors file ({exc}); it is truncated or "
+                "damaged, copy or download it again"
+            ) from None
 
 
 class _TorchFile:
