@@ -10,11 +10,10 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import dataclass_transform
 
 from vllm_medusa.errors import UserError
 

@@ -134,12 +134,10 @@ def _acceptance_table(section: Section) -> Table:
         ("tree", "joint, predicted", "in sample", "product, predicted", "in sample", "gain"),
     )
     for length, chain in enumerate(curve.chains, start=1):
-        table.rows.append((f"chain of {length}", _interval(chain), "", "", "", ""))
+        table.add(f"chain of {length}", _interval(chain), "", "", "", "")
     rows = zip(curve.methods["joint"], curve.methods["product"], curve.gain, strict=True)
     for joint, product, gain in rows:
-        table.rows.append(
-            (f"tree of {joint.size}", *_both(joint), *_both(product), _interval(gain, "+.3f"))
-        )
+        table.add(f"tree of {joint.size}", *_both(joint), *_both(product), _interval(gain, "+.3f"))
     return table
 
 
@@ -151,7 +149,7 @@ def _accuracy_table(findings: Findings) -> Table:
     )
     for top in sections[0].accuracy:
         cells = ["/".join(f"{share:.2f}" for share in s.accuracy[top]) for s in sections]
-        table.rows.append((f"top-{top}", *cells))
+        table.add(f"top-{top}", *cells)
     return table
 
 
@@ -165,14 +163,12 @@ def _check_table(findings: Findings) -> Table:
         for with_loops in (True, False):
             predicted = findings.predicted(checked, with_loops)
             measured = checked.with_loops if with_loops else checked.without_loops
-            table.rows.append(
-                (
-                    f"{checked.method} of {checked.size}",
-                    "with" if with_loops else "without",
-                    _interval(predicted),
-                    _interval(measured),
-                    f"{100 * (predicted.value / measured.value - 1):+.1f} %",
-                )
+            table.add(
+                f"{checked.method} of {checked.size}",
+                "with" if with_loops else "without",
+                _interval(predicted),
+                _interval(measured),
+                f"{100 * (predicted.value / measured.value - 1):+.1f} %",
             )
     return table
 
@@ -189,7 +185,7 @@ def _cost_table(costs: StepCosts) -> Table:
     }
     for batch_size in costs.batch_sizes:
         cells = [cells_by_key.get((batch_size, *key), "") for key in drafts]
-        table.rows.append((str(batch_size), *cells))
+        table.add(batch_size, *cells)
     return table
 
 
@@ -209,15 +205,13 @@ def _choice_table(findings: Findings, choice: Choice) -> Table:
     for batch_size, index in sorted(choice.chosen.items()):
         candidate, prediction = choice.candidates[index], choice.predictions[batch_size][index]
         without_loops = prediction.speedup * lengths[index] / candidate.tokens_per_step
-        table.rows.append(
-            (
-                str(batch_size),
-                candidate.name,
-                f"{candidate.tokens_per_step:.2f}",
-                f"{prediction.speedup:.2f} ({prediction.low:.2f} to {prediction.high:.2f})",
-                f"{without_loops:.2f}",
-                f"{prediction.tokens_per_second:.0f}",
-            )
+        table.add(
+            batch_size,
+            candidate.name,
+            f"{candidate.tokens_per_step:.2f}",
+            f"{prediction.speedup:.2f} ({prediction.low:.2f} to {prediction.high:.2f})",
+            f"{without_loops:.2f}",
+            f"{prediction.tokens_per_second:.0f}",
         )
     return table
 
