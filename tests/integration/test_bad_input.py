@@ -248,6 +248,12 @@ def test_no_heads(tiny_model: Path, tmp_path: Path) -> None:
         ({"enable_lora": True}, "enable_lora=True is not supported with Medusa"),
         ({"runner": "pooling"}, "runner='pooling' is not supported with Medusa"),
         ({"max_num_batched_tokens": 16, "max_num_seqs": 4}, "over max_num_batched_tokens=16;"),
+        ({"async_scheduling": True}, "async_scheduling=True is not supported with Medusa here: the"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0 is not supported with Medusa: it"),
+        (
+            {"structured_outputs_config": {"backend": "lm-format-enforcer"}},
+            "structured_outputs_config.backend='lm-format-enforcer' is not supported with Medusa",
+        ),
         ({"max_num_scheduled_tokens": 16}, "over max_num_scheduled_tokens=16;"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -298,7 +304,7 @@ def test_kv_connectors(tiny_model: Path, tiny_heads: Path) -> None:
 
     connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     message = refusal(tiny_model, medusa(tiny_heads), kv_transfer_config=connector)
-    assert "kv_transfer_config=" in message
+    assert "kv_transfer_config.kv_connector='ExampleConnector' is not supported" in message
     assert "use tree='chain'" in message
     # A chain has no forks.
     spec = medusa(tiny_heads, tree="chain")

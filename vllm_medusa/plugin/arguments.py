@@ -23,7 +23,7 @@ from vllm_medusa.plugin.core.draft_parents import patch_scheduler
 from vllm_medusa.plugin.core.memory import patch_engine_core
 from vllm_medusa.plugin.core.structured_output import patch_structured_output
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, WORKER_CLASS
-from vllm_medusa.plugin.support import check_before, check_supported
+from vllm_medusa.plugin.support import check_asynchronous, check_before, check_supported
 
 METHOD = "medusa"
 
@@ -70,6 +70,7 @@ def _wrap_create_engine_config(original: Any) -> Any:
             for name, value in _vllm_arguments(self, config).items():
                 stack.enter_context(replaced(self, name, value))
             vllm_config = original(self, *args, **kwargs)
+        check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
         _check_fit(vllm_config, config, heads)
         # For an engine core in this process, whose plugins are loaded already.
@@ -150,6 +151,9 @@ def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
             "model": PROPOSER_CLASS,
             "num_speculative_tokens": config.limits.max_nodes,
         },
+        # Asked for, vLLM would end with a list of the methods that it allows: see
+        # `check_asynchronous`.
+        "async_scheduling": None if args.async_scheduling else args.async_scheduling,
         "spec_method": None,
         "spec_model": None,
         "spec_tokens": None,

@@ -28,6 +28,25 @@ def check_before(args: Any, worker_class: str) -> None:
         )
 
 
+def check_asynchronous(args: Any, vllm_config: Any) -> None:
+    """Refuse asynchronous scheduling where the user asked for it and did not get it.
+
+    Args:
+        args: ``EngineArgs``, as the user gave them.
+        vllm_config: what vLLM made of them while ``async_scheduling`` was left to it: given the
+            user's word, it ends with a list of the speculative methods that it would allow.
+
+    Raises:
+        UserError: naming the setting, its value and the remedy.
+
+    """
+    if args.async_scheduling and not vllm_config.scheduler_config.async_scheduling:
+        raise UserError(
+            f"async_scheduling={args.async_scheduling} is not supported with Medusa here: the next "
+            "step's drafts are known only when this step is over; leave it out"
+        )
+
+
 def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
     """Refuse a configuration that trees cannot be verified in.
 
@@ -83,6 +102,13 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             model.runner_type,
             model.runner_type != "generate",
             "there is nothing to draft for; leave speculative_config out",
+        ),
+        (
+            "structured_outputs_config.backend",
+            vllm_config.structured_outputs_config.backend,
+            vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
+            "vLLM compiles no grammar with it when tokens are speculated; use 'auto', 'xgrammar', "
+            "'guidance' or 'outlines'",
         ),
     ]
 
@@ -141,7 +167,7 @@ def _refused_with_masks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
     shared = [
         refusal
         for refusal in _refused_with_forks(vllm_config)
-        if not (refusal[0] == "kv_transfer_config" and kv_role == "kv_producer")
+        if not (refusal[0] == "kv_transfer_config.kv_connector" and kv_role == "kv_producer")
     ]
     return [
         *shared,
@@ -158,7 +184,15 @@ def _refused_with_masks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
 def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     architectures = getattr(model.hf_config, "architectures", None)
+    offloading_size = vllm_config.cache_config.kv_offloading_size
     return [
+        (
+            "kv_offloading_size",
+            offloading_size,
+            # vLLM makes a connector of it, which the user has never heard of.
+            offloading_size is not None,
+            "it saves blocks before the accepted path is in them; leave it out or use tree='chain'",
+        ),
         (
             "model",
             architectures,
@@ -178,8 +212,8 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "its attention depends on a request's prompt, not on its path; use tree='chain'",
         ),
         (
-            "kv_transfer_config",
-            vllm_config.kv_transfer_config,
+            "kv_transfer_config.kv_connector",
+            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
             vllm_config.kv_transfer_config is not None,
             "a connector saves blocks before the accepted path is in them; use tree='chain'",
         ),
