@@ -97,6 +97,11 @@ class MedusaOptions:
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{key}={shown(value)} must be a positive integer")
+        if self.max_nodes is not None and self.max_nodes > MAX_DRAFT_TOKENS:
+            raise UserError(
+                f"max_nodes={self.max_nodes} is over the {MAX_DRAFT_TOKENS} draft tokens that vLLM "
+                "verifies in a step; lower it"
+            )
         if self.num_speculative_tokens_per_batch_size is not None:
             _check_sizes(self.num_speculative_tokens_per_batch_size)
         if not isinstance(self.tree, (str, Sequence)):
@@ -127,21 +132,17 @@ class MedusaOptions:
                 "num_speculative_tokens sizes static trees, but the tree is 'dynamic'; bound it "
                 "with max_nodes"
             )
-        if self.max_nodes is not None and self.max_nodes > MAX_DRAFT_TOKENS:
-            raise UserError(
-                f"max_nodes={self.max_nodes} is over the {MAX_DRAFT_TOKENS} draft tokens that vLLM "
-                "verifies in a step; lower it"
-            )
         if self.learn is not None and not isinstance(self.learn, bool):
-            raise UserError(f"learn={self.learn!r} must be true or false")
+            raise UserError(f"learn={shown(self.learn)} must be true or false")
         sources = self.sources
         if sources is not None and (
             not isinstance(sources, (list, tuple))
             or not sources
-            or not set(sources) <= set(SOURCES)
+            or not all(isinstance(name, str) and name in SOURCES for name in sources)
         ):
             raise UserError(
-                f"sources={sources!r} must be a list of some of {', '.join(map(repr, SOURCES))}"
+                f"sources={shown(sources)} must be a list of some of "
+                f"{', '.join(map(repr, SOURCES))}"
             )
 
 

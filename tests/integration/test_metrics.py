@@ -160,7 +160,7 @@ def test_metrics_of_known_acceptance_are_exact(
             metrics, counted = spec_metrics(llm), medusa_metrics(llm)
             outputs = generate(llm, PROMPTS[: len(steps)], lengths)
             assert [len(output) for output in outputs] == lengths
-            per_position = [sum(steps)] * depth + [0] * (draft_tree.num_draft_tokens - depth)
+            per_position = [sum(steps)] * depth + [0] * (draft_tree.depth - depth)
             assert increase(spec_metrics(llm), metrics) == {
                 "num_drafts": sum(steps),
                 "num_draft_tokens": sum(steps) * draft_tree.num_draft_tokens,
@@ -191,12 +191,11 @@ def test_sums_are_consistent(
     assert outputs == [text[:n] for text, n in zip(reference, lengths, strict=True)]
     drafts, accepted = metrics["num_drafts"], metrics["num_accepted_tokens"]
     per_position = metrics["num_accepted_tokens_per_pos"]
-    assert len(per_position) == tree.num_draft_tokens
+    assert len(per_position) == tree.depth
     assert sum(per_position) == accepted
     assert drafts >= per_position[0]
     assert per_position == sorted(per_position, reverse=True)
-    assert all(per_position[: tree.depth])
-    assert not any(per_position[tree.depth :])
+    assert all(per_position)
     # A prompt emits one token, a step those accepted and one more. The last step of a request may
     # accept more than the request still wants.
     surplus = accepted + drafts + len(PROMPTS) - sum(lengths)
@@ -234,6 +233,25 @@ def test_the_start_up_line(
         f"depth {tree.depth}), acceptance lossless, forks for 3 requests in {blocks} KV blocks "
         f"({fork_bytes / 2**20:.1f} MiB)"
     ]
+
+
+def test_the_log_line_has_a_position_for_each_depth(
+    engine: Engine, tiny_heads: Path, use_oracle: UseOracle, reference: list[list[int]]
+) -> None:
+    use_oracle(PROMPTS, reference)
+    seen: list[list[int]] = []
+    with engine(speculative_config=medusa(tiny_heads, "cpu-32")) as llm:
+        loggers = llm.llm_engine.logger_manager.stat_loggers
+        record = loggers[-1].record
+
+        def spy(scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+            if scheduler_stats.spec_decoding_stats is not None:
+                seen.append(scheduler_stats.spec_decoding_stats.num_accepted_tokens_per_pos)
+            record(scheduler_stats, *args, **kwargs)
+
+        loggers[-1].record = spy
+        greedy(llm, PROMPTS, 20)
+    assert {len(positions) for positions in seen} == {named_tree("cpu-32", 4).depth}
 
 
 @contextmanager

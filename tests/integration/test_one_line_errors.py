@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.integration.command_line import (
     DEMO_HEADS,
@@ -17,7 +21,11 @@ from tests.integration.command_line import (
 )
 from tests.integration.test_bad_input import medusa
 from vllm_medusa.errors import UserError
-from vllm_medusa.plugin.one_line_errors import exit_in_one_line
+from vllm_medusa.plugin.one_line_errors import (
+    exit_in_one_line,
+    handed_over,
+    wrap_wait_for_engine_startup,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -46,25 +54,111 @@ def test_script_prints_one_line() -> None:
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_mistakes_in_an_engine_process(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, exit_in_one_line(is_own_process=True):
+@pytest.fixture
+def in_engine_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Give this process the name of an engine core's; return the file that its front end reads."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_name", "EngineCore_DP0")
+    path = tmp_path / "error"
+    path.touch()
+    monkeypatch.setenv("MEDUSA_ERROR_FILE", str(path))
+    return path
+
+
+def test_mistakes_in_an_engine_process(
+    in_engine_process: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="vLLM's"), exit_in_one_line():
+        raise ValueError("vLLM's own")
+    with pytest.raises(SystemExit) as caught, exit_in_one_line():
         raise UserError("too small; give more")
     assert caught.value.code == 1
-    assert capfd.readouterr().err == "vllm_medusa: error: too small; give more\n"
-    with pytest.raises(UserError), exit_in_one_line(is_own_process=False):
+    assert in_engine_process.read_text() == "too small; give more"
+    # What vLLM says of it in its own words.
+    with pytest.raises(SystemExit), exit_in_one_line():
+        raise RuntimeError("a worker has failed")
+    with pytest.raises(UserError), handed_over():
+        raise UserError("another")
+    assert in_engine_process.read_text() == "another"
+    assert capfd.readouterr().err == ""
+    in_engine_process.unlink()
+    with pytest.raises(SystemExit), exit_in_one_line():
+        raise UserError("nobody reads; look here")
+    assert in_engine_process.read_text() == "nobody reads; look here"
+
+
+def test_mistakes_that_no_front_end_waits_for(
+    in_engine_process: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MEDUSA_ERROR_FILE")
+    with pytest.raises(SystemExit), exit_in_one_line():
         raise UserError("too small; give more")
-    with pytest.raises(ValueError, match="vLLM's"), exit_in_one_line(is_own_process=True):
-        raise ValueError("vLLM's own")
+    assert capfd.readouterr().err == "vllm_medusa: error: too small; give more\n"
+
+
+def test_mistakes_elsewhere_are_left_alone() -> None:
+    with pytest.raises(UserError), exit_in_one_line():
+        raise UserError("too small; give more")
+
+
+def test_the_front_end_raises_what_the_engine_has_said(in_engine_process: Path) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("Engine core initialization failed.")
+
+    wait = wrap_wait_for_engine_startup(fail)
+    with pytest.raises(RuntimeError, match="initialization failed"):
+        wait()
+    in_engine_process.write_text("too small; give more")
+    with pytest.raises(UserError, match=r"^too small; give more$"):
+        wait()
+    with pytest.raises(RuntimeError, match="initialization failed"):
+        wait()
+
+
+SMALL_CACHE = {"max_model_len": 512, "num_gpu_blocks_override": 17, "block_size": 32}
+NO_ROOM = "the KV cache of 17 blocks has no room for the"
+
+
+def check_last_line(result: Any, expected: str) -> None:
+    check_one_line(result, expected)
+    last = [line for line in result.stderr.splitlines() if line.strip()][-1]
+    assert "vllm_medusa: error: " in last, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 @pytest.mark.slow
 def test_engine_process_prints_one_line() -> None:
     """A mistake that shows only when the memory is known, in the engine core's process."""
-    argv = ["--dtype", "float32", "--max-model-len", "512", "--num-gpu-blocks-override", "17"]
-    argv += ["--block-size", "32", "--enforce-eager"]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL_CACHE.items()]
     spec = json.dumps(medusa(DEMO_HEADS, tree="cpu-16"))
-    result = run_vllm("serve", str(DEMO_MODEL), "--speculative-config", spec, *argv)
-    check_one_line(result, "the KV cache of 17 blocks has no room for the")
+    argv = ["--speculative-config", spec, "--dtype=float32", "--enforce-eager"]
+    result = run_vllm("serve", str(DEMO_MODEL), *argv, *options)
+    check_last_line(result, NO_ROOM)
+
+
+SCRIPT = """
+import sys
+from vllm import LLM
+
+if __name__ == "__main__":
+    LLM({model!r}, speculative_config={spec!r}, dtype="float32", enforce_eager=True, **{options!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_script_says_what_its_engine_found(ranks: int, tmp_path: Path) -> None:
+    """Heads that are not finite, which the workers find."""
+    heads = tmp_path / "heads"
+    shutil.copytree(DEMO_HEADS, heads)
+    weights = next(heads.glob("*.safetensors"))
+    tensors = load_file(weights)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[3] = math.nan
+    save_file(tensors, weights)
+    options = {"max_model_len": 512, "tensor_parallel_size": ranks}
+    source = SCRIPT.format(model=str(DEMO_MODEL), spec=medusa(heads), options=options)
+    check_last_line(run_python(source), "holds NaN")
 
 
 def test_parser_refuses_other_words() -> None:

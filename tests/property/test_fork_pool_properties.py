@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from tests.oracles.tree import random_subtree
 from vllm_medusa.errors import UserError
-from vllm_medusa.plugin.fork_pool import plan_fork_pool
+from vllm_medusa.plugin.fork_pool import CacheShape, plan_fork_pool
 from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.limits import TreeLimits
 
 
 @example(
@@ -43,11 +44,13 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
     ]
     try:
         pool = plan_fork_pool(
-            layout.num_paths,
-            layout.tree.depth,
-            num_blocks,
-            block_sizes,
-            max_model_len,
+            TreeLimits(len(layout.tree.paths), layout.tree.depth, layout.num_paths),
+            CacheShape(
+                num_blocks,
+                block_sizes,
+                [-(-max_model_len // size) for size in block_sizes],
+                max_model_len,
+            ),
             max_num_seqs,
             max_tree_requests,
         )

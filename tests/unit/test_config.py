@@ -71,6 +71,10 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
         ({"num_speculative_tokens_per_batch_size": [[1, 4, 0]]}, "drafts nothing at any batch"),
         ({"tree": 16}, "tree=16 must be 'auto', a tree's name, a tree file or a list of paths"),
         ({"tree": {"paths": [[0]]}}, "must be 'auto', a tree's name"),
+        ({"tree": "dynamic", "max_nodes": "9"}, "max_nodes='9' must be a positive integer"),
+        ({"tree": "dynamic", "sources": [["heads"]]}, r"sources=\[\['heads'\]\] must be a list of"),
+        ({"tree": "dynamic", "sources": np.array(["heads"])}, "sources=array.* must be a list of"),
+        ({"tree": "dynamic", "learn": "x" * 3000}, "learn='xx.*xx' must be true or false"),
         ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
         ({None: "heads"}, "the key None, which is no string"),
         (

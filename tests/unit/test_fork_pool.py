@@ -1,14 +1,17 @@
 """The fork pool's size, and who holds which slot of it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_medusa.config import MedusaConfig
 from vllm_medusa.errors import UserError
-from vllm_medusa.plugin.fork_pool import plan_fork_pool
+from vllm_medusa.plugin.fork_pool import CacheShape, divide, fork_pool_of, plan_fork_pool
 from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.limits import TreeLimits
 
 #: Three leaf paths, hence two forks; of two blocks each, since three nodes can straddle two.
 TREE = DraftTree.from_paths([[0], [1], [0, 0], [0, 1]])
@@ -21,8 +24,17 @@ def plan(tree: DraftTree = TREE, **changed: Any) -> Any:
         "max_model_len": 160,
         "max_num_seqs": 256,
         "max_tree_requests": None,
+        **changed,
     }
-    return plan_fork_pool(TreeLayout.build(tree).num_paths, tree.depth, **{**values, **changed})
+    length = values["max_model_len"]
+    cache = CacheShape(
+        num_blocks=values["num_blocks"],
+        block_sizes=values["block_sizes"],
+        sequence_blocks=[-(-(length or 1) // size) for size in values["block_sizes"]],
+        max_model_len=length,
+    )
+    limits = TreeLimits(len(tree.paths), tree.depth, TreeLayout.build(tree).num_paths)
+    return plan_fork_pool(limits, cache, values["max_num_seqs"], values["max_tree_requests"])
 
 
 def test_an_eighth_of_the_cache_by_default() -> None:
@@ -70,6 +82,32 @@ def test_a_cache_too_small_is_refused_with_the_remedy() -> None:
     with pytest.raises(UserError, match=message):
         plan(num_blocks=15)
     assert plan(num_blocks=16).num_requests == 1
+
+
+def test_half_of_the_cache_is_left_where_the_longest_sequence_is_yet_to_be_fitted() -> None:
+    assert plan(num_blocks=80, max_model_len=None, max_tree_requests=64).num_requests == 10
+    assert plan(num_blocks=80, max_model_len=None).num_requests == 2
+    # One request's forks at least, beside the null block and a sequence's first two.
+    assert plan(num_blocks=7, max_model_len=None).num_requests == 1
+    with pytest.raises(UserError, match="the 4 fork blocks of one request beside any sequence"):
+        plan(num_blocks=6, max_model_len=None)
+
+
+def test_workers_are_told_of_the_plan() -> None:
+    spec = SimpleNamespace(
+        block_size=16, page_size_bytes=64, max_memory_usage_bytes=lambda config: 10 * 64
+    )
+    groups = [SimpleNamespace(kv_cache_spec=spec)] * 2
+    caches = [SimpleNamespace(num_blocks=100, kv_cache_groups=groups) for _ in range(2)]
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=160),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+    )
+    config = MedusaConfig(heads="h", revision=None, tree=TREE, tree_name="t", max_tree_requests=3)
+    pool = divide(vllm_config, caches, config)
+    assert (pool.num_requests, pool.num_blocks, pool.first_block) == (3, 24, 76)
+    for cache in caches:
+        assert fork_pool_of(cache, config) == pool
 
 
 def test_a_grant_is_kept_until_it_is_released() -> None:

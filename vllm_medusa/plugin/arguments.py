@@ -18,25 +18,18 @@ from vllm_medusa.config import (
 )
 from vllm_medusa.errors import UserError, shown
 from vllm_medusa.heads import HeadsReader
-from vllm_medusa.plugin.compat import check_version, patch, replaced
-from vllm_medusa.plugin.core.draft_parents import patch_scheduler
-from vllm_medusa.plugin.core.memory import patch_engine_core
-from vllm_medusa.plugin.core.structured_output import patch_structured_output
+from vllm_medusa.plugin import patches
+from vllm_medusa.plugin.compat import check_version, replaced
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, WORKER_CLASS
+from vllm_medusa.plugin.one_line_errors import collect_errors
 from vllm_medusa.plugin.support import check_asynchronous, check_before, check_supported
 
 METHOD = "medusa"
 
 
-def patch_arguments() -> None:
-    """Teach ``EngineArgs`` (``engine/arg_utils.py``) the method ``medusa``."""
-    from vllm.engine.arg_utils import EngineArgs
+def wrap_add_cli_args(original: Any) -> Any:
+    """Teach the parser of ``EngineArgs`` (``engine/arg_utils.py``) the method ``medusa``."""
 
-    patch(EngineArgs, "add_cli_args", ["parser"], _wrap_add_cli_args)
-    patch(EngineArgs, "create_engine_config", ["self"], _wrap_create_engine_config)
-
-
-def _wrap_add_cli_args(original: Any) -> Any:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
         for action in parser._actions:
@@ -58,7 +51,9 @@ def _bare_method_or(parse: Any) -> Any:
     return parse_speculative_config
 
 
-def _wrap_create_engine_config(original: Any) -> Any:
+def wrap_create_engine_config(original: Any) -> Any:
+    """Make vLLM's configuration from arguments that ask for Medusa."""
+
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = take_request(self)
         if request is None:
@@ -73,14 +68,10 @@ def _wrap_create_engine_config(original: Any) -> Any:
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
         _check_fit(vllm_config, config, heads)
+        collect_errors()
+        patches.apply("front end")
         # For an engine core in this process, whose plugins are loaded already.
-        patch_engine_core()
-        patch_structured_output()
-        patch_scheduler()
-        # Here, because it imports what it patches.
-        from vllm_medusa.plugin.metrics import patch_metrics
-
-        patch_metrics()
+        patches.apply("engine core")
         return vllm_config
 
     return create_engine_config

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.versions import VERIFIED
 
-SUPPORTED_VERSIONS = ("0.32", "0.33")
 _PATCHED = "_vllm_medusa_patched"
 
 
@@ -21,9 +21,14 @@ def vllm_version() -> str:
     return vllm.__version__
 
 
+def minor_version() -> str:
+    """Return the minor version of the vLLM in use, a key of `VERIFIED` if it is supported."""
+    return ".".join(vllm_version().split(".")[:2])
+
+
 def is_supported_version() -> bool:
     """Whether this vLLM is one the plugin was tested with."""
-    return ".".join(vllm_version().split(".")[:2]) in SUPPORTED_VERSIONS
+    return minor_version() in VERIFIED
 
 
 def plugin_logger(name: str) -> Any:
@@ -45,35 +50,56 @@ def check_version() -> None:
     """
     if not is_supported_version():
         raise UserError(
-            f"vllm_medusa supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, not {vllm_version()}; "
+            f"vllm_medusa supports vLLM {' and '.join(VERIFIED)}, not {vllm_version()}; "
             "install one of these, or leave the plugin out with VLLM_PLUGINS=''"
         )
 
 
-def patch(owner: Any, name: str, parameters: list[str], wrap: Callable[[Any], Any]) -> None:
+def check_signature(owner: Any, name: str, parameters: Sequence[str]) -> Any:
+    """Check what is about to be patched or overridden.
+
+    Args:
+        owner: class or module.
+        name: function of it.
+        parameters: the names that its first parameters must have: what our code relies on.
+
+    Returns:
+        The attribute as it stands there: a function, or a static method around one.
+
+    Raises:
+        UserError: if this vLLM has no such function or its parameters differ.
+
+    """
+    attribute = inspect.getattr_static(owner, name, None)
+    function = attribute.__func__ if isinstance(attribute, staticmethod) else attribute
+    found = list(inspect.signature(function).parameters) if callable(function) else None
+    if found is None or found[: len(parameters)] != list(parameters):
+        raise UserError(
+            f"vllm_medusa does not fit vLLM {vllm_version()}: {owner.__name__}.{name} takes "
+            f"{found}, expected {list(parameters)}; use vLLM {' or '.join(VERIFIED.values())}"
+        )
+    return attribute
+
+
+def patch(owner: Any, name: str, parameters: Sequence[str], wrap: Callable[[Any], Any]) -> None:
     """Replace ``owner.name`` by ``wrap(original)``, once.
 
     Args:
         owner: class or module.
         name: function of it.
-        parameters: the names that its first parameters must have: what the wrapper relies on.
+        parameters: as in `check_signature`.
         wrap: makes the replacement.
 
     Raises:
         UserError: if this vLLM has no such function or its parameters differ.
 
     """
-    original = inspect.getattr_static(owner, name, None)
-    is_static = isinstance(original, staticmethod)
-    function = original.__func__ if is_static else original
-    if getattr(function, _PATCHED, False):
+    attribute = inspect.getattr_static(owner, name, None)
+    if getattr(getattr(attribute, "__func__", attribute), _PATCHED, False):
         return
-    found = list(inspect.signature(function).parameters) if callable(function) else None
-    if found is None or found[: len(parameters)] != parameters:
-        raise UserError(
-            f"vllm_medusa does not fit vLLM {vllm_version()}: {owner.__name__}.{name} takes "
-            f"{found}, expected {parameters}; use vLLM {' or '.join(SUPPORTED_VERSIONS)}"
-        )
+    attribute = check_signature(owner, name, parameters)
+    is_static = isinstance(attribute, staticmethod)
+    function = attribute.__func__ if is_static else attribute
     replacement = functools.wraps(function)(wrap(function))
     setattr(replacement, _PATCHED, True)
     setattr(owner, name, staticmethod(replacement) if is_static else replacement)

@@ -8,17 +8,12 @@ a step goes to the engine core on that step's ``ModelRunnerOutput``, from there 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.loggers import (
-    AggregateStatLoggerBase,
-    PrometheusStatLogger,
-    StatLoggerManager,
-)
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from vllm_medusa.plugin.compat import patch
 from vllm_medusa.plugin.counters import DESCRIPTIONS, OUTPUT_ATTRIBUTE
 from vllm_medusa.plugin.identity import medusa_config_of
 
@@ -67,40 +62,65 @@ class MedusaStatLogger(AggregateStatLoggerBase):
         """Say nothing: the engine core does (`memory`)."""
 
 
-def patch_metrics() -> None:
-    """Patch ``Scheduler.update_from_output`` and ``StatLoggerManager.__init__``.
+def wrap_stat_loggers(original: Any) -> Any:
+    """Add our logger to an engine's."""
 
-    vLLM's own seam for loggers, the entry points ``vllm.stat_logger_plugins``, is there for
-    ``vllm serve`` only, and switches statistics on where the user switched them off.
+    def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if medusa_config_of(vllm_config) is not None:
+            loggers = self.stat_loggers
+            prometheus = next(x for x in loggers if isinstance(x, PrometheusStatLogger))
+            loggers.insert(0, MedusaStatLogger(prometheus))
+
+    return initialise
+
+
+def wrap_prometheus(original: Any) -> Any:
+    """Make a counter for each depth of a tree, where vLLM makes one for each draft token."""
+
+    def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        config = medusa_config_of(vllm_config)
+        if config is not None:
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = copy.copy(vllm_config.speculative_config)
+            vllm_config.speculative_config.num_speculative_tokens = config.limits.max_depth
+        original(self, vllm_config, *args, **kwargs)
+
+    return initialise
+
+
+def wrap_update_from_output(original: Any) -> Any:
+    """Put our counts into a step's statistics, and leave positions out that no path has."""
+
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        if self.log_stats and (max_depth := _max_depth(self)) is not None:
+            for output in outputs.values():
+                if output.scheduler_stats is not None:
+                    _cut_positions(output.scheduler_stats.spec_decoding_stats, max_depth)
+            _add_to_stats(outputs, getattr(model_runner_output, OUTPUT_ATTRIBUTE, {}))
+        return outputs
+
+    return update_from_output
+
+
+def _max_depth(scheduler: Any) -> int | None:
+    """Return how deep trees may be, None without Medusa; looked up once: this runs every step."""
+    if not hasattr(scheduler, "_medusa_max_depth"):
+        config = medusa_config_of(scheduler.vllm_config)
+        scheduler._medusa_max_depth = None if config is None else config.limits.max_depth
+    return scheduler._medusa_max_depth
+
+
+def _cut_positions(stats: Any, max_depth: int) -> None:
+    """Leave ``max_depth`` positions of a step's ``SpecDecodingStats``.
+
+    vLLM counts accepted tokens by position for as many positions as there are draft tokens. Of the
+    drafted ones, which it counts too, it makes no metric.
     """
-
-    def wrap_update(original: Any) -> Any:
-        def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-            outputs = original(self, scheduler_output, model_runner_output)
-            increase = getattr(model_runner_output, OUTPUT_ATTRIBUTE, None)
-            if increase:
-                _add_to_stats(outputs, increase)
-            return outputs
-
-        return update_from_output
-
-    def wrap_init(original: Any) -> Any:
-        def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, vllm_config, *args, **kwargs)
-            if medusa_config_of(vllm_config) is not None:
-                loggers = self.stat_loggers
-                prometheus = next(x for x in loggers if isinstance(x, PrometheusStatLogger))
-                loggers.insert(0, MedusaStatLogger(prometheus))
-
-        return initialise
-
-    patch(
-        Scheduler,
-        "update_from_output",
-        ["self", "scheduler_output", "model_runner_output"],
-        wrap_update,
-    )
-    patch(StatLoggerManager, "__init__", ["self", "vllm_config"], wrap_init)
+    if stats is not None:
+        del stats.num_accepted_tokens_per_pos[max_depth:]
+        del stats.num_draft_tokens_per_pos[max_depth:]
 
 
 def _add_to_stats(outputs: dict[int, Any], increase: dict[str, int]) -> None:

@@ -1,21 +1,8 @@
-"""The plugin's entry point: what is registered where.
+"""The plugin's entry point.
 
 vLLM calls `register` in every process (entry point group ``vllm.general_plugins``), often more
-than once. What it patches, and where each patch lies upstream:
-
-=========================================  =======================================================
-`arguments.patch_arguments`                ``EngineArgs``: the ``medusa`` string and our keys
-`v2_config.patch_v2_config`                ``VllmConfig``: Model Runner V2 knows our method
-`sampling_params.patch_validation`         ``SamplingParams``: parameters that trees can honour
-`memory.patch_engine_core`                 ``EngineCore``: fork blocks are taken off the KV cache
-`structured_output.patch_...`              ``StructuredOutputManager``: grammars walk trees
-`metrics.patch_metrics`                    ``Scheduler``, ``StatLoggerManager``: our counters
-`logits_processors.patch_...`              the V1 runner, in our workers: ``min_p`` and its like
-`merged_checkpoint.patch_model_loading`    model loaders, in our workers: heads beside the target
-=========================================  =======================================================
-
-Everything else hangs on the worker class that `arguments` names in ``parallel_config.worker_cls``
-(`worker.py`). Without Medusa in the configuration every patch calls vLLM's own code.
+than once. It patches what has no official seam (`patches`). Everything else hangs on the worker
+class that `arguments` names in ``parallel_config.worker_cls`` (`worker.worker`).
 """
 
 from __future__ import annotations
@@ -26,34 +13,26 @@ import sys
 import torch
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.plugin import compat
+from vllm_medusa.plugin import compat, one_line_errors, patches
 
 
 def register() -> None:
     """Make vLLM know ``medusa``; does nothing when called again in the same process."""
-    from vllm_medusa.plugin import arguments, one_line_errors, sampling_params, v2_config
-    from vllm_medusa.plugin.core import draft_parents, memory, structured_output
-
     one_line_errors.install_one_line_errors()
     if not compat.is_supported_version():
         # Leave it alone, but say so to who asks for Medusa, where its arguments still fit.
-        with contextlib.suppress(UserError):
-            arguments.patch_arguments()
+        for entry in patches.PATCHES:
+            if entry.owner == "vllm.engine.arg_utils:EngineArgs":
+                with contextlib.suppress(UserError):
+                    entry.apply()
         return
     _initialise_amx()
-    arguments.patch_arguments()
-    v2_config.patch_v2_config()
-    sampling_params.patch_validation()
-    # The engine core's module is slow to import, and only its own process needs the patch; where
-    # the engine runs in this process, `arguments` applies it.
+    patches.apply("all")
+    # The engine core's module is slow to import, and only its own process needs the patches; where
+    # the engine runs in this process, `arguments` applies them.
     if "vllm.v1.engine.core" in sys.modules:
-        memory.patch_engine_core()
-        structured_output.patch_structured_output()
-        draft_parents.patch_scheduler()
-        # It imports what it patches, which the engine core has imported by now.
-        from vllm_medusa.plugin import metrics
-
-        metrics.patch_metrics()
+        patches.apply("front end")
+        patches.apply("engine core")
 
 
 def _initialise_amx() -> None:

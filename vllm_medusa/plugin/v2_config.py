@@ -10,31 +10,15 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 from vllm_medusa.config import MedusaConfig
-from vllm_medusa.plugin.compat import patch, replaced
+from vllm_medusa.plugin.compat import replaced
 from vllm_medusa.plugin.identity import medusa_config_of
 
 _REFUSAL = "speculative method 'custom_class'"
 
 
-def patch_v2_config() -> None:
-    """Patch ``VllmConfig`` (``config/vllm.py``).
+def wrap_unsupported_features(original: Any) -> Any:
+    """Count our method among those that V2 supports. Every process asks, again and again."""
 
-    ``_get_v2_model_runner_unsupported_features``: our method is supported. Every process asks,
-    again and again. ``__post_init__``: trees by batch size, and asynchronous scheduling, which 0.32
-    allows for the methods in a list that it looks up as a global name.
-    """
-    from vllm.config import VllmConfig
-
-    patch(
-        VllmConfig,
-        "_get_v2_model_runner_unsupported_features",
-        ["self"],
-        _wrap_unsupported_features,
-    )
-    patch(VllmConfig, "__post_init__", ["self"], _wrap_post_init)
-
-
-def _wrap_unsupported_features(original: Any) -> Any:
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
         features = original(self)
         if medusa_config_of(self) is None:
@@ -44,7 +28,13 @@ def _wrap_unsupported_features(original: Any) -> Any:
     return _get_v2_model_runner_unsupported_features
 
 
-def _wrap_post_init(original: Any) -> Any:
+def wrap_post_init(original: Any) -> Any:
+    """Set what trees want on V2.
+
+    Trees by batch size, and asynchronous scheduling, which 0.32 allows for the methods in a list
+    that it looks up as a global name.
+    """
+
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         config = medusa_config_of(self)
         if config is None or not self.use_v2_model_runner:

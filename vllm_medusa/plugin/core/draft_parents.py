@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_medusa.plugin.compat import patch
-
 #: Attribute of ``DraftTokenIds``: parents of draft nodes by request id.
 _SENT = "medusa_parents"
 #: Attribute of ``Request``.
@@ -38,24 +36,17 @@ def parents_of(request: Any, tokens: Sequence[int]) -> Sequence[int]:
     return parents[: len(tokens)]
 
 
-def patch_scheduler() -> None:
-    """Patch the two ways by which drafts get to the ``Scheduler`` (``v1/core/sched/scheduler.py``).
+def wrap_update_draft_token_ids(original: Any) -> Any:
+    """Keep the parents that come with drafts, on either way by which these get to the scheduler.
 
-    ``update_draft_token_ids_in_output`` is that of asynchronous scheduling, to which the drafts
-    come when their step is scheduled already.
+    ``update_draft_token_ids_in_output`` (``v1/core/sched/scheduler.py``) is that of asynchronous
+    scheduling, to which the drafts come when their step is scheduled already.
     """
-    from vllm.v1.core.sched.scheduler import Scheduler
 
-    def wrap(original: Any) -> Any:
-        def update(self: Any, draft_token_ids: Any, *args: Any) -> None:
-            original(self, draft_token_ids, *args)
-            for req_id, parents in getattr(draft_token_ids, _SENT, {}).items():
-                if req_id in self.requests:
-                    setattr(self.requests[req_id], _KEPT, parents)
+    def update(self: Any, draft_token_ids: Any, *args: Any) -> None:
+        original(self, draft_token_ids, *args)
+        for req_id, parents in getattr(draft_token_ids, _SENT, {}).items():
+            if req_id in self.requests:
+                setattr(self.requests[req_id], _KEPT, parents)
 
-        return update
-
-    parameters = ["self", "draft_token_ids"]
-    patch(Scheduler, "update_draft_token_ids", parameters, wrap)
-    parameters = [*parameters, "scheduler_output"]
-    patch(Scheduler, "update_draft_token_ids_in_output", parameters, wrap)
+    return update

@@ -13,66 +13,47 @@ from typing import Any
 
 import numpy as np
 
-from vllm_medusa.plugin.compat import patch, vllm_version
+from vllm_medusa.plugin.compat import minor_version
 from vllm_medusa.plugin.core.draft_parents import parents_of
 from vllm_medusa.plugin.identity import masks_trees, medusa_config_of
 
 
-def patch_structured_output() -> None:
-    """Patch ``StructuredOutputManager``.
+def wrap_grammar_bitmask(original: Any) -> Any:
+    """Mask trees where requests draft them."""
 
-    ``grammar_bitmask`` and ``validate_tokens`` for the walk over trees, ``_create_grammar`` for
-    accepted paths that run on behind a grammar's end.
-    """
-    from vllm.v1.structured_output import StructuredOutputManager
+    def grammar_bitmask(
+        self: Any,
+        requests: dict[str, Any],
+        structured_output_request_ids: list[str],
+        scheduled_spec_decode_tokens: dict[str, list[int]],
+    ) -> Any:
+        fill = _tree_bitmask if structured_output_request_ids and _masks_trees(self) else original
+        return fill(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
 
-    def wrap_bitmask(original: Any) -> Any:
-        def grammar_bitmask(
-            self: Any,
-            requests: dict[str, Any],
-            structured_output_request_ids: list[str],
-            scheduled_spec_decode_tokens: dict[str, list[int]],
-        ) -> Any:
-            if not structured_output_request_ids or not _masks_trees(self):
-                return original(
-                    self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
-                )
-            return _tree_bitmask(
-                self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
-            )
+    return grammar_bitmask
 
-        return grammar_bitmask
 
-    def wrap_validate(original: Any) -> Any:
-        def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
-            if request.use_structured_output and _masks_trees(self):
-                return spec_tokens
-            return original(self, request, spec_tokens)
+def wrap_validate_tokens(original: Any) -> Any:
+    """Leave drafts whole where they are trees."""
 
-        return validate_tokens
+    def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
+        if request.use_structured_output and _masks_trees(self):
+            return spec_tokens
+        return original(self, request, spec_tokens)
 
-    def wrap_create(original: Any) -> Any:
-        def _create_grammar(self: Any, request: Any) -> Any:
-            grammar = original(self, request)
-            if medusa_config_of(self.vllm_config) is not None:
-                stop_at_the_end(grammar)
-            return grammar
+    return validate_tokens
 
-        return _create_grammar
 
-    patch(
-        StructuredOutputManager,
-        "grammar_bitmask",
-        ["self", "requests", "structured_output_request_ids", "scheduled_spec_decode_tokens"],
-        wrap_bitmask,
-    )
-    patch(
-        StructuredOutputManager,
-        "validate_tokens",
-        ["self", "request", "spec_tokens"],
-        wrap_validate,
-    )
-    patch(StructuredOutputManager, "_create_grammar", ["self", "request"], wrap_create)
+def wrap_create_grammar(original: Any) -> Any:
+    """Have grammars take accepted paths that run on behind their end."""
+
+    def _create_grammar(self: Any, request: Any) -> Any:
+        grammar = original(self, request)
+        if medusa_config_of(self.vllm_config) is not None:
+            stop_at_the_end(grammar)
+        return grammar
+
+    return _create_grammar
 
 
 def stop_at_the_end(grammar: Any) -> None:
@@ -111,7 +92,7 @@ def _tree_bitmask(
         rows = manager.vllm_config.scheduler_config.max_num_seqs * num_nodes
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
     # Each request has as many rows as it has drafts in vLLM 0.32, and equally many in 0.33.
-    has_fixed_rows = not vllm_version().startswith("0.32")
+    has_fixed_rows = minor_version() != "0.32"
     row = 0
     for req_id in req_ids:
         request, tokens = requests[req_id], drafts.get(req_id, [])

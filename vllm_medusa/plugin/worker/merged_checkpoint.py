@@ -7,30 +7,25 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm_medusa.heads.io.formats import is_heads_tensor
-from vllm_medusa.plugin.compat import patch
 from vllm_medusa.plugin.identity import medusa_config_of
 
 
-def patch_model_loading() -> None:
+def wrap_create_model(original: Any) -> Any:
     """Keep the heads' tensors from the target where both lie in one directory.
 
     vLLM's models refuse a tensor that they have no parameter for. Every loader, and reloading too,
     hands the tensors to the model's ``load_weights``, so that is wrapped where the model is made:
     ``BaseModelLoader.create_model`` (``model_executor/model_loader/base_loader.py``).
     """
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    def wrap(original: Any) -> Any:
-        def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-            model = original(self, vllm_config, model_config, prefix)
-            config = medusa_config_of(vllm_config)
-            if config is not None and _is_same(config.heads, model_config.model):
-                _leave_heads_out(model)
-            return model
+    def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        model = original(self, vllm_config, model_config, prefix)
+        config = medusa_config_of(vllm_config)
+        if config is not None and _is_same(config.heads, model_config.model):
+            _leave_heads_out(model)
+        return model
 
-        return create_model
-
-    patch(BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"], wrap)
+    return create_model
 
 
 def _is_same(heads: str, model: str) -> bool:

@@ -19,7 +19,6 @@ from vllm.distributed import (
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.heads import HeadsReader, MedusaHeads
-from vllm_medusa.plugin.one_line_errors import exit_in_one_line, is_vllm_process
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
 from vllm_medusa.tree.layout import TreeLayout
 
@@ -46,14 +45,9 @@ class MedusaProposer:
         """Load as many heads as the tree is deep, each rank its rows of their lm_heads.
 
         Raises:
-            UserError: if what is read is not finite, or the heads do not fit the target. In a
-                process that vLLM made for the engine the error ends it with one line.
+            UserError: if what is read is not finite, or the heads do not fit the target.
 
         """
-        with exit_in_one_line(is_vllm_process()):
-            self._load_heads(target)
-
-    def _load_heads(self, target: nn.Module) -> None:
         model_config = self._vllm_config.model_config
         vocab_size, dtype = model_config.get_vocab_size(), model_config.dtype
         reader = HeadsReader(

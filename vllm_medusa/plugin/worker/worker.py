@@ -7,11 +7,18 @@ then, because only then is the platform known.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.plugin import overrides, patches
 from vllm_medusa.plugin.compat import replaced
+from vllm_medusa.plugin.one_line_errors import exit_in_one_line, handed_over
 from vllm_medusa.plugin.worker import timers
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
 
 
 def __getattr__(name: str) -> Any:
@@ -26,25 +33,39 @@ def __getattr__(name: str) -> Any:
 def _build_worker() -> type:
     from vllm.platforms import current_platform
 
-    from vllm_medusa.plugin.worker.merged_checkpoint import patch_model_loading
-    from vllm_medusa.plugin.worker.v1.logits_processors import patch_logits_processors
-
-    patch_logits_processors()
-    patch_model_loading()
+    patches.apply("worker")
+    overrides.check("worker")
+    overrides.check("V1")
     return _build_cpu_worker() if current_platform.is_cpu() else _build_gpu_worker()
 
 
-class _WorkerMixin:
+class _WorkerMixin(_Base):
     model_runner: Any
     use_v2_model_runner: bool
     _timers: timers.StepTimers | None = None
 
+    # The first two run while vLLM makes the worker, which may end with its process. In the others
+    # vLLM waits for the worker's answer.
+
+    def init_device(self) -> None:
+        with exit_in_one_line():
+            super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with exit_in_one_line():
+            super().load_model(*args, **kwargs)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        with handed_over():
+            super().initialize_from_config(kv_cache_config)
+
     def compile_or_warm_up_model(self) -> Any:
         """Let the runner measure what dynamic trees need (V1) once vLLM has warmed up."""
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if not self.use_v2_model_runner:
-            self.model_runner.prepare_drafting()
-        return result
+        with handed_over():
+            result = super().compile_or_warm_up_model()
+            if not self.use_v2_model_runner:
+                self.model_runner.prepare_drafting()
+            return result
 
     def medusa_counters(self) -> dict[str, int]:
         """Return the plugin's counters, for ``LLM.collective_rpc("medusa_counters")``."""
@@ -114,4 +135,5 @@ def _build_gpu_worker() -> type:
 def _v2_runner(base: type) -> type:
     from vllm_medusa.plugin.worker.v2.runner import TreeRunnerMixin
 
+    overrides.check("V2")
     return type(f"Medusa{base.__name__}V2", (TreeRunnerMixin, base), {})

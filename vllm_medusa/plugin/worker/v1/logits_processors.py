@@ -5,25 +5,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from vllm_medusa.plugin.compat import patch
 from vllm_medusa.plugin.identity import is_medusa
 
 
-def patch_logits_processors() -> None:
+def wrap_build_logitsprocs(original: Any) -> Any:
     """Load the processors that vLLM leaves out, or refuses, with speculative decoding.
 
-    Patches ``build_logitsprocs`` as the V1 runner calls it (``v1/worker/gpu_model_runner.py``).
+    ``build_logitsprocs`` as the V1 runner calls it (``v1/worker/gpu_model_runner.py``);
     `constraints.NodeConstraints` applies them node by node.
     """
-    from vllm.v1.worker import gpu_model_runner
 
-    def wrap(original: Any) -> Any:
-        def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_medusa(vllm_config.speculative_config):
-                vllm_config = copy.copy(vllm_config)
-                vllm_config.speculative_config = None
-            return original(vllm_config, *args, **kwargs)
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_medusa(vllm_config.speculative_config):
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = None
+        return original(vllm_config, *args, **kwargs)
 
-        return build_logitsprocs
-
-    patch(gpu_model_runner, "build_logitsprocs", ["vllm_config"], wrap)
+    return build_logitsprocs

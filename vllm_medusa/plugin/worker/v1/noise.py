@@ -10,7 +10,7 @@ text that vLLM gives without speculation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -82,6 +82,8 @@ class PositionNoise:
             self._draws = ExponentialDraws(use_fp64_gumbel)
         self._waiting: dict[str, list[Tensor]] = {}
         self._last_step: tuple[list[str], Tensor] | None = None
+        # By request, the draws that its last step has used.
+        self._used: dict[str, list[Tensor]] = {}
 
     def draw(
         self,
@@ -123,6 +125,21 @@ class PositionNoise:
         """Drop the draws that wait for requests that have ended."""
         for req_id in req_ids & self._waiting.keys():
             del self._waiting[req_id]
+            self._used.pop(req_id, None)
+
+    def give_back(self, counts: Mapping[str, int]) -> None:
+        """Have the last draws that requests used wait again: so many tokens were left out.
+
+        Args:
+            counts: how many of each request's last step, by request.
+
+        """
+        if not counts:
+            return
+        self._drop_used()
+        for req_id, count in counts.items():
+            if count and req_id in self._waiting:
+                self._waiting[req_id][:0] = self._used[req_id][-count:]
 
     def _drop_used(self) -> None:
         # Read only when the next step needs it: by then the step is over, nothing waits for it.
@@ -132,4 +149,6 @@ class PositionNoise:
         self._last_step = None
         for req_id, accepted in zip(req_ids, length.tolist(), strict=True):
             if req_id in self._waiting:
-                del self._waiting[req_id][: accepted + 1]
+                waiting = self._waiting[req_id]
+                self._used[req_id] = waiting[: accepted + 1]
+                del waiting[: accepted + 1]

@@ -93,6 +93,7 @@ class PathForks:
         device: of the KV cache.
 
     Attributes:
+        pool: where the fork blocks are.
         forks: indices of the current step if it is forked, else None.
         grants: which request holds which fork blocks.
 
@@ -107,7 +108,7 @@ class PathForks:
     ) -> None:
         self.forks: ForkStep | None = None
         self.grants = ForkGrants(pool.num_requests)
-        self._pool = pool
+        self.pool = pool
         self._device = device
         self._step: Step
         self._groups: list[_GroupStep] = []
@@ -152,9 +153,9 @@ class PathForks:
         self._computed = num_computed_tokens.to(torch.int64)
         longest = int((step.num_computed + forks.num_tokens).max())
         self._groups = []
-        for group, geometry in enumerate(self._pool.geometries):
+        for group, geometry in enumerate(self.pool.geometries):
             table = block_tables[group][:, : -(-longest // geometry.block_size)]
-            base = self._pool.group_base(group) + place * geometry.blocks_per_request
+            base = self.pool.group_base(group) + place * geometry.blocks_per_request
             self._mirror_tails(group, geometry, table, base)
             where = (forks.device, geometry, table, self._computed, base)
             slots, commit_slots = write_slots(*where)

@@ -32,7 +32,7 @@ from vllm_medusa.plugin.worker.v1.warm_up import measure_costs
 from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
 else:
     _Base = object
@@ -67,7 +67,7 @@ class MedusaRunnerMixin(_Base):
             return
         tables = self.input_batch.block_table.block_tables
         check_attention(self.attn_groups, [table.block_size for table in tables])
-        pool = fork_pool_of(self.vllm_config, self.kv_cache_config, self.drafter.config)
+        pool = fork_pool_of(self.kv_cache_config, self.drafter.config)
         layers = self.compilation_config.static_forward_context
         self.forks = PathForks(pool, self.attn_groups, layers, self.device)
 
@@ -79,14 +79,29 @@ class MedusaRunnerMixin(_Base):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         """Give back what finished and preempted requests held."""
-        ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        # Sessions (`core.sessions`) that go on with further input, from another end of their text.
+        continued = {
+            new.req_id: self._num_left_out(new)
+            for new in scheduler_output.scheduled_new_reqs
+            if new.req_id in self.requests
+        }
+        preempted = scheduler_output.preempted_req_ids or set()
+        ended = scheduler_output.finished_req_ids | preempted | continued.keys()
         if self.forks is not None:
             self.forks.grants.release(ended)
         for req_id in ended:
             self._parents.pop(req_id, None)
-        self.tree_drafter.finish(scheduler_output.finished_req_ids)
+        self.tree_drafter.finish(scheduler_output.finished_req_ids | continued.keys())
+        self.rejection_sampler.noise.give_back(continued)
         self.rejection_sampler.noise.forget(scheduler_output.finished_req_ids)
         return super()._update_states(scheduler_output)
+
+    def _num_left_out(self, continued: NewRequestData) -> int:
+        """Return how many accepted tokens the scheduler left out where it stopped a session."""
+        request = self.requests[continued.req_id]
+        # All that it kept is computed but the last.
+        num_kept = continued.num_computed_tokens + 1 - request.num_prompt_tokens
+        return len(request.output_token_ids) - num_kept
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -281,8 +296,9 @@ class MedusaRunnerMixin(_Base):
         self.counters.chain_fallbacks += 1
         logger.warning_once(
             "All %d requests' fork blocks are in use: further requests draft the tree's first "
-            "path only. Raise max_tree_requests to give trees more of the KV cache.",
+            "path only. Each unit more of max_tree_requests takes %d KV blocks from the scheduler.",
             self.forks.grants.num_places,
+            self.forks.pool.blocks_per_request,
         )
         return False
 

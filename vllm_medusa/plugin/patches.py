@@ -1,0 +1,290 @@
+"""Every function of vLLM that is patched: where, by what, why, and what upstream would end it.
+
+`apply` is the one place that patches, called for each process by `register`, by `arguments` and by
+`worker.worker`. What is named here is imported only then, so that a process loads no more of vLLM
+than it would anyway. Without Medusa in its configuration each wrapper calls vLLM's own code.
+``docs/patches.md`` is made from this list and from `overrides`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_medusa.plugin.compat import minor_version, patch
+
+#: ``all``: every process that loads the plugin. ``front end``: where engines are asked for.
+Process = Literal["all", "front end", "engine core", "worker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One patched function.
+
+    Attributes:
+        process: where it is patched.
+        owner: ``module:Class``, or ``module:`` for a function as that module calls it.
+        name: of the function.
+        parameters: names that its first parameters must have: what the wrapper relies on.
+        wrapper: ``module:function`` that takes the original and returns the replacement.
+        why: what the wrapper does, and why.
+        until: the change upstream that would make the patch unnecessary.
+        versions: of vLLM that need it; none is all of them.
+
+    """
+
+    process: Process
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
+    wrapper: str
+    why: str
+    until: str
+    versions: tuple[str, ...] = ()
+
+    def apply(self) -> None:
+        """Patch the function, if this vLLM needs it and it is not patched yet.
+
+        Raises:
+            UserError: if its parameters are not those that are expected.
+
+        """
+        if not self.versions or minor_version() in self.versions:
+            patch(resolved(self.owner), self.name, self.parameters, resolved(self.wrapper))
+
+
+def apply(process: Process) -> None:
+    """Apply the patches of a process; those applied before stay as they are."""
+    for entry in PATCHES:
+        if entry.process == process:
+            entry.apply()
+
+
+def resolved(path: str) -> Any:
+    """Return what ``module:Name`` or ``module:`` names."""
+    module, _, name = path.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+_ARGUMENTS = "vllm_medusa.plugin.arguments"
+_SAMPLING = "vllm_medusa.plugin.sampling_params"
+_V2_CONFIG = "vllm_medusa.plugin.v2_config"
+_METRICS = "vllm_medusa.plugin.metrics"
+_ERRORS = "vllm_medusa.plugin.one_line_errors"
+_MEMORY = "vllm_medusa.plugin.core.memory"
+_GRAMMARS = "vllm_medusa.plugin.core.structured_output"
+_PARENTS = "vllm_medusa.plugin.core.draft_parents"
+_SESSIONS = "vllm_medusa.plugin.core.sessions"
+_MERGED = "vllm_medusa.plugin.worker.merged_checkpoint"
+_PROCESSORS = "vllm_medusa.plugin.worker.v1.logits_processors"
+
+_ENGINE_CORE = "vllm.v1.engine.core"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_GRAMMAR_MANAGER = "vllm.v1.structured_output:StructuredOutputManager"
+_LOGGERS = "vllm.v1.metrics.loggers"
+
+_METHOD_SEAM = "a registry of speculative methods with keys of their own"
+_TREE_DRAFTS = "drafts that come with their parents"
+
+PATCHES = (
+    Patch(
+        process="all",
+        owner="vllm.engine.arg_utils:EngineArgs",
+        name="add_cli_args",
+        parameters=("parser",),
+        wrapper=f"{_ARGUMENTS}:wrap_add_cli_args",
+        why="`--speculative-config medusa` and `--spec-method medusa` parse",
+        until=_METHOD_SEAM,
+    ),
+    Patch(
+        process="all",
+        owner="vllm.engine.arg_utils:EngineArgs",
+        name="create_engine_config",
+        parameters=("self",),
+        wrapper=f"{_ARGUMENTS}:wrap_create_engine_config",
+        why="our keys are taken out; vLLM gets a `custom_class` proposer and our worker class",
+        until=_METHOD_SEAM,
+    ),
+    Patch(
+        process="all",
+        owner="vllm.config:VllmConfig",
+        name="_get_v2_model_runner_unsupported_features",
+        parameters=("self",),
+        wrapper=f"{_V2_CONFIG}:wrap_unsupported_features",
+        why="Model Runner V2 takes our method, which is called `custom_class` there",
+        until=_METHOD_SEAM,
+    ),
+    Patch(
+        process="all",
+        owner="vllm.config:VllmConfig",
+        name="__post_init__",
+        parameters=("self",),
+        wrapper=f"{_V2_CONFIG}:wrap_post_init",
+        why="on V2: asynchronous scheduling, and numbers of drafts by batch size",
+        until=_METHOD_SEAM,
+    ),
+    Patch(
+        process="all",
+        owner="vllm.sampling_params:SamplingParams",
+        name="_validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        wrapper=f"{_SAMPLING}:wrap_validate_spec_decode",
+        why="`min_p` and `logit_bias` are allowed, what trees cannot honour is refused",
+        until="refusals by what a sampler can do, not by whether tokens are speculated",
+    ),
+    Patch(
+        process="front end",
+        owner="vllm.v1.engine.utils:",
+        name="wait_for_engine_startup",
+        parameters=("handshake_socket", "core_engines"),
+        wrapper=f"{_ERRORS}:wrap_wait_for_engine_startup",
+        why="what only the engine's process can know of a mistake is said last, in one line",
+        until="start-up errors sent to the front end with their message",
+    ),
+    Patch(
+        process="front end",
+        owner=f"{_LOGGERS}:StatLoggerManager",
+        name="__init__",
+        parameters=("self", "vllm_config"),
+        wrapper=f"{_METRICS}:wrap_stat_loggers",
+        why="our counters are among vLLM's metrics. The entry points `vllm.stat_logger_plugins` "
+        "serve `vllm serve` only, and switch statistics on where the user switched them off",
+        until="that entry point for all engines, without a side effect",
+    ),
+    Patch(
+        process="front end",
+        owner=f"{_LOGGERS}:PrometheusStatLogger",
+        name="__init__",
+        parameters=("self", "vllm_config"),
+        wrapper=f"{_METRICS}:wrap_prometheus",
+        why="`/metrics` has a position for each depth of a tree, not for each node",
+        until="a number of positions apart from the number of draft tokens",
+    ),
+    Patch(
+        process="engine core",
+        owner="vllm.v1.executor.abstract:Executor",
+        name="__init__",
+        parameters=("self", "vllm_config"),
+        wrapper=f"{_ERRORS}:wrap_executor",
+        why="a mistake that a worker finds ends the engine's process without a traceback",
+        until="start-up errors sent to the front end with their message",
+    ),
+    Patch(
+        process="engine core",
+        owner=f"{_ENGINE_CORE}:EngineCore",
+        name="_initialize_kv_caches",
+        parameters=("self", "vllm_config"),
+        wrapper=f"{_MEMORY}:wrap_initialize_kv_caches",
+        why="hands the configuration to the next two; no room for forks ends the process in a line",
+        until="the next two with the configuration among their arguments",
+    ),
+    Patch(
+        process="engine core",
+        owner=f"{_ENGINE_CORE}:",
+        name="get_kv_cache_configs",
+        parameters=("vllm_config", "kv_cache_specs", "available_memory"),
+        wrapper=f"{_MEMORY}:wrap_get_kv_cache_configs",
+        why="`max_model_len=auto` is fitted into the KV cache less the fork blocks",
+        until="blocks that a plugin may keep for itself",
+    ),
+    Patch(
+        process="engine core",
+        owner=f"{_ENGINE_CORE}:",
+        name="generate_scheduler_kv_cache_config",
+        parameters=("kv_cache_configs",),
+        wrapper=f"{_MEMORY}:wrap_generate_scheduler_kv_cache_config",
+        why="the scheduler plans with the KV cache less the fork blocks",
+        until="blocks that a plugin may keep for itself",
+    ),
+    Patch(
+        process="engine core",
+        owner=_GRAMMAR_MANAGER,
+        name="grammar_bitmask",
+        parameters=(
+            "self",
+            "requests",
+            "structured_output_request_ids",
+            "scheduled_spec_decode_tokens",
+        ),
+        wrapper=f"{_GRAMMARS}:wrap_grammar_bitmask",
+        why="each node is masked for its own path, not for the nodes before it",
+        until=_TREE_DRAFTS,
+    ),
+    Patch(
+        process="engine core",
+        owner=_GRAMMAR_MANAGER,
+        name="validate_tokens",
+        parameters=("self", "request", "spec_tokens"),
+        wrapper=f"{_GRAMMARS}:wrap_validate_tokens",
+        why="drafts are not cut at the first node that a chain could not go on with",
+        until=_TREE_DRAFTS,
+    ),
+    Patch(
+        process="engine core",
+        owner=_GRAMMAR_MANAGER,
+        name="_create_grammar",
+        parameters=("self", "request"),
+        wrapper=f"{_GRAMMARS}:wrap_create_grammar",
+        why="an accepted path may run on behind a grammar's end",
+        until="`GuidanceGrammar.accept_tokens` that ignores what follows the end",
+    ),
+    Patch(
+        process="engine core",
+        owner=_SCHEDULER,
+        name="update_draft_token_ids",
+        parameters=("self", "draft_token_ids"),
+        wrapper=f"{_PARENTS}:wrap_update_draft_token_ids",
+        why="a grammar's request keeps the parents of its drafts",
+        until=_TREE_DRAFTS,
+    ),
+    Patch(
+        process="engine core",
+        owner=_SCHEDULER,
+        name="update_draft_token_ids_in_output",
+        parameters=("self", "draft_token_ids", "scheduler_output"),
+        wrapper=f"{_PARENTS}:wrap_update_draft_token_ids",
+        why="the same, with asynchronous scheduling",
+        until=_TREE_DRAFTS,
+    ),
+    Patch(
+        process="engine core",
+        owner=_SCHEDULER,
+        name="update_from_output",
+        parameters=("self", "scheduler_output", "model_runner_output"),
+        wrapper=f"{_METRICS}:wrap_update_from_output",
+        why="our counters go along with the step's statistics, with a position for each depth",
+        until="statistics that a plugin may add to",
+    ),
+    Patch(
+        process="engine core",
+        owner=_SCHEDULER,
+        name="_update_request_with_output",
+        parameters=("self", "request", "new_token_ids"),
+        wrapper=f"{_SESSIONS}:wrap_update_request_with_output",
+        why="a streaming-input session goes on behind the token that stopped it, not behind all "
+        "that were accepted",
+        until="vLLM 0.33, which does so",
+        versions=("0.32",),
+    ),
+    Patch(
+        process="worker",
+        owner="vllm.model_executor.model_loader.base_loader:BaseModelLoader",
+        name="create_model",
+        parameters=("self", "vllm_config", "model_config", "prefix"),
+        wrapper=f"{_MERGED}:wrap_create_model",
+        why="a target does not see the tensors of heads that lie in its directory",
+        until="models that skip tensors which a proposer claims",
+    ),
+    Patch(
+        process="worker",
+        owner="vllm.v1.worker.gpu_model_runner:",
+        name="build_logitsprocs",
+        parameters=("vllm_config",),
+        wrapper=f"{_PROCESSORS}:wrap_build_logitsprocs",
+        why="the V1 runner loads the logits processors that it leaves out when tokens are "
+        "speculated; they are applied node by node",
+        until="logits processors that say whether they can follow drafts",
+    ),
+)
