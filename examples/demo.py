@@ -34,12 +34,11 @@ from transformers.utils import logging
 
 from vllm_medusa.bench.sameness import TIE_LOGPROB, first_difference
 from vllm_medusa.engines.engine import EngineProcess, Run, thread_environment
+from vllm_medusa.target.precision import fast_dtype
 
 EXAMPLES = Path(__file__).resolve().parent
 DEMO = EXAMPLES.parent / "demo"
-#: On other processors a bfloat16 product costs as much for each token as for the first one.
-HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-DTYPE = "bfloat16" if HAS_BFLOAT16 else "float32"
+DTYPE = fast_dtype()
 #: An engine that got less than this share of a core was disturbed by other programs.
 QUIET_SHARE = 0.9
 #: So was a measurement whose best round's ratio is more than this times its worst.

@@ -101,7 +101,7 @@ EAGER = ["--llm-options", '{"enforce_eager": true}']
 #: What makes the tools' commands quick: less work, the same path through the program.
 QUICKER = {
     "distill": EAGER,
-    "train": ["--steps", "20"],
+    "train": ["--steps", "5"],
     "calibrate": [
         *EAGER,
         *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.settings import Share, settings
+from vllm_medusa.target.precision import fast_dtype
 
 
 @settings
@@ -58,8 +60,9 @@ class TrainSettings:
     """Forward passes per step."""
     clip: PositiveFloat = 1.0
     """Largest norm of a step's gradient."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the target and of the products; the heads' weights are float32 while they train."""
+    dtype: Literal["bfloat16", "float32"] = field(default_factory=fast_dtype)
+    """Of the target and of the products (bfloat16 where the hardware has its products, else
+    float32); the heads' weights are float32 while they train."""
     held_out: Share = 0.05
     """Share of the rows that is measured, not learnt."""
     eval_every: PositiveInt | None = None
