@@ -122,6 +122,14 @@ OVERRIDES = (
         _RUNNER,
         "positions of nodes, block tables of forks",
     ),
+    Override(
+        "V1",
+        _V1,
+        "_dummy_sampler_run",
+        ("self", "hidden_states"),
+        _RUNNER,
+        "a draft for each request that is made up",
+    ),
     Override("V1", _V1, "_dummy_run", ("self",), _RUNNER, "no forks in a step that is made up"),
     Override("V1", _V1, "sample_tokens", ("self", "grammar_output"), _RUNNER, "counters go along"),
     Override(
