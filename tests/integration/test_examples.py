@@ -90,6 +90,7 @@ def test_step_benchmark(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "steps.json").read_text())
 
 
+@pytest.mark.slow
 def test_heads_loading_benchmark(tmp_path: Path) -> None:
     few = ["--num-heads", 2, "--hidden-size", 64, "--vocab-size", 512, "--folder", tmp_path]
     rows = run("bench_heads_loading.py", *few).splitlines()[-4:]
