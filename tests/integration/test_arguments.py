@@ -29,8 +29,11 @@ from tests.integration.conftest import (
     spec_metrics,
 )
 from vllm_medusa.config import MedusaConfig
+from vllm_medusa.errors import UserError
+from vllm_medusa.plugin import arguments as plugin_arguments
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, medusa_config_of
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
+from vllm_medusa.tree.limits import DynamicTrees
 from vllm_medusa.tree.named import default_paths, named_tree, tree_names
 from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file, write_schedule_file
 
@@ -48,7 +51,7 @@ def resolved(vllm_config: Any) -> MedusaConfig:
     assert config is not None
     speculative = vllm_config.speculative_config
     assert (speculative.method, speculative.model) == ("custom_class", PROPOSER_CLASS)
-    assert speculative.num_speculative_tokens == config.tree.num_draft_tokens
+    assert speculative.num_speculative_tokens == config.limits.max_nodes
     assert vllm_config.parallel_config.worker_cls == "vllm_medusa.plugin.worker.worker.MedusaWorker"
     return config
 
@@ -110,8 +113,8 @@ def test_command_line_with_a_number_of_tokens() -> None:
 def test_heads_in_the_model_on_the_command_line(merged: Path, argv: list[str]) -> None:
     config = resolved(serve_arguments(merged, *argv).create_engine_config())
     assert config.heads == str(merged)
-    # The heads' tree came along, their schedule did not.
-    assert config.tree == DraftTree.from_paths(DEMO_TREE[:16])
+    assert config.tree == DraftTree.from_paths(DEMO_TREE)
+    assert config.dynamic is not None
 
 
 @pytest.mark.parametrize("value", ["medusa", {"method": "medusa", "tree": "cpu-8"}], ids=str)
@@ -120,7 +123,8 @@ def test_configuration_file(merged: Path, tmp_path: Path, value: Any) -> None:
     path.write_text(f"speculative-config: {json.dumps(value)}\n")
     config = resolved(serve_arguments(merged, "--config", str(path)).create_engine_config())
     assert config.heads == str(merged)
-    assert config.tree.num_draft_tokens == (16 if value == "medusa" else 8)
+    assert config.limits.max_nodes == (16 if value == "medusa" else 8)
+    assert (config.dynamic is not None) == (value == "medusa")
 
 
 def test_other_values_stay_json() -> None:
@@ -194,18 +198,40 @@ def test_path_objects(tmp_path: Path) -> None:
     assert resolved(arguments.create_engine_config()).heads == H
 
 
-def test_automatic_tree(tmp_path: Path, tiny_model: Path) -> None:
+def test_auto_is_dynamic_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig, vllm
+
+    messages: list[str] = []
+    monkeypatch.setattr(plugin_arguments.logger, "info", messages.append)
+    bounds = DynamicTrees(max_nodes=9, max_depth=5, learn=False)
+    spec = demo(max_nodes=9, max_depth=5, learn=False)
+    config = resolved(engine_config(DEMO_MODEL, spec))
+    assert config.dynamic == bounds
+    assert config == resolved(engine_config(DEMO_MODEL, {**spec, "tree": "auto"}))
+    assert config == resolved(engine_config(DEMO_MODEL, {**spec, "tree": "dynamic"}))
+    static = resolved(engine_config(DEMO_MODEL, demo(tree="static")))
+    # vLLM itself takes V1 where there is no Triton.
+    monkeypatch.setattr(vllm, "HAS_TRITON", True)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    assert resolved(engine_config(DEMO_MODEL, demo())) == static
+    expected = "Medusa: tree='auto' is 'static', because dynamic trees need Model Runner V1"
+    assert messages == [expected]
+    with pytest.raises(UserError, match="max_nodes=9 is for dynamic trees, which Model Runner V2"):
+        engine_config(DEMO_MODEL, spec)
+
+
+def test_static_trees(tmp_path: Path, tiny_model: Path) -> None:
     schedule = read_schedule_file(DEMO_HEADS / "medusa_tree_schedule.json")
-    assert tree_of(demo()) == tree_of(demo(tree="auto")) == schedule.tree()
+    assert tree_of(demo(tree="static")) == schedule.tree()
     heads = tiny.make_heads(tmp_path / "heads", num_heads=2)
-    spec = {"method": "medusa", "model": str(heads)}
+    spec = {"method": "medusa", "model": str(heads), "tree": "static"}
     config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
     assert config.tree == DraftTree.from_paths(default_paths(2, 16))
     assert config.tree.depth == 2
     write_tree_file(heads / "medusa_tree.json", PATHS)
     config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
     assert config.tree == DraftTree.from_paths(PATHS)
-    assert config.tree_name == "auto: 3 nodes from the heads' checkpoint"
+    assert config.tree_name == "static: 3 nodes from the heads' checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +260,7 @@ def test_trees_by_batch_size(tmp_path: Path, tiny_model: Path) -> None:
     heads = tiny.make_heads(tmp_path / "heads", num_heads=2)
     schedule = TreeSchedule.from_entries([(3, PATHS), (None, [[0]])])
     write_schedule_file(heads / "medusa_tree_schedule.json", schedule)
-    spec = {"method": "medusa", "model": str(heads)}
+    spec = {"method": "medusa", "model": str(heads), "tree": "static"}
     config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
     assert config.tree == schedule.tree()
     assert config.sizes_by_batch == ((1, 3, 3), (4, 4, 1))
@@ -244,7 +270,7 @@ def test_other_keys() -> None:
     spec = demo(acceptance="lossless", max_tree_requests=3, revision="main", tree=None)
     config = resolved(engine_config(DEMO_MODEL, spec))
     assert (config.max_tree_requests, config.revision) == (3, "main")
-    assert config.tree_name == "auto: the heads' tree schedule"
+    assert config.tree_name == "dynamic, up to 16 nodes of heads and text"
 
 
 # Engines that are asked for in these ways.

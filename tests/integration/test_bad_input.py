@@ -56,7 +56,10 @@ def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
         ({"acceptance": "greedy"}, "acceptance='greedy' is not supported"),
         ({"posterior_threshold": 0.1}, "'posterior_threshold', which method 'medusa' does not"),
         ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
-        ({"tree": "mc_sim_8b_63"}, "no tree named 'mc_sim_8b_63'; use 'auto', one of chain"),
+        (
+            {"tree": "mc_sim_8b_63"},
+            "no tree named 'mc_sim_8b_63'; use 'auto', 'dynamic', 'static', one of chain",
+        ),
         ({"tree": "x" * 300}, "no tree named 'xxx"),
         ({"tree": ""}, "no tree named ''"),
         ({"tree": 5}, "tree=5 must be 'auto', a tree's name, a tree file or a list of paths"),
@@ -274,7 +277,7 @@ LONG_TREE = [[rank] for rank in range(64)]
     [
         ({"tree": "cpu-16"}, None),
         ({"tree": LONG_TREE}, "tree='64 nodes' is not supported.*ancestors in 64 bits; use 63"),
-        ({"tree": "dynamic"}, "tree='dynamic' is not supported.*does not wait; use a static tree"),
+        ({"tree": "dynamic"}, "tree='dynamic' is not supported.*does not wait; use tree='static'"),
     ],
     ids=["tree", "too many nodes", "dynamic"],
 )

@@ -142,9 +142,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The bare string, with heads in the model's own checkpoint."""
+    """Heads in the model's own checkpoint; static trees, so that acceptance is known."""
     directory = tmp_path_factory.mktemp("server")
-    with serve(directory, merged, "--speculative-config", "medusa") as running:
+    with serve(directory, merged, "--spec-method", "medusa", "-sc.tree", "static") as running:
         yield running
 
 
@@ -202,7 +202,7 @@ def test_stream(server: Server, prompts: Prompts, offline: Texts) -> None:
 def test_one_line_at_start(server: Server, merged: Path) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "Medusa: heads" in line]
     assert len(lines) == 1
-    assert f"heads {merged}, tree auto: 16 nodes from the heads' checkpoint" in lines[0]
+    assert f"heads {merged}, tree static: 16 nodes from the heads' checkpoint" in lines[0]
     for part in ("leaves", "acceptance lossless", "KV blocks", "MiB"):
         assert part in lines[0]
 
@@ -307,7 +307,7 @@ def test_many_clients_that_come_and_go(
     merged: Path, tmp_path: Path, prompts: Prompts, offline: Texts
 ) -> None:
     """Fewer KV blocks than 32 requests need and forks for eight: preemptions and fallbacks too."""
-    argv = ["--speculative-config.method", "medusa", "--speculative-config.max_tree_requests", "8"]
+    argv = ["-sc.method", "medusa", "-sc.tree", "static", "-sc.max_tree_requests", "8"]
     argv += ["--num-gpu-blocks-override", "280", "--max-num-seqs", "32"]
     with serve(tmp_path, merged, *argv) as server:
         tally = asyncio.run(run_clients(server, prompts, offline))

@@ -55,7 +55,9 @@ def test_each_batch_size_drafts_its_tree(
         longest = greedy(llm, prompts, max_tokens=max_tokens[-1])
     oracle = use_oracle(prompts, longest)
     steps = record_steps(monkeypatch)
-    with engine(speculative_config={"method": "medusa", "model": str(heads)}) as llm:
+    with engine(
+        speculative_config={"method": "medusa", "model": str(heads), "tree": "static"}
+    ) as llm:
         steps.clear()
         outputs = generate_each(llm, prompts, max_tokens)
         counted = counters(llm)

@@ -10,6 +10,7 @@ import pytest
 from vllm_medusa.config import MedusaConfig, MedusaOptions, TreeChoice, resolve_tree
 from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
+from vllm_medusa.tree.limits import DynamicTrees
 from vllm_medusa.tree.named import default_paths
 from vllm_medusa.tree.schedule import TreeSchedule
 
@@ -74,6 +75,12 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
         ({"tree": "dynamic", "max_nodes": "9"}, "max_nodes='9' must be a positive integer"),
         ({"tree": "dynamic", "sources": [["heads"]]}, r"sources=\[\['heads'\]\] must be a list of"),
         ({"tree": "dynamic", "sources": np.array(["heads"])}, "sources=array.* must be a list of"),
+        ({"shared_text": 1}, "shared_text=1 must be true or false"),
+        ({"measure_costs": "no"}, "measure_costs='no' must be true or false"),
+        ({"tree": "cpu-8", "learn": True}, "learn=True is for dynamic trees.* 'cpu-8'; use tree="),
+        ({"tree": np.array([[0]]), "max_nodes": 2}, "max_nodes=2 is for dynamic trees"),
+        ({"num_speculative_tokens": 4, "max_depth": 3}, "max_depth=3 .* 'auto' with a number of"),
+        ({"tree": "dynamic", "num_speculative_tokens": 4}, "sizes static trees.*with max_nodes"),
         ({"tree": "dynamic", "learn": "x" * 3000}, "learn='xx.*xx' must be true or false"),
         ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
         ({None: "heads"}, "the key None, which is no string"),
@@ -151,26 +158,52 @@ def test_resolved_configuration_travels_as_json() -> None:
     assert MedusaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_auto_takes_the_tree_of_the_heads() -> None:
-    choice = resolve_tree(request(), 3, HEADS_TREE)
+@pytest.mark.parametrize("tree", ["auto", "dynamic"])
+def test_auto_is_dynamic_where_no_size_is_given(tree: str) -> None:
+    given = request(tree=tree, max_nodes=9, sources=["text"], measure_costs=False)
+    schedule = TreeSchedule.from_entries([(None, HEADS_TREE)])
+    choice = resolve_tree(given, 3, HEADS_TREE, schedule)
+    bounds = DynamicTrees(max_nodes=9, sources=("text",), measure_costs=False)
+    assert (choice.dynamic, choice.sizes_by_batch) == (bounds, None)
+    assert choice.tree_name == "dynamic, up to 9 nodes of text"
+    shared = resolve_tree(request(shared_text=True), 3, HEADS_TREE)
+    assert shared.tree_name == "dynamic, up to 16 nodes of heads and text and shared text"
+    for size in (
+        {"num_speculative_tokens": 3},
+        {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
+    ):
+        assert resolve_tree(request(**size), 3, HEADS_TREE, schedule).dynamic is None
+
+
+def test_dynamic_trees_survive_the_way_to_other_processes() -> None:
+    bounds = DynamicTrees(max_nodes=9, max_depth=3, sources=("text",), shared_text=True)
     tree = DraftTree.from_paths(HEADS_TREE)
-    assert choice == TreeChoice(tree, "auto: 5 nodes from the heads' checkpoint")
+    config = MedusaConfig(heads="h", revision=None, tree=tree, tree_name="d", dynamic=bounds)
+    assert MedusaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_auto_cuts_the_tree_of_the_heads_from_its_front() -> None:
+def test_static_takes_the_tree_of_the_heads() -> None:
+    choice = resolve_tree(request(tree="static"), 3, HEADS_TREE)
+    tree = DraftTree.from_paths(HEADS_TREE)
+    assert choice == TreeChoice(tree, "static: 5 nodes from the heads' checkpoint")
+
+
+def test_static_cuts_the_tree_of_the_heads_from_its_front() -> None:
     choice = resolve_tree(request(num_speculative_tokens=3), 3, HEADS_TREE)
     tree = DraftTree.from_paths(HEADS_TREE[:3])
-    assert choice == TreeChoice(tree, "auto: 3 nodes from the heads' checkpoint")
+    assert choice == TreeChoice(tree, "static: 3 nodes from the heads' checkpoint")
     with pytest.raises(
         UserError, match=r"num_speculative_tokens=6 asks for more nodes than the 5 of the tree"
     ):
         resolve_tree(request(num_speculative_tokens=6), 3, HEADS_TREE)
 
 
-def test_auto_takes_the_default_without_one() -> None:
+def test_static_takes_the_default_without_one() -> None:
     tree = DraftTree.from_paths(default_paths(4, 16))
-    assert resolve_tree(request(), 4, None) == TreeChoice(tree, "auto: 16 nodes default")
-    assert resolve_tree(request(), 2, None).tree.depth == 2
+    assert resolve_tree(request(tree="static"), 4, None) == TreeChoice(
+        tree, "static: 16 nodes default"
+    )
+    assert resolve_tree(request(tree="static"), 2, None).tree.depth == 2
     largest = resolve_tree(request(num_speculative_tokens=127), 4, None)
     assert largest.tree.num_draft_tokens == 127
     with pytest.raises(UserError, match="128 nodes; vLLM verifies at most 127"):
@@ -178,10 +211,10 @@ def test_auto_takes_the_default_without_one() -> None:
     with pytest.raises(UserError, match="than the 10 of the tree default; ask for fewer"):
         resolve_tree(request(num_speculative_tokens=11), 1, None)
     # One head knows no more than ten guesses of the default.
-    assert resolve_tree(request(), 1, None).tree.num_draft_tokens == 10
+    assert resolve_tree(request(tree="static"), 1, None).tree.num_draft_tokens == 10
 
 
-def test_auto_tree_deeper_than_the_heads() -> None:
+def test_tree_deeper_than_the_heads() -> None:
     with pytest.raises(UserError, match=r"3 deep .* but the heads are 2"):
         resolve_tree(request(), 2, HEADS_TREE)
 
@@ -205,9 +238,9 @@ def test_given_trees(tmp_path: Path) -> None:
     assert named.tree_name == "cpu-8"
 
 
-def test_auto_takes_the_schedule_of_the_heads() -> None:
+def test_static_takes_the_schedule_of_the_heads() -> None:
     schedule = TreeSchedule.from_entries([(2, HEADS_TREE), (8, [[1], [0]]), (None, [])])
-    choice = resolve_tree(request(), 3, HEADS_TREE, schedule)
+    choice = resolve_tree(request(tree="static"), 3, HEADS_TREE, schedule)
     small = DraftTree.from_paths([[0], [1]]).paths
     assert choice.tree == DraftTree.from_stages([small, HEADS_TREE])
     assert choice.tree.paths[:2] == small
@@ -219,7 +252,11 @@ def test_auto_takes_the_schedule_of_the_heads() -> None:
 
 def test_sizes_by_batch() -> None:
     sizes = [[1, 4, 5], [5, 16, 2], [17, 64, 0]]
-    for tree, small in (("auto", HEADS_TREE[:2]), ("chain", [[0], [0, 0]])):
+    for tree, small in (
+        ("auto", HEADS_TREE[:2]),
+        ("static", HEADS_TREE[:2]),
+        ("chain", [[0], [0, 0]]),
+    ):
         given = request(tree=tree, num_speculative_tokens_per_batch_size=sizes)
         choice = resolve_tree(given, 5, HEADS_TREE)
         assert choice.sizes_by_batch == ((1, 4, 5), (5, 16, 2), (17, 64, 0))
@@ -235,7 +272,7 @@ def test_sizes_by_batch() -> None:
         (
             {"tree": "cpu-8", "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},
             UserError,
-            r"per_batch_size=\[\[1, 4, 2\]\] needs tree='auto' or 'chain', not 'cpu-8'",
+            r"per_batch_size=\[\[1, 4, 2\]\] needs tree='static' or 'chain', not 'cpu-8'",
         ),
         (
             {"num_speculative_tokens": 7, "num_speculative_tokens_per_batch_size": [[1, 4, 2]]},

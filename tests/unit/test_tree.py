@@ -168,7 +168,10 @@ def test_named_trees() -> None:
 
 @pytest.mark.parametrize("name", ["cpu-", "cpu-9", "auto", "", "Chain"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(UserError, match=f"there is no tree named {name!r}; use 'auto', one of ch"):
+    with pytest.raises(
+        UserError,
+        match=f"there is no tree named {name!r}; use 'auto', 'dynamic', 'static', one of ch",
+    ):
         named_tree(name, 4)
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,12 +20,15 @@ from vllm_medusa.config import (
 from vllm_medusa.errors import UserError, shown
 from vllm_medusa.heads import HeadsReader
 from vllm_medusa.plugin import patches
-from vllm_medusa.plugin.compat import check_version, replaced
+from vllm_medusa.plugin.compat import check_version, plugin_logger, replaced
 from vllm_medusa.plugin.identity import PROPOSER_CLASS, WORKER_CLASS
 from vllm_medusa.plugin.one_line_errors import collect_errors
 from vllm_medusa.plugin.support import check_asynchronous, check_before, check_supported
+from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
+
+logger = plugin_logger(__name__)
 
 
 def wrap_add_cli_args(original: Any) -> Any:
@@ -59,12 +63,13 @@ def wrap_create_engine_config(original: Any) -> Any:
         if request is None:
             return original(self, *args, **kwargs)
         check_version()
-        config, heads = _resolve(self, request)
-        with ExitStack() as stack:
-            # Put back afterwards: vLLM may make several configurations from the same arguments.
-            for name, value in _vllm_arguments(self, config).items():
-                stack.enter_context(replaced(self, name, value))
-            vllm_config = original(self, *args, **kwargs)
+        check_before(self, WORKER_CLASS)
+        heads = _read_heads(self, request)
+        config = _resolve(self, request, heads)
+        vllm_config = _create(original, self, config, *args, **kwargs)
+        if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
+            config = _resolve(self, _static(request), heads)
+            vllm_config = _create(original, self, config, *args, **kwargs)
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
         _check_fit(vllm_config, config, heads)
@@ -114,24 +119,49 @@ def _is_method(value: Any) -> bool:
     return isinstance(value, str) and value == METHOD
 
 
-def _resolve(args: Any, request: MedusaOptions) -> tuple[MedusaConfig, HeadsReader]:
-    """Find the heads, of which only headers are read here, and the tree that a request means."""
-    check_before(args, WORKER_CLASS)
-    heads = request.model or args.model
+def _read_heads(args: Any, request: MedusaOptions) -> HeadsReader:
+    """Find the heads, of which only headers are read here."""
     revision = request.revision if request.model else args.revision
-    reader = HeadsReader(heads, revision=revision)
-    num_heads = reader.spec.num_heads
-    choice = resolve_tree(request, num_heads, reader.tree_paths, reader.tree_schedule)
-    config = MedusaConfig(
-        heads=heads,
-        revision=revision,
+    return HeadsReader(request.model or args.model, revision=revision)
+
+
+def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaConfig:
+    """Find the tree that a request means."""
+    choice = resolve_tree(request, heads.spec.num_heads, heads.tree_paths, heads.tree_schedule)
+    return MedusaConfig(
+        heads=request.model or args.model,
+        revision=request.revision if request.model else args.revision,
         tree=choice.tree,
         tree_name=choice.tree_name,
         sizes_by_batch=choice.sizes_by_batch,
         dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
     )
-    return config, reader
+
+
+def _static(request: MedusaOptions) -> MedusaOptions:
+    """Return what ``tree="auto"`` means on Model Runner V2.
+
+    Raises:
+        UserError: if values are given that dynamic trees alone have.
+
+    """
+    for key, value in request.dynamic_values.items():
+        raise UserError(
+            f"{key}={shown(value)} is for dynamic trees, which Model Runner V2 does not have; "
+            f"leave {key} out, or use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    logger.info("Medusa: tree='auto' is 'static', because dynamic trees need Model Runner V1")
+    return dataclasses.replace(request, tree=STATIC)
+
+
+def _create(original: Any, args: Any, config: MedusaConfig, *rest: Any, **kwargs: Any) -> Any:
+    """Have vLLM make its configuration."""
+    with ExitStack() as stack:
+        # Put back afterwards: vLLM may make several configurations from the same arguments.
+        for name, value in _vllm_arguments(args, config).items():
+            stack.enter_context(replaced(args, name, value))
+        return original(args, *rest, **kwargs)
 
 
 def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, An
             "tree",
             "dynamic",
             config.dynamic is not None,
-            "dynamic trees are chosen on the host, for which Model Runner V2 does not wait; use a "
-            "static tree, or V1 with VLLM_USE_V2_MODEL_RUNNER=0",
+            "dynamic trees are chosen on the host, for which Model Runner V2 does not wait; use "
+            "tree='static', or V1 with VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
             "tree",

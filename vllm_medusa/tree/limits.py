@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-#: ``tree``: another tree for every request and step.
-DYNAMIC = "dynamic"
 #: Where the candidates of dynamic trees come from.
 SOURCES = ("heads", "text")
 
@@ -19,7 +19,10 @@ class DynamicTrees:
         max_depth: depth of a tree; text goes on where the heads end.
         max_paths: leaf paths of a tree. On vLLM's V1 runner each costs a sequence of its own.
         sources: of candidates, some of `SOURCES`.
+        shared_text: whether outputs of requests that have finished are a source too.
         learn: whether probabilities go on being learnt while serving.
+        measure_costs: whether step costs are measured at start-up, to draft what pays; if not, each
+            step drafts as many nodes as may be.
 
     """
 
@@ -27,7 +30,17 @@ class DynamicTrees:
     max_depth: int = 12
     max_paths: int = 8
     sources: tuple[str, ...] = SOURCES
+    shared_text: bool = False
     learn: bool = True
+    measure_costs: bool = True
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DynamicTrees:
+        """Make the bounds of JSON values; what is left out is as by default."""
+        given = dict(values)
+        if "sources" in given:
+            given["sources"] = tuple(given["sources"])
+        return cls(**given)
 
 
 @dataclass(frozen=True)

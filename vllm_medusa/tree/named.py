@@ -15,6 +15,13 @@ from importlib import resources
 from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
+#: ``tree``: another tree for every request and step.
+DYNAMIC = "dynamic"
+#: ``tree``: the best that came with the heads, else a default.
+STATIC = "static"
+#: ``tree``: dynamic trees where they are served and no number of nodes is given, else static ones.
+AUTO = "auto"
+
 #: Chance that head 0's guess of each rank is right: an assumption that gives sensible shapes, not a
 #: measurement. Heads that come with a calibrated tree do not use it.
 _RANK_PROBABILITIES = (0.60, 0.15, 0.07, 0.04, 0.025, 0.018, 0.013, 0.010, 0.008, 0.006)
@@ -49,8 +56,8 @@ def named_tree(name: str, num_heads: int) -> DraftTree:
     if name in published:
         return DraftTree.from_paths([int(rank) for rank in path] for path in published[name])
     raise UserError(
-        f"there is no tree named {shown(name)}; use 'auto', one of {', '.join(tree_names())}, "
-        "the path of a tree file, or a list of paths"
+        f"there is no tree named {shown(name)}; use 'auto', 'dynamic', 'static', one of "
+        f"{', '.join(tree_names())}, the path of a tree file, or a list of paths"
     )
 
 

@@ -1,0 +1,78 @@
+"""The configuration that every process of the engine reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.limits import DynamicTrees, TreeLimits
+from vllm_medusa.tree.step_trees import path_starts
+
+#: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
+CONFIG_KEY = "medusa"
+
+#: vLLM's ``num_speculative_tokens_per_batch_size``: first batch size, last one, draft nodes.
+SizesByBatch = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedusaConfig:
+    """The resolved configuration that every process of the engine reads.
+
+    Attributes:
+        heads: directory, file or hub name of the heads.
+        revision: hub revision of the heads.
+        tree: the draft tree; with trees by batch size the largest, the others its first nodes;
+            with dynamic trees the rank paths that the heads' nodes are chosen from.
+        tree_name: how the tree was chosen, for messages.
+        sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
+        max_tree_requests: as in `MedusaOptions`.
+        dynamic: bounds of the trees if they are dynamic.
+
+    """
+
+    heads: str
+    revision: str | None
+    tree: DraftTree
+    tree_name: str
+    sizes_by_batch: SizesByBatch | None = None
+    max_tree_requests: int | None = None
+    dynamic: DynamicTrees | None = None
+
+    @property
+    def limits(self) -> TreeLimits:
+        """What no draft tree exceeds."""
+        if self.dynamic is not None:
+            nodes, depth = self.dynamic.max_nodes, self.dynamic.max_depth
+            return TreeLimits(nodes, min(depth, nodes), min(self.dynamic.max_paths, nodes))
+        tree = self.tree
+        return TreeLimits(tree.num_draft_tokens, tree.depth, len(path_starts(tree.parents[1:])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, fit for JSON; `from_dict` is the inverse."""
+        return {
+            "heads": self.heads,
+            "revision": self.revision,
+            "tree": [list(path) for path in self.tree.paths],
+            "tree_name": self.tree_name,
+            "sizes_by_batch": self.sizes_by_batch and [list(s) for s in self.sizes_by_batch],
+            "max_tree_requests": self.max_tree_requests,
+            "dynamic": self.dynamic and dataclasses.asdict(self.dynamic),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MedusaConfig:
+        """Rebuild a configuration from `to_dict`."""
+        sizes, dynamic = values["sizes_by_batch"], values["dynamic"]
+        return cls(
+            heads=values["heads"],
+            revision=values["revision"],
+            tree=DraftTree(tuple(tuple(path) for path in values["tree"])),
+            tree_name=values["tree_name"],
+            sizes_by_batch=sizes and tuple(tuple(size) for size in sizes),
+            max_tree_requests=values["max_tree_requests"],
+            dynamic=dynamic and DynamicTrees.from_dict(dynamic),
+        )
