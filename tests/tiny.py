@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,13 @@ class OracleDrafter:
         self._drafter.finish(req_ids)
 
     def draft(self, batch: Any) -> list[Any]:
-        drafts = self._drafter.draft(batch)
         if self._runner.drafter.config.dynamic is not None:
+            # It runs as well, but is not to look for what the oracle drafted among its own.
+            sampled = [tokens[-1:] for tokens in batch.sampled]
+            self._drafter.draft(replace(batch, sampled=sampled))
             bounds = zip(batch.req_ids, batch.max_nodes, batch.max_paths, strict=True)
             return [self._random(*bound) for bound in bounds]
+        drafts = self._drafter.draft(batch)
         return [self._replaced(*pair) for pair in zip(batch.req_ids, drafts, strict=True)]
 
     def _replaced(self, req_id: str, draft: Any) -> Any:

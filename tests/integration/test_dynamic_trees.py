@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,14 @@ DEMO = ROOT / "demo"
 
 
 def dynamic(heads: Path, **bounds: Any) -> dict[str, Any]:
-    return {"method": "medusa", "model": str(heads), "tree": "dynamic", **bounds}
+    """Trees of as many nodes as may be, whatever this machine's costs are."""
+    return {
+        "method": "medusa",
+        "model": str(heads),
+        "tree": "dynamic",
+        "measure_costs": False,
+        **bounds,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,6 @@ def test_text_is_that_of_no_speculation(
     prompts, reference = demo_texts
     spec = dynamic(DEMO / "heads", sources=sources)
     with open_engine(DEMO / "model", speculative_config=spec) as llm:
-        pay_for_everything(llm)
         assert greedy(llm, prompts, 96) == reference
         counted, metrics = counters(llm), spec_metrics(llm)
     tokens_per_step = 1 + metrics["num_accepted_tokens"] / metrics["num_drafts"]
@@ -58,16 +66,172 @@ def test_text_is_that_of_no_speculation(
     assert counted["forks_accepted"] > 5
     for name in ("heads", "text"):
         assert (counted[f"{name}_nodes"] > 50) == (name in sources)
+        assert (counted[f"{name}_accepted"] > 20) == (name in sources)
+        assert counted[f"{name}_accepted"] <= metrics["num_accepted_tokens"]
+    # Of a node that both proposed both are counted.
+    by_source = counted["heads_accepted"] + counted["text_accepted"]
+    assert (by_source == metrics["num_accepted_tokens"]) == (len(sources) == 1)
+    assert by_source >= metrics["num_accepted_tokens"]
+    assert counted["shared_text_nodes"] == counted["shared_text_accepted"] == 0
 
 
-def pay_for_everything(llm: Any) -> None:
-    """Let every node pay, whatever this machine's costs are."""
-    from vllm_medusa.draft.costs import CostCurve
+def test_no_setting_is_needed(
+    demo_texts: tuple[list[Any], list[list[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With this machine's own costs."""
+    prompts, reference = demo_texts
+    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    spec = {"method": "medusa", "model": str(DEMO / "heads")}
+    with open_engine(DEMO / "model", speculative_config=spec) as llm:
+        assert greedy(llm, prompts, 96) == reference
+        assert counters(llm)["heads_runs"] > 20
+    assert list((tmp_path / "medusa_step_costs").iterdir())
 
-    def replace(worker: Any) -> None:
-        worker.model_runner.tree_drafter._drafter._costs = CostCurve({1: [(1, 1.0), (200, 1.0001)]})
 
-    llm.collective_rpc(replace)
+@pytest.mark.parametrize("shared_text", [False, True])
+def test_outputs_of_finished_requests(
+    engine: Callable[..., Any], tiny_heads: Path, shared_text: bool
+) -> None:
+    prompts = random_prompts(4, seed=11)
+    with engine() as llm:
+        reference = greedy(llm, prompts, 60)
+    spec = dynamic(tiny_heads, sources=["heads"], shared_text=shared_text, learn=False)
+    with engine(speculative_config=spec) as llm:
+        steps = []
+        for _ in range(2):
+            before = spec_metrics(llm)["num_drafts"]
+            assert greedy(llm, prompts, 60) == reference
+            steps.append(spec_metrics(llm)["num_drafts"] - before)
+        counted = counters(llm)
+    assert (counted["shared_text_nodes"] > 100) == shared_text
+    assert (counted["shared_text_accepted"] > 100) == shared_text
+    assert (steps[1] < steps[0] / 3) == shared_text
+
+
+@pytest.mark.parametrize("max_nodes", [1, 3, 9])
+def test_bounds(engine: Callable[..., Any], tiny_heads: Path, max_nodes: int) -> None:
+    prompts = random_prompts(3, seed=4)
+    with engine() as llm:
+        reference = greedy(llm, prompts, 40)
+    spec = dynamic(tiny_heads, max_nodes=max_nodes, max_depth=2, sources=["heads"])
+    with engine(speculative_config=spec) as llm:
+        assert greedy(llm, prompts, 40) == reference
+        metrics, counted = spec_metrics(llm), counters(llm)
+    assert counted["nodes_drafted"] >= metrics["num_draft_tokens"] > 0
+    assert metrics["num_draft_tokens"] <= max_nodes * metrics["num_drafts"]
+    # The heads always have as many candidates; close to its end a request drafts less.
+    assert metrics["num_draft_tokens"] > 0.7 * max_nodes * metrics["num_drafts"]
+    assert len(metrics["num_accepted_tokens_per_pos"]) == min(2, max_nodes)
+
+
+class TestStepCosts:
+    """What the engine measures when it starts is kept on the disk."""
+
+    @pytest.fixture(autouse=True)
+    def measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How often costs were measured, in a cache of the test's own."""
+        from vllm_medusa.plugin.worker.v1 import warm_up
+
+        monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+        measure, calls = warm_up._measure, []
+
+        def count(*args: Any) -> Any:
+            calls.append(1)
+            return measure(*args)
+
+        monkeypatch.setattr(warm_up, "_measure", count)
+        return calls
+
+    @pytest.fixture
+    def costs(self, engine: Callable[..., Any], tiny_heads: Path) -> Callable[..., Any]:
+        """The costs with which an engine starts."""
+
+        def start(**options: Any) -> Any:
+            spec = dynamic(tiny_heads, measure_costs=True, **options.pop("keys", {}))
+            with engine(speculative_config=spec, **options) as llm:
+                (costs,) = llm.collective_rpc(lambda w: w.model_runner.tree_drafter._drafter._costs)
+                return costs.to_dict()
+
+        return start
+
+    def test_are_measured_once(
+        self, costs: Callable[..., Any], measured: list[int], tmp_path: Path
+    ) -> None:
+        first = costs()
+        assert [size for size, _ in first["points"]["1"]][:4] == [1, 2, 3, 5]
+        assert costs() == costs(keys={"max_nodes": 4, "learn": False}) == first
+        assert len(measured) == 1
+        costs(max_num_batched_tokens=64)
+        costs(dtype="float16")
+        assert len(measured) == 3
+        assert len(list((tmp_path / "medusa_step_costs").iterdir())) == 3
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text[: len(text) // 2],
+            lambda text: "[]",
+            lambda text: "{}",
+            lambda text: text.replace('"points"', '"spots"'),
+            lambda text: text.replace('"heads_ms": ', '"heads_ms": -'),
+            lambda text: text.replace('"heads_ms": ', '"heads_ms": NaN, "more": '),
+            lambda text: text.replace('"facts": {', '"facts": {"other": 1, '),
+        ],
+    )
+    def test_a_damaged_file_is_replaced(
+        self,
+        costs: Callable[..., Any],
+        measured: list[int],
+        tmp_path: Path,
+        damage: Callable[[str], str],
+    ) -> None:
+        costs()
+        (path,) = (tmp_path / "medusa_step_costs").iterdir()
+        whole = path.read_text()
+        path.write_text(damage(whole))
+        assert path.read_text() != whole
+        second = costs()
+        assert len(measured) == 2
+        assert costs() == second
+        assert len(measured) == 2
+
+    def test_a_cache_that_cannot_be_written(
+        self, costs: Callable[..., Any], measured: list[int], tmp_path: Path
+    ) -> None:
+        (tmp_path / "medusa_step_costs").write_text("in the way")
+        assert costs()["points"]
+        assert len(measured) == 1
+
+    def test_are_not_measured_if_not_wanted(
+        self, engine: Callable[..., Any], tiny_heads: Path, measured: list[int], tmp_path: Path
+    ) -> None:
+        with engine(speculative_config=dynamic(tiny_heads)):
+            assert not measured
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_line_for_each_step(
+    engine: Callable[..., Any], tiny_heads: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.addHandler(caplog.handler)
+    try:
+        with engine(speculative_config=dynamic(tiny_heads, max_nodes=5)) as llm:
+            greedy(llm, random_prompts(2), 20)
+            assert "Medusa: trees" not in caplog.text
+            caplog.set_level(logging.DEBUG, "vllm")
+            greedy(llm, random_prompts(2), 20)
+    finally:
+        vllm_logger.removeHandler(caplog.handler)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Medusa: trees")]
+    assert len(lines) > 5
+    assert re.fullmatch(
+        r"Medusa: trees of \[5, 5\] nodes; \d+ of the heads, \d+ of the text, 0 of shared text; "
+        r"\d+\.\d\d tokens expected",
+        lines[1],
+    )
 
 
 def test_trees_of_another_shape_at_every_step(engine: Callable[..., Any], tiny_heads: Path) -> None:

@@ -133,6 +133,20 @@ def test_counters_are_metrics_of_each_engine(
     assert not any("medusa" in stage for stage in seen[0])
 
 
+def test_counters_of_dynamic_trees_are_metrics(engine: Engine, tiny_heads: Path) -> None:
+    spec = medusa(tiny_heads, "dynamic", shared_text=True, measure_costs=False)
+    with engine(speculative_config=spec) as llm:
+        for _ in range(2):
+            greedy(llm, PROMPTS, 60)
+            assert medusa_metrics(llm) == counters(llm)
+        counted, metrics = medusa_metrics(llm), spec_metrics(llm)
+    sources = ("heads", "text", "shared_text")
+    assert all(counted[f"{name}_nodes"] > 0 for name in sources)
+    assert counted["shared_text_accepted"] > 100
+    assert sum(counted[f"{name}_accepted"] for name in sources) >= metrics["num_accepted_tokens"]
+    assert max(counted[f"{name}_nodes"] for name in sources) <= counted["nodes_drafted"]
+
+
 def test_without_statistics(engine: Engine, tiny_heads: Path) -> None:
     with engine(speculative_config=medusa(tiny_heads), disable_log_stats=True) as llm:
         greedy(llm, PROMPTS[:2], 20)

@@ -134,7 +134,7 @@ class EngineCase:
         }
         if self.dynamic is not None:
             bounds = {"max_nodes": self.dynamic.max_nodes, "max_depth": self.dynamic.max_depth}
-            spec |= {"tree": "dynamic", **bounds}
+            spec |= {"tree": "dynamic", "measure_costs": False, **bounds}
         elif self.schedule is None:
             spec["tree"] = [list(path) for path in self.tree.paths]
         else:

@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"errors", "files"},
     "target": {"errors", "heads", "data", "settings"},
     "acceptance": {"errors", "tree", "heads", "data", "target", "reporting"},
-    "plugin": {"errors", "tree", "draft", "heads", "kernels", "config"},
+    "plugin": {"errors", "files", "tree", "draft", "heads", "kernels", "config", "reporting"},
     "engines": {"errors", "data", "target", "plugin"},
     "stepcost": {"errors", "files", "tree", "engines", "reporting"},
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,11 @@ class CostCurve:
         heads_ms: float = 0.0,
     ) -> None:
         curves = {size: np.array(sorted(points[size]), dtype=np.float64) for size in sorted(points)}
-        if not curves or any(curve.size == 0 or curve.min() <= 0 for curve in curves.values()):
+        if (
+            not curves
+            or any(not (curve.size and _all_positive(curve)) for curve in curves.values())
+            or not (math.isfinite(fork_ms + heads_ms) and min(fork_ms, heads_ms) >= 0)
+        ):
             raise UserError(
                 "the step costs must have for some number of requests at least one point of a "
                 "positive number of tokens and a positive time; measure them again"
@@ -51,6 +57,36 @@ class CostCurve:
         self.fork_ms = fork_ms
         self.heads_ms = heads_ms
         self._table = lru_cache(_MAX_CURVES)(self._make_table)
+
+    def __str__(self) -> str:
+        """Name a few costs, for a line of a log."""
+        curve = self._curves[0]
+        shown = curve[[0, len(curve) // 2, -1]]
+        steps = ", ".join(f"{tokens:.0f} tokens {ms:.1f} ms" for tokens, ms in shown.tolist())
+        return f"{steps}, heads {self.heads_ms:.1f} ms"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `from_dict` is the inverse."""
+        points = zip(map(str, self._sizes), (curve.tolist() for curve in self._curves), strict=True)
+        return {"points": dict(points), "fork_ms": self.fork_ms, "heads_ms": self.heads_ms}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CostCurve:
+        """Read what `to_dict` made.
+
+        Raises:
+            UserError: it is something else.
+
+        """
+        try:
+            points = {
+                int(size): [(int(tokens), float(ms)) for tokens, ms in curve]
+                for size, curve in values["points"].items()
+            }
+            fork_ms, heads_ms = float(values["fork_ms"]), float(values["heads_ms"])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"the step costs are damaged ({error!r}); measure again") from None
+        return cls(points, fork_ms=fork_ms, heads_ms=heads_ms)
 
     def by_drafts(self, num_requests: int, max_drafts: int) -> Floats:
         """Return [max_drafts + 1]: the time of a step by its drafts, without forks and heads."""
@@ -68,6 +104,10 @@ class CostCurve:
         share = (num_requests - sizes[low]) / (sizes[high] - sizes[low])
         ms: Floats = (1 - share) * _curve_at(self._curves[low], sizes[low] + drafts)
         return ms + share * _curve_at(self._curves[high], sizes[high] + drafts)
+
+
+def _all_positive(numbers: Floats) -> bool:
+    return bool((np.isfinite(numbers) & (numbers > 0)).all())
 
 
 def _curve_at(curve: Floats, tokens: Ints) -> Floats:

@@ -12,6 +12,10 @@ DESCRIPTIONS = {
     "nodes_drafted": "Draft nodes of dynamic trees.",
     "heads_nodes": "Draft nodes of dynamic trees that the heads proposed.",
     "text_nodes": "Draft nodes of dynamic trees that the text proposed.",
+    "shared_text_nodes": "Draft nodes of dynamic trees of other requests' outputs.",
+    "heads_accepted": "Accepted nodes of dynamic trees that the heads proposed.",
+    "text_accepted": "Accepted nodes of dynamic trees that the text proposed.",
+    "shared_text_accepted": "Accepted nodes of dynamic trees of other requests' outputs.",
     "heads_runs": "Steps of dynamic trees that ran the heads.",
     "steps_without_drafts": "Steps of dynamic trees in which no node was worth its cost.",
 }
@@ -31,6 +35,10 @@ class Counters:
     nodes_drafted: int = 0
     heads_nodes: int = 0
     text_nodes: int = 0
+    shared_text_nodes: int = 0
+    heads_accepted: int = 0
+    text_accepted: int = 0
+    shared_text_accepted: int = 0
     heads_runs: int = 0
     steps_without_drafts: int = 0
     _taken: dict[str, int] = field(default_factory=dict, init=False, repr=False)

@@ -6,7 +6,8 @@ whole batch; here it meets the runner.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vllm_medusa.config import MedusaConfig
@@ -15,9 +16,12 @@ from vllm_medusa.draft.drafter import Drafter, DraftSettings
 from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.probability import PROBABILITIES_FILE, Probabilities, read_probabilities
 from vllm_medusa.draft.types import Drafts, Floats, Ints, Request, Source
+from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.counters import Counters
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v1.drafting import NO_DRAFT, Draft, DraftingBatch
+
+logger = plugin_logger(__name__)
 
 _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
 
@@ -27,16 +31,19 @@ class DynamicDrafter:
 
     Args:
         proposer: has the heads; its configuration's trees are dynamic.
-        costs: of a step.
+        costs: of a step; None is to draft as many nodes as may be.
         counters: take what was drafted.
 
     """
 
-    def __init__(self, proposer: MedusaProposer, costs: CostCurve, counters: Counters) -> None:
+    def __init__(
+        self, proposer: MedusaProposer, costs: CostCurve | None, counters: Counters
+    ) -> None:
         trees = proposer.config.dynamic
         assert trees is not None
+        shared = Source.SHARED_TEXT if trees.shared_text else 0
         settings = DraftSettings(
-            sources=Source(sum(_SOURCES[name] for name in trees.sources)),
+            sources=Source(sum(_SOURCES[name] for name in trees.sources) | shared),
             max_nodes=trees.max_nodes,
             max_depth=trees.max_depth,
             learn=trees.learn,
@@ -44,6 +51,8 @@ class DynamicDrafter:
         self._proposer = proposer
         self._counters = counters
         self._drafter = Drafter(settings, _probabilities(proposer.config), costs)
+        # What each request drafted last, with its nodes' sources.
+        self._drafted: dict[str, tuple[Draft, list[int]]] = {}
 
     def num_paths(self, batch_size: int) -> int:
         """Return how many fork paths a tree may have."""
@@ -53,6 +62,7 @@ class DynamicDrafter:
         """Drop what is held for requests that have ended."""
         for req_id in req_ids:
             self._drafter.finish(req_id)
+            self._drafted.pop(req_id, None)
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return a tree for each request."""
@@ -67,11 +77,13 @@ class DynamicDrafter:
             )
             for place in places
         ]
+        self._count_accepted(batch, places)
         drafts = depth_first(self._drafter.propose(requests, self._guess(batch, places)))
-        self._count(drafts)
+        self._count_drafted(drafts)
         chosen = [NO_DRAFT] * len(batch.req_ids)
         for place, draft in zip(places, drafts, strict=True):
             chosen[place] = Draft(draft.tokens.tolist(), tuple(draft.parents.tolist()))
+            self._drafted[batch.req_ids[place]] = (chosen[place], draft.source.tolist())
         return chosen
 
     def _guess(self, batch: DraftingBatch, places: list[int]) -> tuple[Ints, Floats] | None:
@@ -85,11 +97,57 @@ class DynamicDrafter:
             log_probs.transpose(0, 1).double().exp().cpu().numpy(),
         )
 
-    def _count(self, drafts: Drafts) -> None:
+    def _count_accepted(self, batch: DraftingBatch, places: list[int]) -> None:
+        """Count by source what of the last drafts the step accepted."""
+        for place in places:
+            accepted = batch.sampled[place][:-1]
+            if not accepted:
+                continue
+            draft, sources = self._drafted[batch.req_ids[place]]
+            for node in nodes_along(draft, accepted):
+                self._counters.heads_accepted += sources[node] & Source.HEADS > 0
+                self._counters.text_accepted += sources[node] & Source.TEXT > 0
+                self._counters.shared_text_accepted += sources[node] & Source.SHARED_TEXT > 0
+
+    def _count_drafted(self, drafts: Drafts) -> None:
+        by_heads, by_text, by_shared_text = (
+            int((drafts.source & source > 0).sum())
+            for source in (Source.HEADS, Source.TEXT, Source.SHARED_TEXT)
+        )
         self._counters.nodes_drafted += len(drafts.tokens)
         self._counters.steps_without_drafts += not len(drafts.tokens)
-        self._counters.heads_nodes += int((drafts.source & Source.HEADS > 0).sum())
-        self._counters.text_nodes += int((drafts.source & Source.TEXT > 0).sum())
+        self._counters.heads_nodes += by_heads
+        self._counters.text_nodes += by_text
+        self._counters.shared_text_nodes += by_shared_text
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "Medusa: trees of %s nodes; %d of the heads, %d of the text, %d of shared text; "
+                "%.2f tokens expected",
+                drafts.num_nodes.tolist(),
+                by_heads,
+                by_text,
+                by_shared_text,
+                len(drafts) + drafts.probability.sum(),
+            )
+
+
+def nodes_along(draft: Draft, tokens: Sequence[int]) -> list[int]:
+    """Return the places of the nodes that have ``tokens``, one below the other from the root on.
+
+    Raises:
+        ValueError: there is no such path.
+
+    """
+    nodes = []
+    node = 0  # as parents count: the root
+    for token in tokens:
+        # Children come behind their parent.
+        place = draft.tokens.index(token, node)
+        while draft.parents[place] != node:
+            place = draft.tokens.index(token, place + 1)
+        nodes.append(place)
+        node = place + 1
+    return nodes
 
 
 def _probabilities(config: MedusaConfig) -> Probabilities:

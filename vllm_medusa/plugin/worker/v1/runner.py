@@ -28,7 +28,7 @@ from vllm_medusa.plugin.worker.v1.dynamic import DynamicDrafter
 from vllm_medusa.plugin.worker.v1.path_forks import PathForks
 from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 from vllm_medusa.plugin.worker.v1.step import Step, StepPlanner
-from vllm_medusa.plugin.worker.v1.warm_up import measure_costs
+from vllm_medusa.plugin.worker.v1.warm_up import step_costs
 from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class MedusaRunnerMixin(_Base):
     def prepare_drafting(self) -> None:
         """Measure what dynamic trees need to know of this machine, once the engine is warm."""
         if self.drafter.config.dynamic is not None:
-            costs = measure_costs(self)
-            self.tree_drafter = DynamicDrafter(self.drafter, costs, self.counters)
+            self.tree_drafter = DynamicDrafter(self.drafter, step_costs(self), self.counters)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         """Give back what finished and preempted requests held."""
