@@ -221,6 +221,26 @@ def test_tensor_parallel(
         assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
+def test_tensor_parallel_with_dynamic_trees(
+    prompts: list[str],
+    reference: list[list[int]],
+    two_ranks: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Costs differ from rank to rank where they are measured, trees do not."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    spec = {"method": "medusa", "model": str(DEMO_HEADS)}
+    for _ in range(2):
+        with demo_engine(**two_ranks, speculative_config=spec) as llm:
+            assert greedy(llm, prompts, MAX_TOKENS) == reference
+            counted = llm.collective_rpc("medusa_counters")
+            assert counted[0] == counted[1]
+            assert counted[0]["heads_runs"] > 20
+        assert len(list((tmp_path / "medusa_step_costs").iterdir())) == 1
+
+
 def check_sampled_blocks(llm: Any, prompts: list[str]) -> None:
     """Sampled text without seeds leaves the same blocks behind on all ranks as its prefill does."""
     params = SamplingParams(temperature=0.8, max_tokens=80, ignore_eos=True)
