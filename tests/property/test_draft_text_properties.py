@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import draft_oracle as oracle
+from vllm_medusa.draft.compiled import along_paths
 from vllm_medusa.draft.continuations import MAX_PLACES
 from vllm_medusa.draft.learning import LogisticCurve
 from vllm_medusa.draft.proposer import outcomes
@@ -158,7 +159,7 @@ def test_trie(given_rows: list[tuple[int, list[int], int]]) -> None:
         assert trie.is_best[place] == (lines[0] == above[0])
     chance = np.linspace(0.2, 0.9, len(names))
     by_name = dict(zip(names, chance.tolist(), strict=True))
-    for (b, path), product in zip(names, trie.along_paths(chance).tolist(), strict=True):
+    for (b, path), product in zip(names, along_paths(trie.parents, chance).tolist(), strict=True):
         factors = [by_name[b, path[:depth]] for depth in range(1, len(path) + 1)]
         assert product == pytest.approx(np.prod(factors))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.merge import Nodes
 from vllm_medusa.draft.types import Bools, Drafts, Floats, Ints
@@ -50,32 +51,24 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
         min_probability: nodes that are less likely are left out.
 
     """
-    num_requests = len(limits)
     likely = np.flatnonzero(nodes.probability >= min_probability)
     # One sort for both keys: requests are two apart, probabilities less than one.
     order = likely[
         np.argsort(2.0 * nodes.request[likely] - nodes.probability[likely], kind="stable")
     ]
-    request, parents = nodes.request[order], _local_parents(nodes, order)
-    is_fork = _is_fork(request, parents, num_requests)
-    if (max_leaves < UNLIMITED).any():
-        kept = _within_leaves(request, parents, is_fork, max_leaves)
-        order, request, is_fork = order[kept], request[kept], is_fork[kept]
-    starts = np.searchsorted(request, np.arange(num_requests + 1))
-    kept = np.flatnonzero(np.arange(len(order)) - starts[request] < limits[request])
-    order, request, is_fork = order[kept], request[kept], is_fork[kept]
-    starts = np.searchsorted(request, np.arange(num_requests + 1))
-    parents = _local_parents(nodes, order)
-    probability = nodes.probability[order]
-    drafts = Drafts(
-        tokens=nodes.tokens[order],
-        parents=np.where(parents < 0, 0, parents + 1 - starts[request]),
-        depths=nodes.depths[order],
-        probability=probability,
-        source=nodes.source[order],
-        starts=starts,
+    kept, parents, is_fork, counts = _within_bounds(
+        order, nodes.ids, nodes.parents, nodes.request, limits, max_leaves, nodes.num_ids
     )
-    return Ranked(drafts, request, np.argsort(-probability, kind="stable"), is_fork)
+    probability = nodes.probability[kept]
+    drafts = Drafts(
+        tokens=nodes.tokens[kept],
+        parents=parents,
+        depths=nodes.depths[kept],
+        probability=probability,
+        source=nodes.source[kept],
+        starts=np.concatenate([[0], np.cumsum(counts)]),
+    )
+    return Ranked(drafts, nodes.request[kept], np.argsort(-probability, kind="stable"), is_fork)
 
 
 def best_size(
@@ -139,34 +132,50 @@ def take(ranked: Ranked, num_nodes: int) -> Drafts:
     )
 
 
-def _local_parents(nodes: Nodes, order: Ints) -> Ints:
-    """Place of each node's parent in ``order``; -1 is the root."""
-    places = np.empty(nodes.num_ids + 1, dtype=np.int64)
-    places[nodes.ids[order]] = np.arange(len(order))
-    places[-1] = -1
-    return places[nodes.parents[order]]
+@compiled
+def _within_bounds(
+    order: Ints,
+    ids: Ints,
+    parent_ids: Ints,
+    request: Ints,
+    limits: Ints,
+    max_leaves: Ints,
+    num_ids: int,
+) -> tuple[Ints, Ints, Bools, Ints]:
+    """Go through nodes in an order and keep those that are within their request's bounds.
 
+    Args:
+        order: [m] of nodes, request by request, parents first.
+        ids, parent_ids, request: [n] of the nodes.
+        limits, max_leaves: [B] most nodes and leaves.
+        num_ids: ids are below this.
 
-def _is_fork(request: Ints, parents: Ints, num_requests: int) -> Bools:
-    """[T] whether an earlier node has the same parent."""
-    places = np.arange(len(parents))
-    parent = np.where(parents < 0, len(parents) + request, parents)
-    first = np.empty(len(parents) + num_requests, dtype=np.int64)
-    # Of repeated indices the last assignment stands.
-    first[parent[::-1]] = places[::-1]
-    is_fork: Bools = first[parent] != places
-    return is_fork
+    Returns:
+        [T] the nodes that are kept, [T] their parents as in `Drafts`, [T] whether each is a fork,
+        [B] how many each request has.
 
-
-def _within_leaves(request: Ints, parents: Ints, is_fork: Bools, max_leaves: Ints) -> Ints:
-    """Places of the nodes of the first path and the first ``max_leaves - 1`` forks of each."""
-    forks = np.cumsum(is_fork)
-    starts = np.searchsorted(request, np.arange(len(max_leaves) + 1))
-    before = np.concatenate([[0], forks])[starts[:-1]]
-    keep = ~is_fork | (forks - before[request] < max_leaves[request])
-    # What hangs below a dropped node goes with it; each turn looks twice as far up.
-    keep, above = np.append(keep, True), np.append(parents, -1)
-    while (above >= 0).any():
-        keep &= keep[above]
-        above = above[above]
-    return np.flatnonzero(keep[:-1])
+    """
+    num_requests = len(limits)
+    counts, leaves = np.zeros(num_requests, np.int64), np.ones(num_requests, np.int64)
+    places = np.zeros(num_ids, np.int64)
+    has_child = np.zeros(num_ids + num_requests, np.bool_)
+    kept, parents = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    is_fork = np.empty(len(order), np.bool_)
+    size = 0
+    for node in order:
+        row, parent = request[node], parent_ids[node]
+        if counts[row] >= limits[row] or (parent >= 0 and places[parent] == 0):
+            continue
+        above = parent if parent >= 0 else num_ids + row
+        if has_child[above]:
+            if leaves[row] >= max_leaves[row]:
+                continue
+            leaves[row] += 1
+        counts[row] += 1
+        places[ids[node]] = counts[row]
+        kept[size] = node
+        parents[size] = places[parent] if parent >= 0 else 0
+        is_fork[size] = has_child[above]
+        has_child[above] = True
+        size += 1
+    return kept[:size], parents[:size], is_fork[:size], counts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_medusa.draft.compiled import along_paths
 from vllm_medusa.draft.learning import LogisticCurve, Observer
 from vllm_medusa.draft.probability import text_features
 from vllm_medusa.draft.proposer import Proposed
@@ -70,7 +71,7 @@ class Continuations:
         features = text_features(trie)
         groups = np.zeros(len(features), dtype=np.int64)
         given = self._curve.predict(features, groups)
-        kept = np.flatnonzero(trie.along_paths(given) >= _MIN_PATH_PROBABILITY)
+        kept = np.flatnonzero(along_paths(trie.parents, given) >= _MIN_PATH_PROBABILITY)
         places_kept = np.full(len(given) + 1, -1)
         places_kept[kept] = np.arange(len(kept))
         depths = trie.depths[kept]

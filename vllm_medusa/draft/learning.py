@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.types import Bools, Floats, Ints
 from vllm_medusa.errors import UserError
 
@@ -167,19 +168,7 @@ class Learner:
 
     def observe(self, features: Floats, groups: Ints, predicted: Floats, right: Bools) -> None:
         """Add n candidates to the sums."""
-        slopes, num_groups = self._num_slopes, len(self.curve.bias)
-        weight = predicted * (1 - predicted)
-        excess = right - predicted
-        weighted = features * weight[:, None]
-        self._seen[:slopes, :slopes] += features.T @ weighted
-        for place in range(slopes):
-            shared = np.bincount(groups, weighted[:, place], num_groups)
-            self._seen[place, slopes:] += shared
-            self._seen[slopes:, place] += shared
-        diagonal = self._seen.reshape(-1)[slopes * (len(self._seen) + 1) :: len(self._seen) + 1]
-        diagonal += np.bincount(groups, weight, num_groups)
-        self._gradient[:slopes] += excess @ features
-        self._gradient[slopes:] += np.bincount(groups, excess, num_groups)
+        _add(self._seen, self._gradient, features, groups, predicted, right)
 
     def end_step(self) -> None:
         """Count a step; every `STEPS_PER_UPDATE` the curve is updated."""
@@ -210,3 +199,24 @@ def fit(curve: LogisticCurve, features: Floats, groups: Ints, right: Bools) -> N
         learner = Learner(curve, _FIT_PRIOR)
         learner.observe(features, groups, curve.predict(features, groups), right)
         learner.update()
+
+
+@compiled
+def _add(
+    seen: Floats, gradient: Floats, features: Floats, groups: Ints, predicted: Floats, right: Bools
+) -> None:
+    """Add n candidates to the sums of a `Learner`: information and gradient at the curve."""
+    num_slopes = features.shape[1]
+    for place in range(len(groups)):
+        weight = predicted[place] * (1 - predicted[place])
+        excess = right[place] - predicted[place]
+        bias = num_slopes + groups[place]
+        seen[bias, bias] += weight
+        gradient[bias] += excess
+        for row in range(num_slopes):
+            weighted = weight * features[place, row]
+            gradient[row] += excess * features[place, row]
+            seen[row, bias] += weighted
+            seen[bias, row] += weighted
+            for column in range(num_slopes):
+                seen[row, column] += weighted * features[place, column]

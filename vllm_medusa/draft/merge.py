@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import along_paths, compiled
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Candidates, Floats, Guesses, Ints, Source
+
+HEADS = int(Source.HEADS)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ def merge(
     others = join(proposals)
     if guesses is None or len(superset) == 0 or len(guesses.tokens) == 0:
         return _without_heads(others)
-    hosts = _walk(superset, guesses, others)
+    hosts, paths, source, other_paths = _walk(
+        *(superset.parents, superset.cells, superset.children),
+        *(np.ascontiguousarray(guesses.tokens), np.ascontiguousarray(guesses.probability)),
+        *(others.request, others.parents, others.tokens, others.probability, others.source),
+    )
     size, num_requests = len(superset), len(guesses.tokens)
-    given, source = _on_superset(superset, guesses, others, hosts)
-    paths = _path_probabilities(superset, given)
-    other_paths = _other_path_probabilities(others, hosts, paths)
 
     row, column = _likeliest(paths[:, :size], pool)
     floor = paths[row, column].reshape(num_requests, -1).min(axis=1) if pool < size else None
@@ -132,54 +136,67 @@ def join(proposals: Sequence[Candidates]) -> Candidates:
     return Candidates(request, parents, tokens, probability, source, np.array(levels))
 
 
-def _walk(superset: Superset, guesses: Guesses, others: Candidates) -> Ints:
-    """[n] place of each candidate on the superset, -1 for those that are not on it."""
-    root, nowhere = len(superset), -1
-    hosts = np.full(len(others.tokens), nowhere, dtype=np.int64)
-    for depth in range(1, 1 + min(others.depth, superset.num_heads)):
-        level = others.level(depth)
-        guessed = guesses.tokens[others.request[level], depth - 1]
-        is_guess = guessed == others.tokens[level, None]
-        above = hosts[others.parents[level]] if depth > 1 else root
-        place = superset.children[above, is_guess.argmax(axis=1)]
-        hosts[level] = np.where(is_guess.any(axis=1), place, nowhere)
-    return hosts
+@compiled
+def _walk(
+    parents: Ints,
+    cells: Ints,
+    children: Ints,
+    guesses: Ints,
+    guessed: Floats,
+    request: Ints,
+    other_parents: Ints,
+    other_tokens: Ints,
+    other_given: Floats,
+    other_source: Ints,
+) -> tuple[Ints, Floats, Ints, Floats]:
+    """Walk the superset [S] with the n candidates of the other sources.
 
+    Args:
+        parents, cells, children: of the superset.
+        guesses, guessed: [B, K, k] tokens and probabilities of the heads.
+        request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
 
-def _on_superset(
-    superset: Superset, guesses: Guesses, others: Candidates, hosts: Ints
-) -> tuple[Floats, Ints]:
-    """[B, S] probability given the parent and [B, S] source of all paths of the superset."""
-    num_requests = len(guesses.tokens)
-    given = guesses.probability.reshape(num_requests, -1)[:, superset.cells]
-    source = np.full(given.shape, int(Source.HEADS))
-    shared = np.flatnonzero(hosts >= 0)
-    where = (others.request[shared], hosts[shared])
-    given[where] = np.maximum(given[where], others.probability[shared])
-    source[where] |= others.source[shared]
-    return given, source
+    Returns:
+        [n] place of each candidate on the superset, -1 for those that are not on it; [B, S + 1]
+        that the text goes through each path, 1 for the root, which is the last; [B, S] source of
+        each path; [n] that the text goes through each candidate.
 
-
-def _path_probabilities(superset: Superset, given: Floats) -> Floats:
-    """[B, S + 1] that the text goes through each path; 1 for the root, the last."""
-    paths = np.ones((len(given), len(superset) + 1))
-    for depth in range(1, superset.num_heads + 1):
-        level = slice(superset.levels[depth - 1], superset.levels[depth])
-        paths[:, level] = paths[:, superset.parents[level]] * given[:, level]
-    return paths
-
-
-def _other_path_probabilities(others: Candidates, hosts: Ints, paths: Floats) -> Floats:
-    """[n] that the text goes through each candidate of the other sources."""
-    # The last place stands for the root.
-    result = np.ones(len(others.tokens) + 1)
-    for depth in range(1, others.depth + 1):
-        level = others.level(depth)
-        result[level] = result[others.parents[level]] * others.probability[level]
-        if depth < paths.shape[1]:
-            on = hosts[level]
-            result[level] = np.where(on >= 0, paths[others.request[level], on], result[level])
-    return result[:-1]
+    """
+    size, num_others = len(parents), len(request)
+    num_requests, num_heads, num_guesses = guesses.shape
+    source = np.full((num_requests, size), HEADS)
+    paths = np.ones((num_requests, size + 1))
+    for row in range(num_requests):
+        for place in range(size):
+            head, rank = divmod(cells[place], num_guesses)
+            paths[row, place] = guessed[row, head, rank]
+    hosts = np.full(num_others, -1)
+    depths = np.ones(num_others, dtype=np.int64)
+    for node in range(num_others):
+        above, row = other_parents[node], request[node]
+        if above >= 0:
+            depths[node] = depths[above] + 1
+        host = hosts[above] if above >= 0 else size
+        if host < 0 or depths[node] > num_heads:
+            continue
+        for rank in range(num_guesses):
+            if guesses[row, depths[node] - 1, rank] == other_tokens[node]:
+                hosts[node] = host = children[host, rank]
+                if host >= 0:
+                    paths[row, host] = max(paths[row, host], other_given[node])
+                    source[row, host] |= other_source[node]
+                break
+    for row in range(num_requests):
+        for place in range(size):
+            paths[row, place] *= paths[row, parents[place]]
+    other_paths = other_given.copy()
+    for node in range(num_others):
+        above = other_parents[node]
+        if hosts[node] >= 0:
+            other_paths[node] = paths[request[node], hosts[node]]
+        elif above >= 0:
+            other_paths[node] *= other_paths[above]
+    return hosts, paths, source, other_paths
 
 
 def _likeliest(paths: Floats, pool: int) -> tuple[Ints, Ints]:
@@ -202,17 +219,13 @@ def _parent_ids(others: Candidates, hosts: Ints, new: Ints, size: int, num_reque
 
 
 def _without_heads(others: Candidates) -> Nodes:
-    paths = np.ones(len(others.tokens) + 1)
-    for depth in range(1, others.depth + 1):
-        level = others.level(depth)
-        paths[level] = paths[others.parents[level]] * others.probability[level]
     return Nodes(
         ids=np.arange(len(others.tokens)),
         parents=others.parents,
         request=others.request,
         tokens=others.tokens,
         depths=others.depths,
-        probability=paths[:-1],
+        probability=along_paths(others.parents, others.probability),
         source=others.source,
         num_ids=len(others.tokens),
     )

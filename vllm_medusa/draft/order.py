@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.types import Drafts, Ints
 
 
@@ -15,17 +16,10 @@ def depth_first(drafts: Drafts) -> Drafts:
     """
     if not len(drafts.tokens):
         return drafts
-    starts = np.repeat(drafts.starts[:-1], drafts.num_nodes)
-    # Places of the parents among all nodes, with one place more for each request's root.
-    request = np.repeat(np.arange(len(drafts)), drafts.num_nodes)
-    parent = np.where(drafts.parents > 0, starts + drafts.parents - 1, len(starts) + request)
-    place = _places(parent, drafts.depths, len(starts) + len(drafts), drafts.starts)
-    order = np.argsort(place)
-    new_place = place - starts
-    parents = np.where(drafts.parents > 0, new_place[np.minimum(parent, len(starts) - 1)] + 1, 0)
+    order, parents = _order(drafts.parents, drafts.starts)
     return Drafts(
         tokens=drafts.tokens[order],
-        parents=parents[order],
+        parents=parents,
         depths=drafts.depths[order],
         probability=drafts.probability[order],
         source=drafts.source[order],
@@ -33,30 +27,22 @@ def depth_first(drafts: Drafts) -> Drafts:
     )
 
 
-def _places(parent: Ints, depths: Ints, num_places: int, starts: Ints) -> Ints:
-    """[T] place of each node in depth-first order: behind its parent and earlier siblings' trees.
-
-    Args:
-        parent: [T] place of each node's parent; those behind T are roots.
-        depths: [T].
-        num_places: nodes and roots together.
-        starts: [B + 1] first node of each request.
-
-    """
-    num_nodes = len(parent)
-    levels = [np.flatnonzero(depths == depth) for depth in range(1, int(depths.max()) + 1)]
-    size = np.ones(num_places, dtype=np.int64)
-    for level in reversed(levels):
-        np.add.at(size, parent[level], size[level])
-    # Nodes by parent, in their order: a sum of sizes within each family is what stands before.
-    family = np.argsort(parent, kind="stable")
-    before = np.cumsum(size[family]) - size[family]
-    is_first = np.append(True, parent[family][1:] != parent[family][:-1])
-    before -= np.maximum.accumulate(np.where(is_first, before, 0))
-    offset = np.empty(num_nodes, dtype=np.int64)
-    offset[family] = before
-    place = np.empty(num_places, dtype=np.int64)
-    place[num_nodes:] = starts[:-1] - 1
-    for level in levels:
-        place[level] = place[parent[level]] + 1 + offset[level]
-    return place[:num_nodes]
+@compiled
+def _order(parents: Ints, starts: Ints) -> tuple[Ints, Ints]:
+    """[T] the nodes in depth-first order, and [T] their parents in it."""
+    order, new_parents = np.empty(len(parents), np.int64), np.empty(len(parents), np.int64)
+    for row in range(len(starts) - 1):
+        start, count = starts[row], starts[row + 1] - starts[row]
+        # By node, the root first: nodes of its tree, its new place, and its next child's.
+        size, place = np.ones(count + 1, np.int64), np.zeros(count + 1, np.int64)
+        for node in range(count, 0, -1):
+            size[parents[start + node - 1]] += size[node]
+        following = np.ones(count + 1, np.int64)
+        for node in range(1, count + 1):
+            parent = parents[start + node - 1]
+            place[node] = following[parent]
+            following[parent] += size[node]
+            following[node] = place[node] + 1
+            order[start + place[node] - 1] = start + node - 1
+            new_parents[start + place[node] - 1] = place[parent]
+    return order, new_parents

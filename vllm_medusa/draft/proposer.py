@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.learning import Observer
 from vllm_medusa.draft.types import Bools, Candidates, Emitted, Floats, Ints, Request
 
@@ -69,13 +70,21 @@ def outcomes(candidates: Candidates, emitted: Emitted) -> tuple[Bools, Bools]:
         the text went through the candidate itself.
 
     """
-    depths = candidates.depths
-    place = np.minimum(depths, emitted.tokens.shape[1]) - 1
-    known = depths <= emitted.counts[candidates.request]
-    right = known & (emitted.tokens[candidates.request, place] == candidates.tokens)
-    # Whether all from the root on are right; each turn looks twice as far up. The last is the root.
-    path, above = np.append(right, True), np.append(candidates.parents, -1)
-    while (above >= 0).any():
-        path &= path[above]
-        above = above[above]
-    return known & path[candidates.parents], path[:-1]
+    return _outcomes(
+        candidates.request, candidates.parents, candidates.tokens, emitted.tokens, emitted.counts
+    )
+
+
+@compiled
+def _outcomes(
+    request: Ints, parents: Ints, tokens: Ints, emitted: Ints, counts: Ints
+) -> tuple[Bools, Bools]:
+    """Return what `outcomes` does; parents come before their children."""
+    observed, right = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
+    depths = np.zeros(len(tokens), np.int64)
+    for node in range(len(tokens)):
+        parent, row = parents[node], request[node]
+        depth = depths[node] = 0 if parent < 0 else depths[parent] + 1
+        observed[node] = depth < counts[row] and (parent < 0 or right[parent])
+        right[node] = observed[node] and emitted[row, depth] == tokens[node]
+    return observed, right
