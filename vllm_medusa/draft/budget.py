@@ -106,12 +106,32 @@ def best_rate(ranked: Ranked, allowed: Bools, num_requests: int, costs: CostCurv
 def _rates(
     ranked: Ranked, order: Ints, num_requests: int, costs: CostCurve, more_ms: float
 ) -> Floats:
-    emitted = np.full(len(order) + 1, float(num_requests))
-    emitted[1:] += np.cumsum(ranked.drafts.probability[order])
-    ms = costs.by_drafts(num_requests, len(order)) + more_ms
-    if costs.fork_ms:
-        ms[1:] += costs.fork_ms * np.cumsum(ranked.is_fork[order])
-    rates: Floats = emitted / ms
+    ms = costs.by_drafts(num_requests, len(order))
+    rates: Floats = _rates_by_size(
+        *(ranked.drafts.probability, ranked.is_fork, order, ms),
+        *(more_ms, costs.fork_ms, num_requests),
+    )
+    return rates
+
+
+@compiled
+def _rates_by_size(
+    probability: Floats,
+    is_fork: Bools,
+    order: Ints,
+    ms: Floats,
+    more_ms: float,
+    fork_ms: float,
+    num_requests: int,
+) -> Floats:
+    """[n + 1] tokens per ms of the first so many nodes of an order [n]; [T] of all nodes."""
+    emitted = float(num_requests)
+    rates = np.empty(len(order) + 1)
+    rates[0] = emitted / (ms[0] + more_ms)
+    for place, node in enumerate(order):
+        emitted += probability[node]
+        more_ms += fork_ms * is_fork[node]
+        rates[place + 1] = emitted / (ms[place + 1] + more_ms)
     return rates
 
 

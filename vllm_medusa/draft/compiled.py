@@ -6,16 +6,20 @@ is kept beside this file, or in the user's cache.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from numba import njit
 
 from vllm_medusa.draft.types import Floats, Ints
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-def compiled(function: Any) -> Any:
+
+def compiled(function: _Function) -> _Function:
     """Compile a function of arrays and numbers when it is first called."""
-    return njit(cache=True, nogil=True)(function)
+    dispatcher: _Function = njit(cache=True, nogil=True)(function)
+    return dispatcher
 
 
 @compiled

@@ -11,6 +11,7 @@ from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, ra
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
 from vllm_medusa.draft.merge import merge
+from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.pacing import Pacer
 from vllm_medusa.draft.probability import Probabilities
 from vllm_medusa.draft.proposer import Proposer
@@ -167,6 +168,18 @@ class Drafter:
         for proposer in self._proposers:
             proposer.learn(emitted)
         self._last = {r.key: (place, len(r.tokens)) for place, r in enumerate(requests)}
+
+
+def compile_ahead() -> None:
+    """Draft something, so that no request waits for what is compiled when it first runs."""
+    num_heads, num_guesses = 2, 2
+    probabilities = Probabilities.default(num_heads, num_guesses)
+    drafter = Drafter(DraftSettings(max_nodes=4), probabilities, CostCurve({1: [(1, 1.0)]}))
+    text = np.array([1, 2, 3, 1, 2, 3, 1, 2], dtype=np.int32)
+    tokens = np.arange(num_heads * num_guesses).reshape(1, num_heads, num_guesses)
+    guesses = tokens.astype(np.int64), np.full(tokens.shape, 0.1)
+    for stop, guessed in ((5, guesses), (7, None), (8, None)):
+        depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
 
 
 def _proposers(

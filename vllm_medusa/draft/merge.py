@@ -16,8 +16,6 @@ from vllm_medusa.draft.compiled import along_paths, compiled
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Candidates, Floats, Guesses, Ints, Source
 
-HEADS = int(Source.HEADS)
-
 
 @dataclass(frozen=True)
 class Nodes:
@@ -61,12 +59,14 @@ def merge(
     others = join(proposals)
     if guesses is None or len(superset) == 0 or len(guesses.tokens) == 0:
         return _without_heads(others)
-    hosts, paths, source, other_paths = _walk(
-        *(superset.parents, superset.cells, superset.children),
-        *(np.ascontiguousarray(guesses.tokens), np.ascontiguousarray(guesses.probability)),
+    size, num_requests = len(superset), len(guesses.tokens)
+    source = np.full((num_requests, size), int(Source.HEADS))
+    paths = np.ones((num_requests, size + 1))  # of the root, the last, it stays 1
+    paths[:, :size] = guesses.probability.reshape(num_requests, -1)[:, superset.cells]
+    hosts, other_paths = _walk(
+        *(superset.parents, superset.children, np.ascontiguousarray(guesses.tokens), paths, source),
         *(others.request, others.parents, others.tokens, others.probability, others.source),
     )
-    size, num_requests = len(superset), len(guesses.tokens)
 
     row, column = _likeliest(paths[:, :size], pool)
     floor = paths[row, column].reshape(num_requests, -1).min(axis=1) if pool < size else None
@@ -139,37 +139,32 @@ def join(proposals: Sequence[Candidates]) -> Candidates:
 @compiled
 def _walk(
     parents: Ints,
-    cells: Ints,
     children: Ints,
     guesses: Ints,
-    guessed: Floats,
+    paths: Floats,
+    source: Ints,
     request: Ints,
     other_parents: Ints,
     other_tokens: Ints,
     other_given: Floats,
     other_source: Ints,
-) -> tuple[Ints, Floats, Ints, Floats]:
+) -> tuple[Ints, Floats]:
     """Walk the superset [S] with the n candidates of the other sources.
 
     Args:
-        parents, cells, children: of the superset.
-        guesses, guessed: [B, K, k] tokens and probabilities of the heads.
+        parents, children: of the superset.
+        guesses: [B, K, k] tokens of the heads.
+        paths: [B, S + 1] of each path the probability given its parent; becomes that of the path.
+        source: [B, S] of each path; gets the candidates' added.
         request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
 
     Returns:
-        [n] place of each candidate on the superset, -1 for those that are not on it; [B, S + 1]
-        that the text goes through each path, 1 for the root, which is the last; [B, S] source of
-        each path; [n] that the text goes through each candidate.
+        [n] place of each candidate on the superset, -1 for those that are not on it, and [n] that
+        the text goes through each candidate.
 
     """
     size, num_others = len(parents), len(request)
     num_requests, num_heads, num_guesses = guesses.shape
-    source = np.full((num_requests, size), HEADS)
-    paths = np.ones((num_requests, size + 1))
-    for row in range(num_requests):
-        for place in range(size):
-            head, rank = divmod(cells[place], num_guesses)
-            paths[row, place] = guessed[row, head, rank]
     hosts = np.full(num_others, -1)
     depths = np.ones(num_others, dtype=np.int64)
     for node in range(num_others):
@@ -196,7 +191,7 @@ def _walk(
             other_paths[node] = paths[request[node], hosts[node]]
         elif above >= 0:
             other_paths[node] *= other_paths[above]
-    return hosts, paths, source, other_paths
+    return hosts, other_paths
 
 
 def _likeliest(paths: Floats, pool: int) -> tuple[Ints, Ints]:

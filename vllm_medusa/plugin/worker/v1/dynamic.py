@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_medusa.config import MedusaConfig
 from vllm_medusa.draft.costs import CostCurve
-from vllm_medusa.draft.drafter import Drafter, DraftSettings
+from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.probability import PROBABILITIES_FILE, Probabilities, read_probabilities
 from vllm_medusa.draft.types import Drafts, Floats, Ints, Request, Source
@@ -48,6 +48,7 @@ class DynamicDrafter:
             max_depth=trees.max_depth,
             learn=trees.learn,
         )
+        compile_ahead()
         self._proposer = proposer
         self._counters = counters
         self._drafter = Drafter(settings, _probabilities(proposer.config), costs)
