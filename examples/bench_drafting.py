@@ -25,6 +25,7 @@ from vllm_medusa.draft.types import Request
 NUM_HEADS, NUM_GUESSES, VOCAB_SIZE = 4, 10, 32_000
 NUM_STEPS, NUM_WARM_STEPS = 300, 50
 GOALS_MS = {1: 0.3, 32: 2.0}
+TIMES = ("median_ms", "p10_ms", "mean_ms", "p99_ms", "first_step_ms")
 
 
 class Texts:
@@ -109,15 +110,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
-    print("batch  median ms    p10   mean    p99   first step  nodes/request  goal")
+    names = "  ".join(f"{key.removesuffix('_ms'):>9}" for key in TIMES)
+    print(f"batch  {names}  nodes/request  goal")
     for batch_size in map(int, arguments.batch_sizes.split(",")):
         row = measure(batch_size, arguments.nodes, arguments.prompt_length)
         rows.append(row)
-        print(
-            f"{batch_size:5}  {row['median_ms']:9.3f}  {row['p10_ms']:5.3f}  {row['mean_ms']:5.3f}"
-            f"  {row['p99_ms']:5.3f}  {row['first_step_ms']:10.2f}  {row['nodes_per_request']:13.1f}"
-            f"  {GOALS_MS.get(batch_size, '')}"
-        )
+        times = "  ".join(f"{row[key]:9.3f}" for key in TIMES)
+        goal = GOALS_MS.get(batch_size, "")
+        print(f"{batch_size:5}  {times}  {row['nodes_per_request']:13.1f}  {goal}")
     if arguments.out:
         about = {"processor": platform.processor(), "numpy": np.__version__, **vars(arguments)}
         result = {"settings": {key: str(value) for key, value in about.items()}, "rows": rows}

@@ -212,6 +212,17 @@ class TestStepCosts:
         assert not list(tmp_path.iterdir())
 
 
+def test_requests_that_want_no_drafts_cost_nothing(
+    engine: Callable[..., Any], tiny_heads: Path
+) -> None:
+    with engine(speculative_config=dynamic(tiny_heads)) as llm:
+        greedy(llm, random_prompts(3), 20, extra_args={"medusa": {"max_nodes": 0}})
+        assert not any(counters(llm).values())
+        greedy(llm, random_prompts(3), 20, extra_args={"medusa": {"max_nodes": 2}})
+        assert counters(llm)["heads_runs"] > 3
+        assert counters(llm)["nodes_drafted"] <= 2 * 3 * 20
+
+
 def test_a_line_for_each_step(
     engine: Callable[..., Any], tiny_heads: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

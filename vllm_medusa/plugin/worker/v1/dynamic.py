@@ -67,6 +67,8 @@ class DynamicDrafter:
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return a tree for each request."""
+        if not any(batch.max_nodes):
+            return [NO_DRAFT] * len(batch.req_ids)
         places = [place for place, sampled in enumerate(batch.sampled) if sampled]
         requests = [
             Request(
