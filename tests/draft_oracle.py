@@ -156,7 +156,7 @@ def cases(draw: st.DrawFn, num_requests: int, max_nodes: int = 10, max_depth: in
             np.array(tokens).reshape(num_requests, num_heads, num_guesses),
             np.array(given).reshape(num_requests, num_heads, num_guesses),
         )
-    sources = draw(st.lists(st.sampled_from([Source.TEXT, Source.SUFFIX]), max_size=3))
+    sources = draw(st.lists(st.sampled_from([Source.TEXT, Source.SHARED_TEXT]), max_size=3))
     others = [
         [draw(trees(source, max_nodes, max_depth)) for _ in range(num_requests)]
         for source in sources

@@ -63,7 +63,7 @@ def test_text_is_that_of_no_speculation(
     tokens_per_step = 1 + metrics["num_accepted_tokens"] / metrics["num_drafts"]
     assert tokens_per_step > (1.6 if sources == ["heads"] else 2.5)
     assert counted["nodes_drafted"] >= metrics["num_draft_tokens"] > 100
-    assert counted["forks_accepted"] > 5
+    assert counted["forks_accepted"] > 3
     for name in ("heads", "text"):
         assert (counted[f"{name}_nodes"] > 50) == (name in sources)
         assert (counted[f"{name}_accepted"] > 20) == (name in sources)

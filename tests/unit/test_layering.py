@@ -45,7 +45,7 @@ IMPORTS_VLLM = {"plugin", "engines"}
 # Pure packages import neither vLLM nor anything that brings it; these they may.
 PURE = {
     "tree": {"torch", "numpy"},
-    "draft": {"numpy", "numba", "arctic_inference"},
+    "draft": {"numpy", "numba", "llvmlite"},
     "kernels": {"torch", "triton"},
     "heads": {"torch", "numpy", "safetensors", "huggingface_hub"},
 }

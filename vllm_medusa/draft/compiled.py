@@ -9,9 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from llvmlite.binding import ffi
 from numba import njit
 
 from vllm_medusa.draft.types import Floats, Ints
+
+# When an engine starts, vLLM reads `vars()` of all that any module holds
+# (`triton_utils/dispatcher.py` of 0.32). llvmlite's library, with which numba compiles, answers
+# with one of its functions, and a second engine in this process would not start. So it answers
+# with nothing here.
+ffi.lib._fntab.setdefault("__dict__", {})
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -17,7 +17,6 @@ from vllm_medusa.draft.probability import Probabilities
 from vllm_medusa.draft.proposer import Proposer
 from vllm_medusa.draft.sources.heads import HeadsSource
 from vllm_medusa.draft.sources.shared_text import SharedTextSource
-from vllm_medusa.draft.sources.suffix import SuffixSource
 from vllm_medusa.draft.sources.text import TextSource
 from vllm_medusa.draft.types import Drafts, Emitted, Floats, Guesses, Ints, Request, Source
 
@@ -40,7 +39,6 @@ class DraftSettings:
         learn: whether probabilities go on learning.
         max_text_tokens: of a longer text, the last tokens are searched, half of so many at least.
         max_shared_tokens: of the outputs of finished requests that are kept for `SHARED_TEXT`.
-        max_finished_requests: whose outputs are kept for `SUFFIX`.
 
     """
 
@@ -52,7 +50,6 @@ class DraftSettings:
     learn: bool = True
     max_text_tokens: int = 2**16
     max_shared_tokens: int = 2**18
-    max_finished_requests: int = 0
 
 
 class Drafter:
@@ -190,9 +187,6 @@ def _proposers(
     made: dict[Source, Callable[[LogisticCurve, Observer | None], Proposer]] = {
         Source.TEXT: lambda curve, observer: TextSource(
             curve, observer, max_depth=depth, max_tokens=settings.max_text_tokens
-        ),
-        Source.SUFFIX: lambda curve, observer: SuffixSource(
-            curve, observer, max_depth=depth, max_finished=settings.max_finished_requests
         ),
         Source.SHARED_TEXT: lambda curve, observer: SharedTextSource(
             curve, observer, max_depth=depth, max_tokens=settings.max_shared_tokens

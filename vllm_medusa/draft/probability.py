@@ -28,7 +28,6 @@ _SHARE_PRIOR = 0.02
 _DEFAULTS: dict[Source, tuple[Floats, float]] = {
     Source.HEADS: (np.array([0.9]), 0.0),
     Source.TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.0),
-    Source.SUFFIX: (np.array([0.5, 0.8, 0.9]), -1.0),
     Source.SHARED_TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.5),
 }
 #: Of heads that nothing is known about: shares at which their guesses are right, by rank.
@@ -143,11 +142,6 @@ def text_features(trie: Trie) -> Floats:
     features[:, 3] = np.log(trie.count)
     features[:, 4] = trie.is_best
     return features
-
-
-def suffix_features(share: Floats, match: Ints, depths: Ints) -> Floats:
-    """Return [n, 3] of the suffix library's nodes: log-odds of the share, and two logarithms."""
-    return np.stack([_share_log_odds(share), np.log(match), np.log(depths)], axis=1)
 
 
 def _share_log_odds(share: Floats) -> Floats:

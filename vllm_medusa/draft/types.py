@@ -25,8 +25,7 @@ class Source(IntFlag):
 
     HEADS = 1
     TEXT = 2
-    SUFFIX = 4
-    SHARED_TEXT = 8
+    SHARED_TEXT = 4
 
 
 @dataclass(frozen=True)
