@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.probability import Probabilities
 from vllm_medusa.draft.types import Request
+from vllm_medusa.reporting.provenance import cpu_name
 
 NUM_HEADS, NUM_GUESSES, VOCAB_SIZE = 4, 10, 32_000
 NUM_STEPS, NUM_WARM_STEPS = 300, 50
@@ -119,8 +119,8 @@ def main() -> None:
         goal = GOALS_MS.get(batch_size, "")
         print(f"{batch_size:5}  {times}  {row['nodes_per_request']:13.1f}  {goal}")
     if arguments.out:
-        about = {"processor": platform.processor(), "numpy": np.__version__, **vars(arguments)}
-        result = {"settings": {key: str(value) for key, value in about.items()}, "rows": rows}
+        given = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+        result = {"cpu": cpu_name(), "numpy": np.__version__, "settings": given, "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from inflate import inflate
 from transformers import AutoModelForCausalLM
 
 from vllm_medusa.engines.engine import Run, start_engine, thread_environment
+from vllm_medusa.reporting.provenance import cpu_name
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 NUM_STEPS, SKIPPED_STEPS = 300, 200
@@ -100,8 +101,13 @@ def report(rates: dict[str, list[float]], args: argparse.Namespace) -> None:
     for name, values in ratios.items():
         print(f"{name:18} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
     if args.out:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        result = {"settings": settings, "tokens_per_s": rates, "over_no_plugin": ratios}
+        settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
+        result = {
+            "cpu": cpu_name(),
+            "settings": settings,
+            "tokens_per_s": rates,
+            "over_no_plugin": ratios,
+        }
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

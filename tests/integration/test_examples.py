@@ -107,3 +107,21 @@ def test_training_benchmark(tmp_path: Path) -> None:
     few = ["--millions", "--rounds", 1, "--batch-tokens", 512]
     run("bench_training.py", *few, "--out", tmp_path / "training.json")
     assert json.loads((tmp_path / "training.json").read_text())["steps"]
+
+
+def test_building_trees(tmp_path: Path) -> None:
+    run("bench_drafting.py", "--batch-sizes", "1,2", "--out", tmp_path / "drafting.json")
+    rows = json.loads((tmp_path / "drafting.json").read_text())["rows"]
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    assert all(0 < row["p10_ms"] <= row["median_ms"] <= row["p99_ms"] for row in rows)
+    assert all(row["nodes_per_request"] > 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_random_text(tmp_path: Path) -> None:
+    """Roughly: how fast steps are depends on what else the machine does."""
+    few = ["--parameters", "10e6", "--rounds", "1"]
+    run("bench_random_text.py", *few, "--out", tmp_path / "random.json")
+    ratios = json.loads((tmp_path / "random.json").read_text())["over_no_plugin"]
+    assert ratios["no plugin"] == [1.0]
+    assert min(ratios["plugin"] + ratios["plugin, no drafts"]) > 0.5
