@@ -17,7 +17,7 @@ from vllm_medusa.bench.categories import BatchMeasurement, categories_of
 from vllm_medusa.bench.compare import compare_runs, is_beyond_spread
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.figures import OFFLINE, figures_of
-from vllm_medusa.bench.offline import measurement_of
+from vllm_medusa.bench.offline import measurement_of, source_table
 from vllm_medusa.bench.plots import plot
 from vllm_medusa.bench.prompts import BenchPrompt
 from vllm_medusa.bench.report import (
@@ -84,6 +84,18 @@ def make_run(
         peak_memory_bytes=2**30,
         device_memory_bytes=None,
     )
+
+
+def test_nodes_by_source() -> None:
+    run = make_run([1.0, 1.0], [[1, 2]], [1], 1)
+    counted = {"nodes_drafted": 6, "text_nodes": 6, "heads_nodes": 2, "text_accepted": 1}
+    runs = [run, dataclasses.replace(run, medusa=counted)]
+    measured = [
+        measurement_of(name, 1, number, [prompt(0)], each)
+        for number in (1, 2)
+        for name, each in zip(("baseline", "tree"), runs, strict=True)
+    ]
+    assert source_table(measured).rows == [("tree", "1", "3.0", "0", "4 / 0", "12 / 2", "0 / 0")]
 
 
 def prompt(index: int, category: str | None = None) -> BenchPrompt:

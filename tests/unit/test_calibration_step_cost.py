@@ -38,6 +38,7 @@ class FakeEngine:
         times = [500.0, *[10.0 + drafts + self.num_runs] * 5, 1.0]
         self.num_runs += 1
         step = {"prepare": 2.0, "plan": 0.5, "forward": 6.0, "attention": 2.0, "heads": 1.0}
+        step["draft"] = 1.5
         return SimpleNamespace(
             decode_step_ms=times[1:-1],
             full_steps=(1, 6),
@@ -103,7 +104,9 @@ def test_stages_do_not_count_twice() -> None:
     assert times.step_ms == 15.0  # 4 drafts, the second run
     assert times.stage_ms["prepare"] == 1.5
     assert times.stage_ms["forward"] == 4.0
+    assert times.stage_ms["heads"] == 1.0
+    assert times.stage_ms["draft"] == 0.5
     assert times.stage_ms["commit"] == 0.0
-    assert times.rest_ms == pytest.approx(15 - 9)
+    assert times.rest_ms == pytest.approx(15 - 9.5)
     page = stages.stage_table([times]).markdown()
     assert "| 4 | 3 | 2 | 15.00 | 1.50 | 0.50 | 4.00 | 2.00 |" in page

@@ -25,7 +25,8 @@ def make_runner(with_forks: bool) -> Any:
     layer = SimpleNamespace(impl=Sleeper(forward=1, do_kv_cache_update=1))
     runner.device = torch.device("cpu")
     runner.rejection_sampler = Sleeper(forward=1)
-    runner.drafter = Sleeper(propose=1)
+    runner.drafter = Sleeper(propose=1, probable_guesses=1)
+    runner.tree_drafter = Sleeper(draft=1)
     runner.forks = Sleeper(begin_step=1, commit=1) if with_forks else None
     context = {"layer": layer, "other": SimpleNamespace()}
     runner.compilation_config = SimpleNamespace(static_forward_context=context)
@@ -58,6 +59,12 @@ def test_stages_by_step(with_forks: bool) -> None:
     assert first["attention"] >= 2.0
     assert first["forward"] >= 2.0
     assert 1.0 <= first["heads"] < 50.0
+    runner.execute_model(1)
+    runner.tree_drafter.draft(3)
+    runner.drafter.probable_guesses(2)
+    (last,) = found.take()
+    assert last["draft"] >= 1.0
+    assert last["heads"] >= 1.0
     assert found.take() == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +19,12 @@ from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.variants import BASELINE, Variant
 from vllm_medusa.engines.engine import EngineProcess, Run
 from vllm_medusa.engines.process import EngineProcessError
+from vllm_medusa.reporting.tables import Table
 
 #: Mismatches of a variant that the second pass asks logprobs for.
 MAX_EXPLAINED = 50
+#: Of the plugin's counters, who proposes nodes, and what a table calls them.
+_SOURCES = {"heads": "heads", "text": "text", "shared_text": "shared text"}
 
 
 def measurement_of(
@@ -44,6 +47,7 @@ def measurement_of(
         "num_accepted": run.num_accepted,
         "accepted_by_depth": run.accepted_by_depth,
         "num_preemptions": run.num_preemptions,
+        "medusa": run.medusa,
         **peaks,
         "requests": [
             {
@@ -144,6 +148,7 @@ class Offline:
         different = [found.in_words(dtype) for found in sameness if found.mismatches]
         return Findings(
             tables=[
+                source_table(measurements),
                 category_table(categories),
                 sameness_table(sameness, dtype),
                 mismatch_table(sameness, dtype),
@@ -158,6 +163,26 @@ class Offline:
             if different
             else None,
         )
+
+
+def source_table(measurements: Sequence[BatchMeasurement]) -> Table:
+    """Draft nodes of dynamic trees by who proposed them, and how many were accepted."""
+    table = Table(
+        "Dynamic trees: nodes a step, and by source nodes drafted / accepted (a node of two "
+        "sources counts for both)",
+        ("variant", "batch", "nodes/step", "steps without drafts", *_SOURCES.values()),
+    )
+    counted: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    for measurement in measurements:
+        counts = counted[measurement.variant, measurement.load]
+        counts.update(measurement.run.medusa)
+        counts["steps"] += len(measurement.run.step_ms)
+    for (variant, batch_size), counts in counted.items():
+        if counts["nodes_drafted"] or counts["steps_without_drafts"]:
+            by_source = (f"{counts[f'{s}_nodes']} / {counts[f'{s}_accepted']}" for s in _SOURCES)
+            nodes = f"{counts['nodes_drafted'] / counts['steps']:.1f}"
+            table.add(variant, batch_size, nodes, counts["steps_without_drafts"], *by_source)
+    return table
 
 
 def compare(

@@ -83,6 +83,7 @@ class Run:
         device_memory_bytes: largest memory reserved by PyTorch on the accelerator; None on a CPU.
         stage_ms: milliseconds in each stage of each step, if the plugin runs with
             ``VLLM_MEDUSA_TIMERS=1`` (`plugin.worker.timers`); else empty.
+        medusa: what the plugin counted (`plugin.counters`), by name; empty without it.
 
     """
 
@@ -98,6 +99,7 @@ class Run:
     peak_memory_bytes: int
     device_memory_bytes: int | None
     stage_ms: list[dict[str, float]] = field(default_factory=list)
+    medusa: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any]) -> Run:

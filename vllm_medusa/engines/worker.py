@@ -117,7 +117,7 @@ def _run(llm: Any, command: dict[str, Any], reply: Reply) -> dict[str, Any]:
     engine = llm.llm_engine
     requests = [_Request() for _ in command["prompts"]]
     _take_stages(llm)
-    before = _counts(llm)
+    before, ours_before = _counts(llm), _our_counts(llm)
     start = time.perf_counter()
     _add_requests(engine, command)
     step_ms: list[float] = []
@@ -152,6 +152,9 @@ def _run(llm: Any, command: dict[str, Any], reply: Reply) -> dict[str, Any]:
         "num_accepted": accepted,
         "accepted_by_depth": by_depth,
         "num_preemptions": preemptions,
+        "medusa": {
+            name: count - ours_before.get(name, 0) for name, count in _our_counts(llm).items()
+        },
         "peak_memory_bytes": peak_memory(os.getpid()),
         "device_memory_bytes": _device_memory(),
     }
@@ -262,6 +265,16 @@ def _counts(llm: Any) -> tuple[list[int], ...]:
         values("spec_decode_num_accepted_tokens_per_pos"),
         values("num_preemptions") or [0],
     )
+
+
+def _our_counts(llm: Any) -> dict[str, int]:
+    """The plugin's counters, by name; none without it."""
+    prefix = "vllm:medusa_"
+    return {
+        metric.name.removeprefix(prefix): int(metric.value)
+        for metric in llm.get_metrics()
+        if metric.name.startswith(prefix)
+    }
 
 
 def _device_memory() -> int | None:

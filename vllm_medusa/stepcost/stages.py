@@ -15,7 +15,7 @@ from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 TIMERS = {"VLLM_MEDUSA_TIMERS": "1"}
 #: Stages of `plugin.worker.timers` that are parts of another one, and of which.
-_PARTS = {"plan": "prepare", "attention": "forward", "write": "forward"}
+_PARTS = {"plan": "prepare", "attention": "forward", "write": "forward", "heads": "draft"}
 #: What a table calls the stages, in the order of a step. What a stage's parts take is not in it.
 STAGES = {
     "prepare": "inputs",
@@ -26,6 +26,7 @@ STAGES = {
     "sample": "sampling",
     "commit": "commit",
     "heads": "heads",
+    "draft": "trees",
 }
 
 

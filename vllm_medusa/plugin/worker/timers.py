@@ -27,7 +27,8 @@ class StepTimers:
     """Times the stages of a runner's steps.
 
     Stages that lie within others count there too: the plan of the forks is a part of preparing,
-    attention and the K/V writes (with those to the forks) are parts of the forward pass.
+    attention and the K/V writes (with those to the forks) are parts of the forward pass, and the
+    heads are a part of drafting.
 
     Args:
         runner: a `MedusaRunnerMixin` whose KV cache exists.
@@ -41,7 +42,9 @@ class StepTimers:
         self._wrap(runner, "_prepare_inputs", "prepare")
         self._wrap(runner, "_model_forward", "forward")
         self._wrap(runner.rejection_sampler, "forward", "sample")
+        self._wrap(runner.tree_drafter, "draft", "draft")
         self._wrap(runner.drafter, "propose", "heads")
+        self._wrap(runner.drafter, "probable_guesses", "heads")
         if runner.forks is not None:
             self._wrap(runner.forks, "begin_step", "plan")
             self._wrap(runner.forks, "commit", "commit")
