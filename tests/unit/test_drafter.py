@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vllm_medusa.draft.costs import CostCurve
-from vllm_medusa.draft.drafter import Drafter, DraftSettings
+from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.probability import Probabilities
 from vllm_medusa.draft.replay import GuessedText, num_accepted, replay
 from vllm_medusa.draft.types import Drafts, Request, Source
@@ -180,3 +181,20 @@ def test_accepted_nodes() -> None:
     )
     for following, count in (([6, 7, 8, 9], 3), ([6, 7], 2), ([5, 7], 1), ([9], 0), ([], 0)):
         assert num_accepted(drafts[0], np.array(following, dtype=np.int64)) == count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_all_is_compiled_ahead(batch_size: int) -> None:
+    """A layout or type that first comes up while serving would hold up that step by a second."""
+    loops = [
+        value
+        for name, module in sys.modules.items()
+        if name.startswith("vllm_medusa.draft")
+        for value in vars(module).values()
+        if hasattr(value, "signatures")
+    ]
+    compile_ahead()
+    before = [list(loop.signatures) for loop in loops]
+    assert all(before)
+    replay(TEXTS, drafter(CostCurve({1: [(1, 10), (65, 12)]})), batch_size)
+    assert [list(loop.signatures) for loop in loops] == before

@@ -66,7 +66,8 @@ class Continuations:
         match = match_lengths(windows, np.stack(endings)[request])
         longest = np.maximum.reduceat(match, (np.cumsum(counts) - counts)[counts > 0])
         weight = _WEIGHT_OF_MATCH ** (match - np.repeat(longest, counts[counts > 0]))
-        ahead = windows[:, BEHIND : BEHIND + self._depth]
+        # One layout, for which `build_trie` is compiled ahead.
+        ahead = np.ascontiguousarray(windows[:, BEHIND : BEHIND + self._depth])
         trie = build_trie(request, ahead, weight, match, len(counts))
         features = text_features(trie)
         groups = np.zeros(len(features), dtype=np.int64)

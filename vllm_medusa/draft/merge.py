@@ -67,30 +67,18 @@ def merge(
         *(superset.parents, superset.children, np.ascontiguousarray(guesses.tokens), paths, source),
         *(others.request, others.parents, others.tokens, others.probability, others.source),
     )
-
-    row, column = _likeliest(paths[:, :size], pool)
-    floor = paths[row, column].reshape(num_requests, -1).min(axis=1) if pool < size else None
-    keep = hosts < 0 if floor is None else (hosts < 0) & (other_paths > floor[others.request])
-    new = np.flatnonzero(keep)
-    above = superset.parents[column]
+    row, column, new, ids, parents = _choose(
+        superset.parents, paths, hosts, other_paths, others.request, others.parents, pool
+    )
+    guessed = guesses.tokens.reshape(num_requests, -1)
     return Nodes(
-        ids=np.concatenate([row * size + column, num_requests * size + new]),
-        parents=np.concatenate(
-            [
-                np.where(above == size, -1, row * size + above),
-                _parent_ids(others, hosts, new, size, num_requests),
-            ]
-        ),
-        request=np.concatenate([row, others.request[new]]),
-        tokens=np.concatenate(
-            [
-                guesses.tokens.reshape(num_requests, -1)[row, superset.cells[column]],
-                others.tokens[new],
-            ]
-        ),
-        depths=np.concatenate([superset.depths[column], others.depths[new]]),
-        probability=np.concatenate([paths[row, column], other_paths[new]]),
-        source=np.concatenate([source[row, column], others.source[new]]),
+        ids=ids,
+        parents=parents,
+        request=np.concatenate((row, others.request[new])),
+        tokens=np.concatenate((guessed[row, superset.cells[column]], others.tokens[new])),
+        depths=np.concatenate((superset.depths[column], others.depths[new])),
+        probability=np.concatenate((paths[row, column], other_paths[new])),
+        source=np.concatenate((source[row, column], others.source[new])),
         num_ids=num_requests * size + len(others.tokens),
     )
 
@@ -194,23 +182,63 @@ def _walk(
     return hosts, other_paths
 
 
-def _likeliest(paths: Floats, pool: int) -> tuple[Ints, Ints]:
-    """Row and column of the ``pool`` largest of each row [B, S]."""
-    size = paths.shape[1]
-    if pool >= size:
-        columns = np.broadcast_to(np.arange(size), paths.shape)
-    else:
-        columns = np.argpartition(paths, size - pool, axis=1)[:, size - pool :]
-    rows = np.repeat(np.arange(len(paths)), columns.shape[1])
-    return rows, columns.ravel()
+@compiled
+def _choose(
+    parents: Ints,
+    paths: Floats,
+    hosts: Ints,
+    other_paths: Floats,
+    request: Ints,
+    other_parents: Ints,
+    pool: int,
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Choose the likeliest nodes of each request.
 
+    Args:
+        parents: [S] of the superset.
+        paths: [B, S + 1] that the text goes through each path.
+        hosts, other_paths, request, other_parents: [n] of the candidates, as in `_walk`.
+        pool: so many of each request's nodes on the superset, and those as likely as the last.
 
-def _parent_ids(others: Candidates, hosts: Ints, new: Ints, size: int, num_requests: int) -> Ints:
-    """Ids of the parents of the candidates ``new``, which are not on the superset."""
-    above = others.parents[new]
-    host = hosts[above]
-    ids = np.where(host >= 0, others.request[new] * size + host, num_requests * size + above)
-    return np.where(above < 0, -1, ids)
+    Returns:
+        Request and place of the nodes on the superset; the candidates that are not on it; ids of
+        all these, and their parents' ids.
+
+    """
+    num_requests, size = paths.shape[0], paths.shape[1] - 1
+    most = num_requests * size
+    rows, columns = np.empty(most, np.int64), np.empty(most, np.int64)
+    floor = np.full(num_requests, -1.0)
+    new = np.empty(len(hosts), np.int64)
+    ids, above_ids = np.empty(most + len(hosts), np.int64), np.empty(most + len(hosts), np.int64)
+    count = num_new = 0
+    for row in range(num_requests):
+        if pool < size:
+            floor[row] = np.partition(paths[row, :size], size - pool)[size - pool]
+        for place in range(size):
+            if paths[row, place] < floor[row]:
+                continue
+            rows[count], columns[count] = row, place
+            ids[count] = row * size + place
+            above = parents[place]
+            above_ids[count] = -1 if above == size else row * size + above
+            count += 1
+    num_on_superset = count
+    for node in range(len(hosts)):
+        row, above = request[node], other_parents[node]
+        if hosts[node] >= 0 or other_paths[node] <= floor[row]:
+            continue
+        ids[count] = num_requests * size + node
+        if above < 0:
+            above_ids[count] = -1
+        elif hosts[above] >= 0:
+            above_ids[count] = row * size + hosts[above]
+        else:
+            above_ids[count] = num_requests * size + above
+        new[num_new] = node
+        count, num_new = count + 1, num_new + 1
+    on_superset = slice(0, num_on_superset)
+    return rows[on_superset], columns[on_superset], new[:num_new], ids[:count], above_ids[:count]
 
 
 def _without_heads(others: Candidates) -> Nodes:
