@@ -140,6 +140,7 @@ class EngineCase:
         else:
             # In the place of the one before: an engine reads it when it starts.
             write_schedule_file(heads / SCHEDULE_FILE, self.schedule)
+            spec["tree"] = "static"
         return {**options, "speculative_config": spec}
 
     def prompts(self, count: int) -> list[list[int]]:
