@@ -14,9 +14,11 @@ from vllm_medusa.acceptance.statistics import RANK_CAP, head_accuracy, simulate
 from vllm_medusa.acceptance.trees import path_probabilities, product_paths, step_paths
 from vllm_medusa.calibration.check import Checked, steps_of
 from vllm_medusa.calibration.choice import Candidate, choose
+from vllm_medusa.calibration.dynamic import Accepted, Bin, DynamicFindings
 from vllm_medusa.calibration.estimates import CrossFit, Estimate, ratio, resample
 from vllm_medusa.calibration.report import Findings, Section, summary, write_report
 from vllm_medusa.calibration.settings import CalibrateSettings
+from vllm_medusa.draft.probability import Probabilities
 from vllm_medusa.engines.engine import RequestTimes
 from vllm_medusa.stepcost.costs import StepCost, StepCosts
 
@@ -148,6 +150,11 @@ def findings_of(fit: CrossFit, with_costs: bool) -> Findings:
         sections=sections,
         paths=fit.paths,
         probabilities=path_probabilities([item.ranks for item in items]),
+        dynamic=DynamicFindings(
+            Probabilities.default(NUM_HEADS, 4),
+            {"heads": [Bin(10, 0.25, 0.3)], "text": [Bin(5, 0.75, 0.6)]},
+            [Accepted(8, 3.21, 2.34)],
+        ),
         checked=[Checked("joint", 8, Estimate(2.0, 1.9, 2.1), Estimate(1.9, 1.8, 2.0))],
         costs=costs,
         choice=choice,
@@ -162,7 +169,11 @@ def test_report_says_all(fit: CrossFit, tmp_path: Path) -> None:
     assert len(data["paths"]["joint"]) == len(data["probabilities"]) == 16
     assert data["checked"][0]["with_loops"]["value"] == 2.0
     page = (tmp_path / "calibration.md").read_text()
-    for name in ("acceptance", "tree", "speedup"):
+    assert "| 8 | 3.21 | " in page
+    assert data["dynamic"]["reliability"]["text"] == [
+        {"count": 5, "predicted": 0.75, "observed": 0.6}
+    ]
+    for name in ("acceptance", "tree", "reliability", "speedup"):
         assert (tmp_path / f"calibration-{name}.png").stat().st_size > 5000
         assert f"(calibration-{name}.png)" in page
     for text in ("without looping text", "product, predicted", "tree of 16 (", "joint of 8"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_medusa.acceptance.statistics import RANK_CAP, Ranks
-from vllm_medusa.acceptance.texts import Text, counted_positions
+from vllm_medusa.acceptance.texts import Answer, Text, counted_positions
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 
@@ -38,6 +38,26 @@ class Heads(Protocol):
 
 
 @dataclass(frozen=True)
+class Guessed:
+    """An answer with what the heads guess along it.
+
+    Attributes:
+        tokens: [L] of the text up to the answer's end.
+        num_prompt_tokens: how many of them come before the answer.
+        has_ended: whether the target ended the answer by itself.
+        guesses: [positions, heads, k] int32, the likeliest first.
+        probability: [positions, heads, k] float32 that the head gives them.
+
+    """
+
+    tokens: NDArray[np.int64]
+    num_prompt_tokens: int
+    has_ended: bool
+    guesses: NDArray[np.int32]
+    probability: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Continuation:
     """One answer, as the statistics see it.
 
@@ -46,6 +66,7 @@ class Continuation:
         temperature: that it was sampled at; 0 is greedy.
         ranks: [positions, heads] int16, as `statistics` says.
         num_before_loop: the first so many positions lie before the answer begins to loop.
+        guessed: the heads' guesses themselves, where they were asked for.
 
     """
 
@@ -53,6 +74,7 @@ class Continuation:
     temperature: float
     ranks: Ranks
     num_before_loop: int
+    guessed: Guessed | None = None
 
     def ranks_of(self, *, with_loops: bool) -> Ranks:
         """Return the ranks of all positions, or of those before the loop."""
@@ -66,15 +88,21 @@ class RankMeter:
         target: in the dtype to compute in.
         heads: on its device.
         batch_tokens: of one forward pass, with the padding; a longer text has one of its own.
+        num_guesses: of each head at each position, to keep with the ranks; 0 keeps none.
 
     """
 
     def __init__(
-        self, target: FrozenTarget, heads: Heads, batch_tokens: int = _BATCH_TOKENS
+        self,
+        target: FrozenTarget,
+        heads: Heads,
+        batch_tokens: int = _BATCH_TOKENS,
+        num_guesses: int = 0,
     ) -> None:
         self._target = target
         self._heads = heads
         self._batch_tokens = batch_tokens
+        self._num_guesses = min(num_guesses, target.vocab_size)
 
     @torch.no_grad()
     def measure(self, texts: Sequence[Text], progress: Progress) -> list[Continuation]:
@@ -101,16 +129,32 @@ class RankMeter:
                 # The heads guess what follows a root from the state that the root came from.
                 states.append(row * length + answer.start - 1 + np.arange(counted.total))
                 wanted.append(wanted_tokens(tokens, counted.total, num_heads))
-        ranks = self._ranks(hidden.flatten(0, 1), np.concatenate(states), np.concatenate(wanted))
-        parts = iter(np.split(ranks, np.cumsum([counted.total for counted in answers])[:-1]))
+        found = self._rank(hidden.flatten(0, 1), np.concatenate(states), np.concatenate(wanted))
+        ends = np.cumsum([counted.total for counted in answers])[:-1]
+        parts = zip(*(np.split(table, ends) for table in found), strict=True)
         before_loops = iter([counted.before_loop for counted in answers])
         return [
             [
-                Continuation(text.prompt_id, text.temperature, next(parts), next(before_loops))
-                for _ in text.answers
+                self._continuation(text, answer, next(before_loops), *next(parts))
+                for answer in text.answers
             ]
             for text in texts
         ]
+
+    def _continuation(
+        self,
+        text: Text,
+        answer: Answer,
+        num_before_loop: int,
+        ranks: Ranks,
+        guesses: NDArray[np.int32],
+        probability: NDArray[np.float32],
+    ) -> Continuation:
+        guessed = None
+        if self._num_guesses:
+            tokens = np.array(text.token_ids[: answer.stop], dtype=np.int64)
+            guessed = Guessed(tokens, answer.start, answer.has_ended, guesses, probability)
+        return Continuation(text.prompt_id, text.temperature, ranks, num_before_loop, guessed)
 
     def _hidden_states(self, sequences: Sequence[list[int]]) -> Tensor:
         """Return [B, T, H]; what a shorter sequence is padded with comes behind it."""
@@ -120,19 +164,33 @@ class RankMeter:
         tokens = torch.tensor(padded, device=device)
         return self._target.hidden(tokens, torch.arange(length, device=device)[None])
 
-    def _ranks(self, hidden: Tensor, states: NDArray[np.int64], wanted: NDArray[np.int64]) -> Ranks:
-        """Return [P, K] int16 ranks of the tokens ``wanted`` [P, K] by the ``hidden[states]``."""
+    def _rank(
+        self, hidden: Tensor, states: NDArray[np.int64], wanted: NDArray[np.int64]
+    ) -> tuple[Ranks, NDArray[np.int32], NDArray[np.float32]]:
+        """Look at the heads' logits of the ``hidden[states]``.
+
+        Returns:
+            [P, K] ranks of the tokens ``wanted`` [P, K]; [P, K, k] guesses and probabilities.
+
+        """
         device = hidden.device
         features = self._heads.features(hidden[torch.from_numpy(states).to(device)])
         labels = torch.from_numpy(wanted).to(device)
         ranks = torch.empty(wanted.shape, dtype=torch.int16, device=device)
+        shape = (*wanted.shape, self._num_guesses)
+        guesses = torch.empty(shape, dtype=torch.int32, device=device)
+        probability = torch.empty(shape, dtype=torch.float32, device=device)
         size = chunk_size(self._target.vocab_size, device)
         for chunk in torch.split(torch.arange(len(states), device=device), size):
             for head in range(self._heads.num_heads):
                 logits = self._heads.logits(features[head, chunk], head)
                 ranks[chunk, head] = rank_of(logits, labels[chunk, head]).to(torch.int16)
-        table: Ranks = ranks.cpu().numpy()
-        return table
+                if self._num_guesses:
+                    best = logits.float().topk(self._num_guesses, dim=-1)
+                    totals = logits.float().logsumexp(dim=-1, keepdim=True)
+                    guesses[chunk, head] = best.indices.to(torch.int32)
+                    probability[chunk, head] = (best.values - totals).exp()
+        return ranks.cpu().numpy(), guesses.cpu().numpy(), probability.cpu().numpy()
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:
         """Yield indices of texts of similar length, so that little is padded."""

@@ -84,6 +84,7 @@ class CrossFit:
 
     Attributes:
         paths: each method's most probable paths by all continuations.
+        folds: [continuations] the fold of each.
 
     """
 
@@ -92,9 +93,7 @@ class CrossFit:
         prompts = sorted({item.prompt_id for item in continuations})
         place = {prompt: index for index, prompt in enumerate(prompts)}
         self._prompt = np.array([place[item.prompt_id] for item in continuations])
-        rng = np.random.default_rng(seed)
-        fold_of_prompt = rng.permutation(np.arange(len(prompts)) % NUM_FOLDS)
-        self._fold = fold_of_prompt[self._prompt]
+        self.folds = deal([item.prompt_id for item in continuations], seed)
         self._resamples = resample(len(prompts), seed)
         everything = [item.ranks for item in continuations]
         self.paths = {name: find(everything, max_size) for name, find in METHODS.items()}
@@ -146,14 +145,14 @@ class CrossFit:
         )
 
     def _ranks_outside(self, fold: int) -> list[Ranks]:
-        items = zip(self._continuations, self._fold.tolist(), strict=True)
+        items = zip(self._continuations, self.folds.tolist(), strict=True)
         return [item.ranks for item, own in items if own != fold]
 
     def _fold_counts(self, scored: list[Ranks], method: str, size: int) -> NDArray[np.int64]:
         """`step_counts`, each continuation with the tree of the other folds."""
         counts = np.zeros((len(scored), 2), dtype=np.int64)
         for fold, paths in enumerate(self._fold_paths[method]):
-            inside = np.flatnonzero(self._fold == fold)
+            inside = np.flatnonzero(self.folds == fold)
             counts[inside] = step_counts([scored[i] for i in inside], paths[:size])
         return counts
 
@@ -169,6 +168,14 @@ class CrossFit:
         a, resampled_a = _ratios(self._by_prompt(first), self._resamples)
         b, resampled_b = _ratios(self._by_prompt(second), self._resamples)
         return Estimate(a - b, *np.percentile(resampled_a - resampled_b, _INTERVAL).tolist())
+
+
+def deal(prompt_ids: Sequence[str], seed: int) -> NDArray[np.int64]:
+    """Return the fold of each text; texts of one prompt are in one fold."""
+    prompts, place = np.unique(prompt_ids, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    folds: NDArray[np.int64] = rng.permutation(np.arange(len(prompts)) % NUM_FOLDS)[place]
+    return folds
 
 
 def resample(num_prompts: int, seed: int) -> NDArray[np.float64]:

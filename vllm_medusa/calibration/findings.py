@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_medusa.calibration.check import Checked
 from vllm_medusa.calibration.choice import Choice
+from vllm_medusa.calibration.dynamic import DynamicFindings
 from vllm_medusa.calibration.estimates import Curve, Estimate
 from vllm_medusa.calibration.settings import CalibrateSettings
 from vllm_medusa.stepcost.costs import StepCosts
@@ -52,6 +53,7 @@ class Findings:
         sections: of text; the first one is what trees are chosen by.
         paths: each method's most probable paths.
         probabilities: share of positions at which each of the joint ones is right.
+        dynamic: what is known of dynamic trees.
         checked: what the engine measured.
         costs: of steps, if they are known.
         choice: the trees chosen by them.
@@ -65,6 +67,7 @@ class Findings:
     sections: Sequence[Section]
     paths: Mapping[str, Sequence[TreePath]]
     probabilities: Mapping[TreePath, float]
+    dynamic: DynamicFindings
     checked: Sequence[Checked]
     costs: StepCosts | None
     choice: Choice | None

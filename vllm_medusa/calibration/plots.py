@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_medusa.calibration.choice import Choice
+from vllm_medusa.calibration.dynamic import Bin
 from vllm_medusa.calibration.findings import Findings
 from vllm_medusa.reporting.plots import new_figure, plot_spreads, save_figure
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
@@ -91,6 +92,22 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
         figure,
         out / "calibration-tree.png",
         f"Tree of {len(paths)} nodes: the rank of each, and how often its path is right (%)",
+    )
+
+
+def draw_reliability(reliability: Mapping[str, Sequence[Bin]], out: Path) -> tuple[str, str]:
+    """Draw how often candidates are right by what was predicted; return file name and caption."""
+    labels = ("predicted probability of a candidate", "share that was right")
+    figure, (axes,) = new_figure(labels, size=(5.5, 5))
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="as predicted")
+    for source, bins in reliability.items():
+        x, y = [part.predicted for part in bins], [part.observed for part in bins]
+        axes.plot(x, y, marker="o", markersize=4, label=source)
+    return save_figure(
+        figure,
+        out / "calibration-reliability.png",
+        "Candidates of dynamic trees by source, given that the parent is right: how often they are "
+        "right against what was predicted, on prompts that the curves were not fitted to",
     )
 
 

@@ -12,7 +12,7 @@ from vllm_medusa.acceptance.texts import LOOP_TOKENS
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.estimates import NUM_FOLDS, Estimate, SizeEstimate
 from vllm_medusa.calibration.findings import Findings, Section
-from vllm_medusa.calibration.plots import draw_acceptance, draw_speedup, draw_tree
+from vllm_medusa.calibration.plots import draw_acceptance, draw_reliability, draw_speedup, draw_tree
 from vllm_medusa.reporting.tables import Table
 from vllm_medusa.settings import as_json
 from vllm_medusa.stepcost.costs import StepCost, StepCosts
@@ -25,6 +25,7 @@ def write_report(findings: Findings, out: Path) -> None:
     data = json.dumps(to_dict(findings), indent=1)
     (out / "calibration.json").write_text(data + "\n", encoding="utf-8")
     pictures = [draw_acceptance(findings, out), draw_tree(findings, out)]
+    pictures.append(draw_reliability(findings.dynamic.reliability, out))
     if findings.choice is not None:
         pictures.append(draw_speedup(findings.choice, out))
     (out / "calibration.md").write_text(markdown(findings, pictures), encoding="utf-8")
@@ -52,6 +53,13 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         ],
         "paths": {name: [list(p) for p in paths] for name, paths in findings.paths.items()},
         "probabilities": [findings.probabilities[path] for path in findings.paths["joint"]],
+        "dynamic": {
+            "accepted": [asdict(accepted) for accepted in findings.dynamic.accepted],
+            "reliability": {
+                source: [asdict(part) for part in bins]
+                for source, bins in findings.dynamic.reliability.items()
+            },
+        },
         "checked": [
             {
                 **asdict(checked),
@@ -106,7 +114,7 @@ def markdown(findings: Findings, pictures: Sequence[tuple[str, str]]) -> str:
 def tables(findings: Findings) -> list[Table]:
     """Return the report's tables."""
     result = [_acceptance_table(section) for section in findings.sections]
-    result.append(_accuracy_table(findings))
+    result += [_dynamic_table(findings), _accuracy_table(findings)]
     if findings.checked:
         result.append(_check_table(findings))
     if findings.costs is not None:
@@ -138,6 +146,25 @@ def _acceptance_table(section: Section) -> Table:
     rows = zip(curve.methods["joint"], curve.methods["product"], curve.gain, strict=True)
     for joint, product, gain in rows:
         table.add(f"tree of {joint.size}", *_both(joint), *_both(product), _interval(gain, "+.3f"))
+    return table
+
+
+def _dynamic_table(findings: Findings) -> Table:
+    """Dynamic trees beside static ones of the same size, on the text that trees are chosen by."""
+    table = Table(
+        "Tokens per step of dynamic trees (every node drafted that may be), predicted",
+        ("nodes", "dynamic", "static", "dynamic without looping text", "static without"),
+    )
+    static = [
+        {estimate.size: estimate.predicted for estimate in section.curve.methods["joint"]}
+        for section in findings.sections[:2]
+    ]
+    for found in findings.dynamic.accepted:
+        cells: list[str | None] = []
+        for value, estimates in zip((found.with_loops, found.without_loops), static, strict=True):
+            estimate = estimates.get(found.size)
+            cells += [f"{value:.2f}", None if estimate is None else _interval(estimate)]
+        table.add(found.size, *cells)
     return table
 
 

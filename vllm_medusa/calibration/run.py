@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import torch
 
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
-from vllm_medusa.acceptance.statistics import head_accuracy
+from vllm_medusa.acceptance.statistics import RANK_CAP, head_accuracy
 from vllm_medusa.acceptance.stored_heads import StoredHeads
 from vllm_medusa.acceptance.trees import path_probabilities
 from vllm_medusa.calibration.check import Checked, check_trees
 from vllm_medusa.calibration.choice import Candidate, choose
+from vllm_medusa.calibration.dynamic import DynamicFindings, measure_dynamic
 from vllm_medusa.calibration.estimates import METHODS, NUM_FOLDS, CrossFit
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.inputs import Inputs, read_inputs
 from vllm_medusa.calibration.report import summary, write_report
 from vllm_medusa.calibration.settings import BATCH_SIZES, CalibrateSettings
 from vllm_medusa.calibration.texts import continue_requests, tokens_to_generate
+from vllm_medusa.draft.probability import PROBABILITIES_FILE
 from vllm_medusa.engines.engine import start_engine
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
@@ -31,7 +34,7 @@ from vllm_medusa.reporting.provenance import provenance
 from vllm_medusa.stepcost.costs import StepCosts, read_step_costs
 from vllm_medusa.stepcost.measure import measure_step_costs, trees_to_measure
 from vllm_medusa.target.frozen import load_target
-from vllm_medusa.tree.draft_tree import DraftTree, write_tree_file
+from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS, DraftTree, write_tree_file
 from vllm_medusa.tree.schedule import write_schedule_file
 
 
@@ -73,6 +76,7 @@ def _find(settings: CalibrateSettings, inputs: Inputs, costs: StepCosts | None) 
     continuations = measure_ranks(settings, inputs)
     fit = _fit(settings, continuations)
     sections = _sections(settings, fit, continuations)
+    dynamic = _dynamic(fit, continuations)
     if settings.with_step_costs and costs is None:
         costs = _measure_costs(settings, inputs, fit)
     return Findings(
@@ -83,6 +87,7 @@ def _find(settings: CalibrateSettings, inputs: Inputs, costs: StepCosts | None) 
         sections=sections,
         paths=fit.paths,
         probabilities=path_probabilities([item.ranks for item in continuations]),
+        dynamic=dynamic,
         checked=_check(settings, inputs, fit),
         costs=costs,
         choice=None if costs is None else choose(_candidates(settings, fit, sections), costs),
@@ -110,7 +115,7 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     with Bar("ranks", "texts", len(texts)) as bar:
-        meter = RankMeter(target, StoredHeads(inputs.checkpoint, target))
+        meter = RankMeter(target, StoredHeads(inputs.checkpoint, target), num_guesses=RANK_CAP)
         continuations = meter.measure(texts, bar.advance)
     del target, meter
     # What PyTorch keeps for itself, the engines that follow could not have.
@@ -137,6 +142,12 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
             "--max-tokens or smaller sizes"
         )
     return fit
+
+
+def _dynamic(fit: CrossFit, continuations: Sequence[Continuation]) -> DynamicFindings:
+    tree = DraftTree.from_paths(fit.paths["joint"][:MAX_DRAFT_TOKENS])
+    with Bar("dynamic trees", "folds", NUM_FOLDS + 1) as bar:
+        return measure_dynamic(continuations, fit.folds, tree, bar.advance)
 
 
 def _sections(
@@ -227,6 +238,8 @@ def _write(findings: Findings, out: Path) -> None:
         staged = Path(name)
         write_report(findings, staged)
         write_tree_file(staged / TREE_FILE, findings.paths["joint"])
+        probabilities = json.dumps(findings.dynamic.probabilities.to_dict())
+        (staged / PROBABILITIES_FILE).write_text(probabilities + "\n", encoding="utf-8")
         if schedule is not None:
             write_schedule_file(staged / SCHEDULE_FILE, schedule)
         try:

@@ -126,6 +126,9 @@ class Recorder:
     def end_step(self) -> None:
         """Steps do not matter."""
 
+    def __len__(self) -> int:
+        return sum(len(right) for *_, right in self._parts)
+
     def observations(self) -> tuple[Floats, Ints, Floats, Bools]:
         """Return features, groups, predictions and outcomes of all candidates.
 

@@ -1,0 +1,69 @@
+"""When heads run, and when to draft although nothing pays."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from vllm_medusa.draft import pacing
+from vllm_medusa.draft.pacing import Pacer
+
+
+def run(pacer: Pacer, num_steps: int, gain: float, num_requests: int = 1) -> list[bool]:
+    """Whether the heads ran in each of so many steps, each of which brings so much if they do."""
+    ran = []
+    for _ in range(num_steps):
+        ran.append(pacer.runs_heads(num_requests))
+        if ran[-1]:
+            pacer.record_gain(num_requests, gain)
+    return ran
+
+
+def test_heads_that_pay_always_run() -> None:
+    assert all(run(Pacer(), 500, gain=1.2))
+
+
+def test_heads_that_do_not_pay_run_ever_more_rarely() -> None:
+    ran = run(Pacer(), 5000, gain=0.9)
+    at = [step for step, flag in enumerate(ran) if flag]
+    trial = [step for step in at if step < 32]
+    assert trial == list(range(32))
+    pauses = [later - earlier for earlier, later in pairwise(at[31:])]
+    assert pauses[:4] == [17, 33, 65, 129]
+    assert set(pauses[4:]) == {257}
+
+
+def test_heads_come_back() -> None:
+    pacer = Pacer()
+    run(pacer, 1000, gain=0.9)
+    ran = run(pacer, 1000, gain=1.5)
+    # One step after a pause of 256 at most.
+    first = ran.index(True)
+    assert first <= 256
+    assert all(ran[first:])
+
+
+def test_batch_sizes_are_apart() -> None:
+    pacer = Pacer()
+    run(pacer, 300, gain=0.9, num_requests=32)
+    assert not all(run(pacer, 100, gain=0.9, num_requests=40))
+    assert all(run(pacer, 100, gain=1.1, num_requests=1))
+
+
+def test_one_bad_step_stops_nothing() -> None:
+    pacer = Pacer()
+    run(pacer, 100, gain=1.2)
+    run(pacer, 1, gain=0.5)
+    assert pacer.runs_heads(1)
+
+
+def test_drafts_now_and_then_although_nothing_pays() -> None:
+    pacer = Pacer()
+    anyway = [step for step in range(1, 2000) if pacer.drafts_anyway(4, 0)]
+    assert anyway[:4] == [16, 48, 112, 240]
+    assert {later - earlier for earlier, later in pairwise(anyway[4:])} == {256}
+    assert not pacer.drafts_anyway(4, 3)
+    assert [pacer.drafts_anyway(4, 0) for _ in range(16)] == [False] * 15 + [True]
+
+
+def test_waits_are_short_at_first_and_bounded() -> None:
+    assert pacing._SHORTEST_PAUSE < pacing._LONGEST_PAUSE <= 256

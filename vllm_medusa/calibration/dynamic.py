@@ -1,0 +1,184 @@
+"""Dynamic trees of a calibration: how likely candidates are, and what the trees then accept.
+
+The texts are drafted along by simulation (`draft.replay`). The curves that are written are fitted
+to all prompts; every figure about them is cross-fitted, as those of static trees are: each fold of
+the prompts is drafted with curves and rank paths from the other folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_medusa.acceptance.ranks import Continuation
+from vllm_medusa.acceptance.texts import counted_positions
+from vllm_medusa.calibration.estimates import NUM_FOLDS
+from vllm_medusa.draft.drafter import Drafter, DraftSettings
+from vllm_medusa.draft.learning import Recorder, fit
+from vllm_medusa.draft.probability import Probabilities
+from vllm_medusa.draft.replay import GuessedText, Replayed, replay
+from vllm_medusa.draft.superset import Superset
+from vllm_medusa.draft.types import Source
+from vllm_medusa.reporting.progress import Progress
+from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.limits import DynamicTrees
+
+SIZES = (4, 8, 16)
+SOURCES = (Source.HEADS, Source.TEXT)
+#: Trees are as deep and have as many leaves as the engine's are where nothing is set.
+_BOUNDS = DynamicTrees()
+_NUM_BINS = 10
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Candidates that were predicted to be about equally likely.
+
+    Attributes:
+        count: of candidates.
+        predicted: mean probability.
+        observed: share that was right, given that the parent was.
+
+    """
+
+    count: int
+    predicted: float
+    observed: float
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Tokens per step of dynamic trees of one size, cross-fitted.
+
+    Attributes:
+        size: most nodes of a tree.
+        with_loops, without_loops: tokens per step, over all text and over that before loops.
+
+    """
+
+    size: int
+    with_loops: float
+    without_loops: float
+
+
+@dataclass(frozen=True)
+class DynamicFindings:
+    """What is known of dynamic trees.
+
+    Attributes:
+        probabilities: fitted to all prompts.
+        reliability: by source, bins of the cross-fitted predictions.
+        accepted: by size.
+
+    """
+
+    probabilities: Probabilities
+    reliability: dict[str, list[Bin]]
+    accepted: list[Accepted]
+
+
+def measure_dynamic(
+    continuations: Sequence[Continuation],
+    folds: NDArray[np.int64],
+    tree: DraftTree,
+    progress: Progress,
+) -> DynamicFindings:
+    """Fit curves, and say how far they hold.
+
+    Args:
+        continuations: with the heads' guesses.
+        folds: [continuations] of each.
+        tree: the static tree beside the heads: the engine asks the heads for its depth and ranks.
+        progress: counts folds.
+
+    """
+    recorders = {source: Recorder() for source in SOURCES}
+    replays = {(size, loops): Replayed() for size in SIZES for loops in (True, False)}
+    for fold in range(NUM_FOLDS):
+        inside = [continuations[i] for i in np.flatnonzero(folds == fold)]
+        outside = [continuations[i] for i in np.flatnonzero(folds != fold)]
+        probabilities = fit_probabilities(outside, tree)
+        for (size, loops), total in replays.items():
+            texts = [guessed_text(item, tree, with_loops=loops) for item in inside]
+            observers = recorders if loops and size == max(SIZES) else {}
+            replayed = replay(texts, Drafter(_settings(size), probabilities, None, observers))
+            total.num_tokens += replayed.num_tokens
+            total.num_requests += replayed.num_requests
+        progress(1)
+    fitted = fit_probabilities(continuations, tree)
+    progress(1)
+    return DynamicFindings(
+        probabilities=fitted,
+        reliability={
+            str(source.name).lower(): reliability(*recorder.observations()[2:])
+            for source, recorder in recorders.items()
+            if len(recorder)
+        },
+        accepted=[
+            Accepted(
+                size, *(replays[size, with_loops].tokens_per_step for with_loops in (True, False))
+            )
+            for size in SIZES
+        ],
+    )
+
+
+def fit_probabilities(continuations: Sequence[Continuation], tree: DraftTree) -> Probabilities:
+    """Fit the curves of all sources to what became of their candidates along the texts."""
+    ranks = np.concatenate([item.ranks[:, : tree.depth] for item in continuations])
+    shares = np.stack([(ranks == rank).mean(axis=0) for rank in range(tree.top_k)], axis=1)
+    default = Probabilities.default(tree.depth, tree.top_k)
+    probabilities = Probabilities(default.curves, Superset.from_product(shares))
+    recorders = {source: Recorder() for source in SOURCES}
+    texts = [guessed_text(item, tree, with_loops=True) for item in continuations]
+    replay(texts, Drafter(_settings(max(SIZES)), probabilities, None, recorders))
+    for source, recorder in recorders.items():
+        if len(recorder):
+            features, groups, _, right = recorder.observations()
+            fit(probabilities.curves[source], features, groups, right)
+    return probabilities
+
+
+def guessed_text(item: Continuation, tree: DraftTree, *, with_loops: bool) -> GuessedText:
+    """Return an answer to draft along.
+
+    Steps begin where they are known to end before a cut, as docs/acceptance.md says, but dynamic
+    trees go deeper than the heads. An answer's last token is left out: the step that reaches it
+    emits it whether it was guessed or not.
+    """
+    guessed = item.guessed
+    if guessed is None:
+        raise ValueError("the ranks were measured without the heads' guesses")
+    answer = guessed.tokens[guessed.num_prompt_tokens :].tolist()
+    counted = counted_positions(answer, guessed.has_ended, _BOUNDS.max_depth)
+    kept = slice(None), slice(tree.depth), slice(tree.top_k)
+    return GuessedText(
+        tokens=guessed.tokens[:-1],
+        num_prompt_tokens=guessed.num_prompt_tokens,
+        guessed_tokens=guessed.guesses[kept].astype(np.int64),
+        guessed_probability=guessed.probability[kept].astype(np.float64),
+        num_positions=counted.total if with_loops else min(counted.total, counted.before_loop),
+    )
+
+
+def reliability(predicted: NDArray[np.float64], right: NDArray[np.bool_]) -> list[Bin]:
+    """Return the candidates by tenth of the predicted probability; empty tenths are left out."""
+    places = np.minimum((predicted * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
+    counts = np.bincount(places, minlength=_NUM_BINS)
+    sums = np.bincount(places, predicted, _NUM_BINS), np.bincount(places, right, _NUM_BINS)
+    return [
+        Bin(int(counts[i]), float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i]))
+        for i in np.flatnonzero(counts)
+    ]
+
+
+def _settings(size: int) -> DraftSettings:
+    return DraftSettings(
+        max_nodes=size,
+        max_leaves=_BOUNDS.max_paths,
+        max_depth=min(_BOUNDS.max_depth, size),
+        learn=False,
+    )
