@@ -100,14 +100,14 @@ def test_programs(program: str, tmp_path: Path) -> None:
 EAGER = ["--llm-options", '{"enforce_eager": true}']
 #: What makes the tools' commands quick: less work, the same path through the program.
 QUICKER = {
-    "distill": EAGER,
+    "distill": ["--llm-options", '{"enforce_eager": true, "dtype": "float32"}'],
     "train": ["--steps", "5"],
     "calibrate": [
-        *EAGER,
+        *(*EAGER, "--dtype", "float32"),
         *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),
     ],
     "bench": [
-        *EAGER,
+        *(*EAGER, "--dtype", "float32"),
         *("--variants", "tree", "--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16"),
         *("--out", "results"),
     ],

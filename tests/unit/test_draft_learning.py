@@ -191,6 +191,7 @@ def damaged(*path: str, value: Any) -> str:
         (damaged("format", value="other/1"), "format 'other/1' instead of"),
         (damaged("paths", value=None), "no curves or no list of paths"),
         (damaged("paths", value=[[0, 0]]), r"\[0, 0\] of the superset has no parent"),
+        (damaged("paths", value=[["x"]]), r"\['x'\] of the superset must be a list of ranks"),
         (damaged("curves", "heads", value=None), "curve 'heads' is damaged"),
         (damaged("curves", "heads", "bias", value=[1.0]), "1 biases instead of 1 and 10"),
         (damaged("curves", "text", "slopes", value=["x"]), "curve 'text' is damaged"),

@@ -104,7 +104,7 @@ def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabil
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); calibrate again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object; calibrate again")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_medusa.draft.types import Floats, Ints
-from vllm_medusa.errors import UserError
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 #: Paths that a superset holds at most: more cost time at every step and are never drafted.
@@ -51,6 +51,11 @@ class Superset:
 
         """
         first = list(paths)[:MAX_PATHS]
+        for path in first:
+            if not isinstance(path, Sequence) or not all(type(r) is int and r >= 0 for r in path):
+                raise UserError(
+                    f"the path {shown(path)} of the superset must be a list of ranks such as [0, 2]"
+                )
         ordered = sorted({tuple(path) for path in first}, key=lambda path: (len(path), path))
         place = {path: index for index, path in enumerate(ordered)} | {(): len(ordered)}
         for path in ordered:
