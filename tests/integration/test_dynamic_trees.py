@@ -45,7 +45,7 @@ def demo_texts() -> tuple[list[Any], list[list[int]]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO / "model"))
-    lines = (DEMO / "prompts.jsonl").read_text().splitlines()[:4]
+    lines = (DEMO / "prompts.jsonl").read_text().splitlines()[:8]
     prompts = [{"prompt_token_ids": tokenizer(json.loads(x)["prompt"])["input_ids"]} for x in lines]
     with open_engine(DEMO / "model") as llm:
         return prompts, greedy(llm, prompts, 96)
@@ -63,7 +63,7 @@ def test_text_is_that_of_no_speculation(
     tokens_per_step = 1 + metrics["num_accepted_tokens"] / metrics["num_drafts"]
     assert tokens_per_step > (1.6 if sources == ["heads"] else 2.5)
     assert counted["nodes_drafted"] >= metrics["num_draft_tokens"] > 100
-    assert counted["forks_accepted"] > 3
+    assert counted["forks_accepted"] > 10
     for name in ("heads", "text"):
         assert (counted[f"{name}_nodes"] > 50) == (name in sources)
         assert (counted[f"{name}_accepted"] > 20) == (name in sources)
