@@ -214,9 +214,9 @@ def test_auto_is_dynamic_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "HAS_TRITON", True)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     assert resolved(engine_config(DEMO_MODEL, demo())) == static
-    expected = "Medusa: tree='auto' is 'static', because dynamic trees need Model Runner V1"
+    expected = "Medusa: tree='auto' is 'static' on Model Runner V2"
     assert messages == [expected]
-    with pytest.raises(UserError, match="max_nodes=9 is for dynamic trees, which Model Runner V2"):
+    with pytest.raises(UserError, match="max_nodes=9 is for dynamic trees, but tree='auto' is"):
         engine_config(DEMO_MODEL, spec)
 
 

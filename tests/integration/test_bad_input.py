@@ -277,9 +277,13 @@ LONG_TREE = [[rank] for rank in range(64)]
     [
         ({"tree": "cpu-16"}, None),
         ({"tree": LONG_TREE}, "tree='64 nodes' is not supported.*ancestors in 64 bits; use 63"),
-        ({"tree": "dynamic"}, "tree='dynamic' is not supported.*does not wait; use tree='static'"),
+        ({"tree": "dynamic"}, None),
+        (
+            {"tree": "dynamic", "sources": ["text"]},
+            "sources=.'text'. is not supported.*does not wait; add 'heads'",
+        ),
     ],
-    ids=["tree", "too many nodes", "dynamic"],
+    ids=["tree", "too many nodes", "dynamic", "text alone"],
 )
 def test_v2_runner(
     tiny_model: Path,

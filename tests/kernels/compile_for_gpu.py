@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from tests.kernels.cases import Case, numbers, random_case
 from vllm_medusa.kernels.accept import accept
 from vllm_medusa.kernels.attention import Features, Scales, Step, Workspace, tree_attention
+from vllm_medusa.kernels.best_first import RankPaths, best_first
 from vllm_medusa.kernels.compact import CacheGroup, compact
 from vllm_medusa.kernels.constraints import apply_bad_words, apply_penalties
 from vllm_medusa.kernels.trees import plant
@@ -76,6 +77,10 @@ def compile_small_kernels(case: Case) -> None:
     states = [case.parents, case.depths, case.ancestors]
     plant(*states, case.parents, case.idx_mapping)
     case.prepare()
+    log_probs = torch.zeros(4, case.num_reqs, 10)
+    for num_paths in (3, 256):
+        table = RankPaths(torch.zeros(4, num_paths).int(), torch.zeros(num_paths).int())
+        best_first(log_probs, log_probs.long(), table, 16)
     tokens = torch.zeros(rows, dtype=torch.int64)
     for drafts in (tokens, tokens.int()):
         path, _, length = accept(

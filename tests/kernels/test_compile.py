@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-KERNELS = 8
+KERNELS = 9
 
 
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:

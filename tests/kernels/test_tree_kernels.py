@@ -36,6 +36,27 @@ def test_plant(seed: int, num_drafts: int, num_reqs: int) -> None:
         assert (state[untouched] == 77).all()
 
 
+def test_plant_of_nodes_that_are_never_accepted() -> None:
+    states = [torch.full((1, 5), 77, device=DEVICE) for _ in range(3)]
+    plant(*states, numbers([[0, 0, 1, -1, -1]]), numbers([0]))
+    parents, depths, ancestors = (state[0].tolist() for state in states)
+    assert parents == [0, 0, 1, -1, -1]
+    assert depths == [0, 1, 2, 1, 1]
+    assert ancestors == [1, 3, 7, 9, 17]
+
+
+@pytest.mark.parametrize("parent", [0, -1])
+def test_accept_of_nodes_that_are_never_accepted(parent: int) -> None:
+    case = random_case(1, num_reqs=1, num_drafts=2, kinds=("tree",))
+    case.parents[:] = numbers([0, 0, parent], torch.int64)
+    case.prepare()
+    drafts, targets = numbers([9, 4, 5]), numbers([5, 6, 7], torch.int64)
+    _, _, length = accept(
+        case.parents, case.idx_mapping, case.base, drafts, targets, case.cu_num_logits, 2
+    )
+    assert length.tolist() == [1 if parent == 0 else 0]
+
+
 @given(seeds, sizes, st.integers(1, 5))
 def test_prepare(seed: int, num_drafts: int, num_reqs: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)

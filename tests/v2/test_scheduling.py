@@ -145,6 +145,49 @@ def test_synchronous_scheduling(
         assert spec_metrics(llm)["num_accepted_tokens"] > 10
 
 
+@pytest.mark.parametrize("is_async", [True, False], ids=["asynchronous", "synchronous"])
+def test_a_requests_own_max_nodes(
+    engine: Engine,
+    tiny_heads: Path,
+    prompts: list[Any],
+    reference: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_async: bool,
+) -> None:
+    """No step runs more drafts than its request wants; one that wants none gets no draft."""
+    from vllm_medusa.plugin.worker.v2.sampler import TreeSampler
+
+    bounds, seen = [0, 3, None], dict[int, int]()
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if bound is None else {"medusa": {"max_nodes": bound}},
+        )
+        for bound in bounds
+    ]
+    original = TreeSampler.__call__
+
+    def call(self: Any, logits: Any, batch: Any, *args: Any) -> Any:
+        for req_id, drafts in zip(batch.req_ids, batch.num_draft_tokens_per_req, strict=True):
+            place = int(req_id.split("-")[0])
+            seen[place] = max(seen.get(place, 0), int(drafts))
+        return original(self, logits, batch, *args)
+
+    monkeypatch.setattr(TreeSampler, "__call__", call)
+    settings = spec(tiny_heads)
+    with (
+        oracle(prompts[:3], reference[:3]),
+        engine(speculative_config=settings, async_scheduling=is_async) as llm,
+    ):
+        outputs = llm.generate(prompts[:3], params, use_tqdm=False)
+        assert spec_metrics(llm)["num_accepted_tokens"] > 5
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference[:3]
+    assert seen == {0: 0, 1: 3, 2: 16}
+
+
 @pytest.mark.parametrize("wrong", ["mask", "positions", "compaction"])
 def test_without_it_the_text_is_another(
     engine: Engine,

@@ -114,6 +114,21 @@ def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabil
         raise UserError(f"{path}: {error}") from None
 
 
+def probabilities_of_heads(heads: str, num_heads: int, num_guesses: int) -> Probabilities:
+    """Read what calibration wrote beside the heads, or take what is ordinary.
+
+    Args:
+        heads: their directory; anything else has nothing beside it.
+        num_heads: K.
+        num_guesses: k, of each head.
+
+    """
+    file = Path(heads) / PROBABILITIES_FILE
+    if file.is_file():
+        return read_probabilities(file, num_heads, num_guesses)
+    return Probabilities.default(num_heads, num_guesses)
+
+
 def head_groups(num_heads: int, num_guesses: int) -> Ints:
     """Return [K, k]: group of each depth and rank."""
     by_rank = np.searchsorted(_RANK_GROUPS, np.arange(num_guesses), side="right") - 1

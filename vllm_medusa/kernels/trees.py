@@ -35,7 +35,7 @@ def _plant_kernel(
     for _ in range(WIDTH):
         seen |= one << at.to(tl.int64)
         depth += (at > 0).to(tl.int64)
-        at = tl.load(row + at, mask=at > 0, other=0).to(tl.int32)
+        at = tl.maximum(tl.load(row + at, mask=at > 0, other=0).to(tl.int32), 0)
     state = tl.load(idx_mapping_ptr + req).to(tl.int64) * state_stride
     parent = tl.load(row + node, mask=is_node & (node > 0), other=0).to(tl.int64)
     tl.store(state_parents_ptr + state + node, parent, mask=is_node)
@@ -53,12 +53,13 @@ def plant(
     """Give each request of a batch the tree that it will run next.
 
     Args:
-        state_parents: [R, N + 1] int64, parent of each node by state index; the root's is 0.
+        state_parents: [R, N + 1] int64, parent of each node by state index; the root's is 0, that
+            of a node which is never accepted -1.
         state_depths: [R, N + 1] int64, depth of each node.
         state_ancestors: [R, N + 1] int64, bit ``j``: node ``j`` is on the way from the root to the
             node, or the node itself.
         parents: [B, N + 1] integers, each below the node's own index; what stands for the root
-            does not matter.
+            does not matter. A node whose parent is -1 is run below the root and never accepted.
         idx_mapping: [B] state index of each request.
 
     """

@@ -148,10 +148,10 @@ def _static(request: MedusaOptions) -> MedusaOptions:
     """
     for key, value in request.dynamic_values.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, which Model Runner V2 does not have; "
-            f"leave {key} out, or use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
+            f"{key}={shown(value)} is for dynamic trees, but tree='auto' is 'static' on Model "
+            f"Runner V2; use tree='dynamic' or leave {key} out"
         )
-    logger.info("Medusa: tree='auto' is 'static', because dynamic trees need Model Runner V1")
+    logger.info("Medusa: tree='auto' is 'static' on Model Runner V2")
     return dataclasses.replace(request, tree=STATIC)
 
 

@@ -76,6 +76,7 @@ _ERRORS = "vllm_medusa.plugin.one_line_errors"
 _MEMORY = "vllm_medusa.plugin.core.memory"
 _GRAMMARS = "vllm_medusa.plugin.core.structured_output"
 _PARENTS = "vllm_medusa.plugin.core.draft_parents"
+_MAX_NODES = "vllm_medusa.plugin.core.max_nodes"
 _SESSIONS = "vllm_medusa.plugin.core.sessions"
 _MERGED = "vllm_medusa.plugin.worker.merged_checkpoint"
 _PROCESSORS = "vllm_medusa.plugin.worker.v1.logits_processors"
@@ -247,6 +248,15 @@ PATCHES = (
         wrapper=f"{_PARENTS}:wrap_update_draft_token_ids",
         why="the same, with asynchronous scheduling",
         until=_TREE_DRAFTS,
+    ),
+    Patch(
+        process="engine core",
+        owner="vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+        name="_update_after_schedule",
+        parameters=("self", "scheduler_output"),
+        wrapper=f"{_MAX_NODES}:wrap_update_after_schedule",
+        why="a request runs no more drafts than its own `max_nodes`",
+        until="a number of drafts for each request",
     ),
     Patch(
         process="engine core",

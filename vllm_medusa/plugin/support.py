@@ -116,14 +116,15 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
 def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, Any, bool, str]]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     num_nodes = config.limits.max_nodes
+    sources = None if config.dynamic is None else list(config.dynamic.sources)
     prefill_context = getattr(parallel, "prefill_context_parallel_size", 1)
     return [
         (
-            "tree",
-            "dynamic",
-            config.dynamic is not None,
-            "dynamic trees are chosen on the host, for which Model Runner V2 does not wait; use "
-            "tree='static', or V1 with VLLM_USE_V2_MODEL_RUNNER=0",
+            "sources",
+            sources,
+            sources is not None and "heads" not in sources,
+            "the text is searched on the host, for which Model Runner V2 does not wait; add "
+            "'heads', or use V1 with VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
             "tree",

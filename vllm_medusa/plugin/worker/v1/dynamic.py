@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from vllm_medusa.config import MedusaConfig
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.order import depth_first
-from vllm_medusa.draft.probability import PROBABILITIES_FILE, Probabilities, read_probabilities
+from vllm_medusa.draft.probability import probabilities_of_heads
 from vllm_medusa.draft.types import Drafts, Floats, Ints, Request, Source
 from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.counters import Counters
@@ -51,7 +49,9 @@ class DynamicDrafter:
         compile_ahead()
         self._proposer = proposer
         self._counters = counters
-        self._drafter = Drafter(settings, _probabilities(proposer.config), costs)
+        tree = proposer.config.tree
+        probabilities = probabilities_of_heads(proposer.config.heads, tree.depth, tree.top_k)
+        self._drafter = Drafter(settings, probabilities, costs)
         # What each request drafted last, with its nodes' sources.
         self._drafted: dict[str, tuple[Draft, list[int]]] = {}
 
@@ -151,11 +151,3 @@ def nodes_along(draft: Draft, tokens: Sequence[int]) -> list[int]:
         nodes.append(place)
         node = place + 1
     return nodes
-
-
-def _probabilities(config: MedusaConfig) -> Probabilities:
-    """Read what calibration wrote beside the heads, or take what is ordinary."""
-    file = Path(config.heads) / PROBABILITIES_FILE
-    if file.is_file():
-        return read_probabilities(file, config.tree.depth, config.tree.top_k)
-    return Probabilities.default(config.tree.depth, config.tree.top_k)

@@ -49,12 +49,14 @@ class TreeRunnerMixin(_Base):
         self.trees = TreeBuffers.make(self.input_buffers.positions, self.max_num_reqs)
         self.counters = Counters()
         self._cache_groups: list[CacheGroup] = []
+        # By state index: the most drafts that the scheduler may be offered.
+        self._max_nodes = [self.speculator.num_nodes] * self.max_num_reqs
 
     # Before the first step.
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the heads too, and put our sampler in place."""
-        with nullcontext() if self.speculator.tree.is_chain else tree_backends():
+        with nullcontext() if self.speculator.is_chain else tree_backends():
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         states = self.speculator.states
@@ -64,14 +66,14 @@ class TreeRunnerMixin(_Base):
             self.device,
             states,
             self.trees,
-            self.speculator.tree.depth,
+            self.speculator.max_depth,
         )
         follow_paths(self.sampler, states)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Find what trees need in the layers' attention and caches."""
         super().initialize_kv_cache(*args, **kwargs)
-        if self.speculator.tree.is_chain:
+        if self.speculator.is_chain:
             return  # any backend's causal attention is right, and nothing is ever moved
         check_layers(self.attn_groups)
         builders = [
@@ -97,19 +99,18 @@ class TreeRunnerMixin(_Base):
     # A step.
 
     def add_requests(self, scheduler_output: Any) -> None:
-        """Note which new requests vLLM's own code has to follow as a chain."""
+        """Note which new requests cannot have any tree."""
         super().add_requests(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
-                self.speculator.draft_chain(
-                    self.req_states.req_id_to_index[new.req_id],
-                    self._needs_chain(new.sampling_params),
+                index = self.req_states.req_id_to_index[new.req_id]
+                wanted = max_nodes_of(new.sampling_params)
+                self._max_nodes[index] = self.speculator.num_nodes if wanted is None else wanted
+                self.speculator.set_shape(
+                    index,
+                    needs_chain=self._needs_chain(new.sampling_params),
+                    has_grammar=new.sampling_params.structured_outputs is not None,
                 )
-                if max_nodes_of(new.sampling_params) is not None:
-                    logger.warning_once(
-                        "max_nodes of a request is not kept on Model Runner V2, where all requests "
-                        "of a batch have equally many draft nodes; its text is the same."
-                    )
 
     def _needs_chain(self, params: Any) -> bool:
         has_custom_processors = bool(self.model_config.logits_processors)
@@ -159,10 +160,17 @@ class TreeRunnerMixin(_Base):
         return output
 
     def take_draft_token_ids(self) -> Any:
-        """Send the parents of the drafts along, for the grammars of the engine core."""
+        """Send the parents of the drafts along, for the grammars of the engine core.
+
+        Synchronous scheduling runs what it gets here, so that a request's own bound is kept here;
+        asynchronous scheduling knows by itself (`core.max_nodes`).
+        """
         drafts = super().take_draft_token_ids()
         if drafts is not None:
             index = self.req_states.req_id_to_index
+            for req_id, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+                if req_id in index:
+                    del tokens[self._max_nodes[index[req_id]] :]
             parents = {
                 req_id: self.speculator.parents_of(index[req_id])
                 for req_id in drafts.req_ids

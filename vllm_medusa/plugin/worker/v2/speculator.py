@@ -10,8 +10,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.plugin.worker.v2.shapes import BestFirst, FixedTrees, Shape
 from vllm_medusa.plugin.worker.v2.states import TreeStates
-from vllm_medusa.tree.draft_tree import DraftTree
 
 if TYPE_CHECKING:
     from vllm_medusa.plugin.worker.v2.sampler import TreeSampler
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class TreeSpeculator(BaseSpeculator):
     """Drafts one tree for every request of a batch.
 
-    A request that vLLM's own code has to follow as a chain (`draft_chain`) gets the tree's first
-    path, filled up with guesses that nobody accepts unless they are right.
-
     Attributes:
+        tree: the static one.
+        num_nodes: N, draft nodes of every tree.
+        max_depth: of any tree.
+        is_chain: whether all trees are chains.
         states: the trees that requests run next.
         sampler: whose acceptance the drafts go on from; set by the runner.
 
@@ -36,16 +37,17 @@ class TreeSpeculator(BaseSpeculator):
 
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
         self.proposer = MedusaProposer(vllm_config)
-        self.tree = self.proposer.config.tree
-        self.states = TreeStates.make(
-            req_states.max_num_reqs, self.tree.num_draft_tokens + 1, device
-        )
-        self._is_chain = np.zeros(req_states.max_num_reqs, dtype=bool)
+        config = self.proposer.config
+        self._best_first = None if config.dynamic is None else BestFirst(config, device)
+        self.tree = config.tree if self._best_first is None else self._best_first.fixed_tree
+        self.num_nodes = config.limits.max_nodes
+        self.max_depth = self.tree.depth if self._best_first is None else self._best_first.max_depth
+        self.is_chain = config.limits.max_paths == 1
+        self.states = TreeStates.make(req_states.max_num_reqs, self.num_nodes + 1, device)
+        self._usual = Shape.TREE if self._best_first is None else Shape.BEST_FIRST
+        self._shapes = np.full(req_states.max_num_reqs, self._usual, dtype=np.int64)
         self._device = device
-        parents = [_tree_parents(self.tree), _chain_parents(self.tree)]
-        self._kinds = [tuple(row[1:]) for row in parents]
-        self._parents = _as_tensor(parents, device)
-        self._sources = _as_tensor([_tree_sources(self.tree), _chain_sources(self.tree)], device)
+        self._fixed = FixedTrees(self.tree, self.num_nodes, device)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """No graph of its own yet."""
@@ -57,13 +59,24 @@ class TreeSpeculator(BaseSpeculator):
         """Load the heads."""
         self.proposer.load_model(target)
 
-    def draft_chain(self, state_index: int, is_chain: bool) -> None:
-        """Tell whether the request of this state index may have a chain only."""
-        self._is_chain[state_index] = is_chain
+    def set_shape(self, state_index: int, needs_chain: bool, has_grammar: bool) -> None:
+        """Tell what the request of this state index may draft.
+
+        Args:
+            state_index: of the request.
+            needs_chain: vLLM's own code has to follow its drafts as a chain.
+            has_grammar: the engine core has to know the tree, so that it is a static one.
+
+        """
+        shape = Shape.CHAIN if needs_chain else Shape.TREE if has_grammar else self._usual
+        self._shapes[state_index] = shape
 
     def parents_of(self, state_index: int) -> tuple[int, ...]:
-        """Return the parents of the draft nodes of the request of this state index."""
-        return self._kinds[int(self._is_chain[state_index])]
+        """Return the parents of the draft nodes of the request of this state index.
+
+        Those of best-first trees are on the device alone; of them it returns nothing.
+        """
+        return self._fixed.parents_of(int(self._shapes[state_index]))
 
     @torch.inference_mode()
     def propose(
@@ -92,41 +105,36 @@ class TreeSpeculator(BaseSpeculator):
 
         """
         if dummy_run:
-            shape = (input_batch.num_reqs, self.tree.num_draft_tokens)
+            shape = (input_batch.num_reqs, self.num_nodes)
             return torch.zeros(shape, dtype=torch.int64, device=self._device)
         rows = input_batch.cu_num_logits[:-1]
         acceptance = self.sampler.acceptance
         if acceptance is not None:
             rows = rows + acceptance.path[:, -1]
-        tokens = self.proposer.propose(last_hidden_states[input_batch.logits_indices[rows]])
-        index = input_batch.idx_mapping
-        is_chain = self._is_chain[input_batch.idx_mapping_np]
-        if not is_chain.any():
-            parents = self._parents[:1].expand(len(tokens), -1)
-        else:
-            kind = torch.from_numpy(is_chain.astype(np.int64)).to(self._device, non_blocking=True)
-            parents, tokens = self._parents[kind], tokens.gather(1, self._sources[kind])
-        self.states.plant(parents, index)
+        parents, tokens = self._draft(
+            last_hidden_states[input_batch.logits_indices[rows]],
+            self._shapes[input_batch.idx_mapping_np],
+        )
+        self.states.plant(parents, input_batch.idx_mapping)
         return tokens
 
-
-def _as_tensor(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _tree_parents(tree: DraftTree) -> list[int]:
-    return [0, *tree.parents[1:]]
-
-
-def _chain_parents(tree: DraftTree) -> list[int]:
-    return [0, *range(tree.num_draft_tokens)]
-
-
-def _tree_sources(tree: DraftTree) -> list[int]:
-    return list(range(tree.num_draft_tokens))
-
-
-def _chain_sources(tree: DraftTree) -> list[int]:
-    """Which node's token each node of the chain takes; behind the first path any will do."""
-    first = [i for i, path in enumerate(tree.paths) if not any(path)]
-    return first + [0] * (tree.num_draft_tokens - len(first))
+    def _draft(self, hidden_states: Tensor, shapes: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """[B, N + 1] parents and [B, N] tokens from [B, H] states and [B] `Shape`s."""
+        is_usual = bool((shapes == self._usual).all())
+        if self._best_first is None:
+            grown = None
+            tokens = self.proposer.propose(hidden_states)
+            if is_usual:
+                return self._fixed.whole(len(tokens)), tokens
+        else:
+            log_probs, guesses = self.proposer.probable_guesses(hidden_states)
+            grown = self._best_first.draft(log_probs, guesses)
+            if is_usual:
+                return grown
+            tokens = self._fixed.layout.draft_tokens(guesses)
+        wanted = torch.from_numpy(shapes).to(self._device, non_blocking=True)
+        parents, tokens = self._fixed.choose(wanted, tokens)
+        if grown is None:
+            return parents, tokens
+        is_grown = (wanted == Shape.BEST_FIRST)[:, None]
+        return torch.where(is_grown, grown[0], parents), torch.where(is_grown, grown[1], tokens)
