@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests import checkpoints
 from tests.integration.command_line import engine_config, run_vllm
 from tests.integration.conftest import open_engine
-from tests.unit.test_heads_module import slow_features, slow_logits
+from tests.oracles.heads import features as slow_features
+from tests.oracles.heads import logits as slow_logits
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint
