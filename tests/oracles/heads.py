@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def features(heads: HeadsCheckpoint, hidden: Tensor, roots: Tensor | None = None
                 linear.bias.data = heads.tensors["blocks.bias"][h, layer]
             x = x + nn.SiLU()(linear(x))
         rows.append(x)
-    return torch.stack(rows)
+    return torch.stack(rows).detach()
 
 
 def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) -> Tensor:
@@ -75,7 +75,7 @@ def ranking(heads: HeadsCheckpoint, head: int, row: Tensor, parent: int) -> list
     return sorted(score, key=lambda token: -score[token]) + tokens[NUM_CANDIDATES:]
 
 
-def draft(heads: HeadsCheckpoint, rows: Tensor, root: int, paths: list[TreePath]) -> list[int]:
+def draft(heads: HeadsCheckpoint, rows: Tensor, root: int, paths: Sequence[TreePath]) -> list[int]:
     """The token of each node of a tree, by the heads' logits [K, V] for one request."""
     found: dict[TreePath, int] = {(): root}
     for path in paths:

@@ -114,6 +114,7 @@ def test_selector_leaves_the_heads_own_loss_alone() -> None:
 
 
 def test_heads_of_a_selector_alone_have_no_parameters() -> None:
-    heads = frozen(make_settings(selector_only=True, heads="h", num_heads=4), make_target())
+    settings = make_settings(selector_only=True, heads="h", num_heads=4, selector_rank=4)
+    heads = frozen(settings, make_target())
     names = {name for name, _ in heads.named_parameters()}
     assert names == {"selector.parent", "selector.child", "selector.depth"}

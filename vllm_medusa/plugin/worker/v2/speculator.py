@@ -72,6 +72,10 @@ class TreeSpeculator(BaseSpeculator):
         attn_metadata: Any,
         slot_mappings: Any,
         last_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        num_sampled: Any,
+        num_rejected: Any,
+        last_sampled: Tensor,
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -83,6 +87,10 @@ class TreeSpeculator(BaseSpeculator):
             attn_metadata: not used.
             slot_mappings: not used.
             last_hidden_states: [T, H] of all tokens of the step.
+            aux_hidden_states: not used.
+            num_sampled: not used.
+            num_rejected: not used.
+            last_sampled: the token that each state index's request sampled last.
             args: not used.
             dummy_run: the batch is made up, and so may the drafts be. All ranks skip the heads.
             kwargs: not used.
@@ -98,8 +106,11 @@ class TreeSpeculator(BaseSpeculator):
         acceptance = self.sampler.acceptance
         if acceptance is not None:
             rows = rows + acceptance.path[:, -1]
-        tokens = self.proposer.propose(last_hidden_states[input_batch.logits_indices[rows]])
         index = input_batch.idx_mapping
+        tokens = self.proposer.propose(
+            last_hidden_states[input_batch.logits_indices[rows]],
+            last_sampled.flatten()[index],
+        )
         is_chain = self._is_chain[input_batch.idx_mapping_np]
         if not is_chain.any():
             parents = self._parents[:1].expand(len(tokens), -1)
