@@ -86,8 +86,13 @@ class RecordingDrafter:
 
 @pytest.mark.parametrize(
     "kind",
-    [{"num_layers": 2}, {"lm_head": "own"}, {"lm_head": "low-rank", "rank": 16}],
-    ids=["shared", "own", "low-rank"],
+    [
+        {"num_layers": 2},
+        {"lm_head": "own"},
+        {"lm_head": "low-rank", "rank": 16},
+        {"root_aware": True, "selector": True},
+    ],
+    ids=["shared", "own", "low-rank", "seeing"],
 )
 def test_logits_agree(
     tiny_model: Path,

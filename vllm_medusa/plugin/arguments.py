@@ -27,6 +27,8 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
+_OTHER_RUNNER = "use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
+_OTHER_HEADS = "use heads without a selector"
 
 logger = plugin_logger(__name__)
 
@@ -66,9 +68,13 @@ def wrap_create_engine_config(original: Any) -> Any:
         check_before(self, WORKER_CLASS)
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
+        if config.dynamic and heads.spec.selector_rank is not None:
+            request = _static(request, "heads with a selector do not have", _OTHER_HEADS)
+            config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
         if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
-            config = _resolve(self, _static(request), heads)
+            static = _static(request, "Model Runner V2 does not have", _OTHER_RUNNER)
+            config = _resolve(self, static, heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
@@ -139,19 +145,27 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
     )
 
 
-def _static(request: MedusaOptions) -> MedusaOptions:
-    """Return what ``tree="auto"`` means on Model Runner V2.
+def _static(request: MedusaOptions, who_has_none: str, remedy: str) -> MedusaOptions:
+    """Return what ``tree="auto"`` means where there are no dynamic trees.
+
+    Args:
+        request: that means dynamic trees.
+        who_has_none: "... does not have", for messages.
+        remedy: to have them.
 
     Raises:
-        UserError: if values are given that dynamic trees alone have.
+        UserError: if dynamic trees are asked for, or values given that they alone have.
 
     """
-    for key, value in request.dynamic_values.items():
+    given = dict(request.dynamic_values)
+    if request.tree != AUTO:
+        given["tree"] = request.tree
+    for key, value in given.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, which Model Runner V2 does not have; "
-            f"leave {key} out, or use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
+            f"{key}={shown(value)} is for dynamic trees, which {who_has_none}; "
+            f"leave {key} out, or {remedy}"
         )
-    logger.info("Medusa: tree='auto' is 'static', because dynamic trees need Model Runner V1")
+    logger.info("Medusa: tree='auto' is 'static': dynamic trees are what %s", who_has_none)
     return dataclasses.replace(request, tree=STATIC)
 
 
