@@ -115,9 +115,7 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     with Bar("ranks", "texts", len(texts)) as bar:
-        # Heads with a selector have no dynamic trees, which alone need the guesses themselves.
-        num_guesses = 0 if inputs.checkpoint.spec.selector_rank else RANK_CAP
-        meter = RankMeter(target, StoredHeads(inputs.checkpoint, target), num_guesses=num_guesses)
+        meter = RankMeter(target, StoredHeads(inputs.checkpoint, target), num_guesses=RANK_CAP)
         continuations = meter.measure(texts, bar.advance)
     del target, meter
     # What PyTorch keeps for itself, the engines that follow could not have.

@@ -27,8 +27,16 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
-_OTHER_RUNNER = "use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
-_OTHER_HEADS = "use heads without a selector"
+_NO_DYNAMIC_ON_V2 = (
+    "Model Runner V2 does not have",
+    "dynamic trees need Model Runner V1",
+    "use V1 with VLLM_USE_V2_MODEL_RUNNER=0",
+)
+_NO_DYNAMIC_WITH_SELECTOR = (
+    "heads with a selector do not have",
+    "dynamic trees give a guess one probability, whatever its parent is",
+    "use heads without a selector",
+)
 
 logger = plugin_logger(__name__)
 
@@ -69,12 +77,11 @@ def wrap_create_engine_config(original: Any) -> Any:
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
         if config.dynamic and heads.spec.selector_rank is not None:
-            request = _static(request, "heads with a selector do not have", _OTHER_HEADS)
+            request = _static(request, *_NO_DYNAMIC_WITH_SELECTOR)
             config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
         if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
-            static = _static(request, "Model Runner V2 does not have", _OTHER_RUNNER)
-            config = _resolve(self, static, heads)
+            config = _resolve(self, _static(request, *_NO_DYNAMIC_ON_V2), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
@@ -145,12 +152,13 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
     )
 
 
-def _static(request: MedusaOptions, who_has_none: str, remedy: str) -> MedusaOptions:
+def _static(request: MedusaOptions, who: str, reason: str, remedy: str) -> MedusaOptions:
     """Return what ``tree="auto"`` means where there are no dynamic trees.
 
     Args:
         request: that means dynamic trees.
-        who_has_none: "... does not have", for messages.
+        who: "... does not have" them, for messages.
+        reason: why it does not.
         remedy: to have them.
 
     Raises:
@@ -162,10 +170,9 @@ def _static(request: MedusaOptions, who_has_none: str, remedy: str) -> MedusaOpt
         given["tree"] = request.tree
     for key, value in given.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, which {who_has_none}; "
-            f"leave {key} out, or {remedy}"
+            f"{key}={shown(value)} is for dynamic trees, which {who}; leave {key} out, or {remedy}"
         )
-    logger.info("Medusa: tree='auto' is 'static': dynamic trees are what %s", who_has_none)
+    logger.info("Medusa: tree='auto' is 'static', because %s", reason)
     return dataclasses.replace(request, tree=STATIC)
 
 
