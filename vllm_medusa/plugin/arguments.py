@@ -172,7 +172,7 @@ def _static(request: MedusaOptions, who: str, reason: str, remedy: str) -> Medus
         raise UserError(
             f"{key}={shown(value)} is for dynamic trees, which {who}; leave {key} out, or {remedy}"
         )
-    logger.info("Medusa: tree='auto' is 'static', because %s", reason)
+    logger.info(f"Medusa: tree='auto' is 'static', because {reason}")
     return dataclasses.replace(request, tree=STATIC)
 
 
