@@ -96,7 +96,7 @@ def build(target: FrozenTarget, args: argparse.Namespace, **changes: Any) -> tup
     ]
     batches = Batches(documents, args.batch_tokens, seed=0)
     batch = batches.build(next(batches.from_batch(0)))
-    heads = TrainableHeads(settings, target.weight)
+    heads = TrainableHeads(settings, target)
     return settings, heads, HeadsOptimizer(heads, settings), batch
 
 
@@ -163,7 +163,7 @@ def unchunked_step(
     """The plain form: all heads' logits at once, and autograd."""
     hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
     wanted = torch.softmax(target.logits(hidden[batch.learnt]).float(), dim=-1)
-    features = heads.features(hidden)
+    features = heads.features(hidden, batch.tokens.flatten().roll(-1))
     losses = []
     for k in range(heads.num_heads):
         logits = heads.logits(features[k, batch.learnt - 1 - k], k).float()

@@ -37,6 +37,8 @@ def make_heads(
     draft_vocab_size: int | None = None,
     rank: int = 2,
     logit_scale: float = 1.0,
+    root_size: int | None = None,
+    selector_rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     source_format: str = "native",
     seed: int = 0,
@@ -61,6 +63,12 @@ def make_heads(
     if draft_vocab_size:
         order = torch.randperm(vocab_size, generator=generator)
         tensors["token_map"] = order[:draft_vocab_size]
+    if root_size:
+        tensors["root.weight"] = random(num_heads, hidden_size, root_size)
+    if selector_rank:
+        tensors["selector.parent"] = random(vocab_size, selector_rank)
+        tensors["selector.child"] = random(vocab_size, selector_rank)
+        tensors["selector.depth"] = random(num_heads, selector_rank)
     spec = HeadsSpec(
         source_format=source_format,  # type: ignore[arg-type]
         num_heads=num_heads,
@@ -72,6 +80,8 @@ def make_heads(
         has_bias=has_bias,
         logit_scale=logit_scale,
         dtype=dtype,
+        root_size=root_size,
+        selector_rank=selector_rank,
     )
     return HeadsCheckpoint(spec, tensors)
 
@@ -235,8 +245,10 @@ def write_native(directory: Path, heads: HeadsCheckpoint, prefix: str = "") -> P
         for singular, replacement in plural.items():
             name = name.replace(singular, replacement)
         tensors[prefix + name] = tensor.clone()
+    is_second = heads.spec.root_size is not None or heads.spec.selector_rank is not None
+    version = 2 if is_second else 1
     config = {
-        "format": "vllm_medusa.heads/1",
+        "format": f"vllm_medusa.heads/{version}",
         "model_type": "medusa",
         "num_heads": heads.spec.num_heads,
         "num_layers": heads.spec.num_layers,

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.seeing_heads import RANK, seeing_tensors
 from tests.training import make_settings
 from vllm_medusa.acceptance.texts import counted_positions
 from vllm_medusa.calibration.check import check_trees
@@ -94,7 +95,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     return texts
 
 
-def trained(texts: Texts, heads: Path) -> Outcome:
+def trained(texts: Texts, heads: Path, sees_tokens: bool) -> Outcome:
     """What `train` finds, of the demo's heads in place of those that it starts from."""
     settings = make_settings(
         model=str(texts.model),
@@ -105,11 +106,20 @@ def trained(texts: Texts, heads: Path) -> Outcome:
         steps=1,
         batch_tokens=1024,
         held_out=0.5,
+        root_aware=sees_tokens,
+        selector=sees_tokens,
+        selector_rank=RANK,
     )
     training = Training(settings)
-    demo = load_heads(DEMO_HEADS).tensors
-    state = {name: demo[f"blocks.{name}"].transpose(0, 1).float() for name in ("weight", "bias")}
-    training._heads.blocks.load_state_dict(state)
+    demo = load_heads(DEMO_HEADS)
+    state = {
+        f"blocks.{name}": demo.tensors[f"blocks.{name}"].transpose(0, 1).float()
+        for name in ("weight", "bias")
+    }
+    if sees_tokens:
+        seeing = seeing_tensors(demo, 4096)
+        state |= {name.replace("root.weight", "blocks.root"): seeing[name] for name in seeing}
+    training._heads.load_state_dict(state)
     directory = RunDirectory(heads)
     with directory.taken():
         outcome = training.run(directory)
@@ -131,10 +141,13 @@ def calibrated(texts: Texts, heads: Path, directory: Path) -> dict[str, Any]:
     return report
 
 
-def test_train_calibrate_and_check_give_equal_figures(texts: Texts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sees_tokens", [False, True])
+def test_train_calibrate_and_check_give_equal_figures(
+    texts: Texts, tmp_path: Path, sees_tokens: bool
+) -> None:
     has_ended = [times.has_ended for times in texts.run.requests]
     assert 5 < sum(has_ended) < NUM_PROMPTS - 5
-    outcome = trained(texts, tmp_path / "heads")
+    outcome = trained(texts, tmp_path / "heads", sees_tokens)
     report = calibrated(texts, tmp_path / "heads", tmp_path)
     paths = [tuple(path) for path in report["paths"]["joint"]]
     (checked,) = check_trees(

@@ -314,7 +314,8 @@ def first_drafts(llm: Any) -> list[int]:
 
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     hidden = torch.linspace(-2, 2, tiny.HIDDEN_SIZE)[None]
-    return worker.model_runner.drafter.propose(hidden).tolist()
+    roots = torch.zeros(len(hidden), dtype=torch.int64)
+    return worker.model_runner.drafter.propose(hidden, roots).tolist()
 
 
 @pytest.mark.parametrize(

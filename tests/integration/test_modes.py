@@ -21,6 +21,7 @@ from vllm import SamplingParams
 from tests import checkpoints
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, engine_config, run_python
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
+from tests.integration.seeing_heads import write_seeing_heads
 from vllm_medusa.heads import load_heads
 
 pytestmark = pytest.mark.engine
@@ -203,15 +204,19 @@ def own_lm_heads(directory: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lm_heads", ["target", "own"])
+@pytest.mark.parametrize("kind", ["target", "own", "seeing"])
 def test_tensor_parallel(
     prompts: list[str],
     reference: list[list[int]],
     tmp_path: Path,
     two_ranks: dict[str, Any],
-    lm_heads: str,
+    kind: str,
 ) -> None:
-    heads = DEMO_HEADS if lm_heads == "target" else own_lm_heads(tmp_path / "own")
+    heads = DEMO_HEADS
+    if kind == "own":
+        heads = own_lm_heads(tmp_path / "own")
+    elif kind == "seeing":
+        heads = write_seeing_heads(tmp_path / "seeing")
     spec = {**SPEC, "model": str(heads)}
     with demo_engine(**two_ranks, speculative_config=spec) as llm:
         check(llm, prompts, reference)

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from tests import checkpoints
 from tests.integration.command_line import engine_config, run_vllm
 from tests.integration.conftest import open_engine
-from tests.unit.test_heads_module import slow_features, slow_logits
+from tests.oracles.heads import NUM_CANDIDATES
+from tests.oracles.heads import draft as slow_draft
+from tests.oracles.heads import features as slow_features
+from tests.oracles.heads import logits as slow_logits
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint
@@ -35,6 +39,26 @@ def make_heads(**options: Any) -> HeadsCheckpoint:
 
 def some_states(num_rows: int = 5) -> torch.Tensor:
     return torch.randn(num_rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def some_roots(num_rows: int = 5) -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (num_rows,), generator=torch.Generator().manual_seed(2))
+
+
+#: Of the target's embeddings, by which root-aware heads see the root.
+ROOT_SIZE = 6
+
+
+def embedding() -> torch.Tensor:
+    return torch.randn(VOCAB_SIZE, ROOT_SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def make_model() -> torch.nn.Module:
+    """A target with nothing but its embedding, which is whole on every rank."""
+    model = torch.nn.Module()
+    model.embed_tokens = VocabParallelEmbedding(VOCAB_SIZE, ROOT_SIZE, disable_tp=True)
+    model.embed_tokens.weight.data[:VOCAB_SIZE] = embedding()
+    return model
 
 
 def load_rank(
@@ -58,7 +82,7 @@ def load_rank(
         # vLLM's parameters ask for it even in layers that are not split.
         monkeypatch.setattr(f"vllm.model_executor.parameter.{name}", lambda value=value: value)
     loaded = proposer.MedusaProposer(vllm_config)  # type: ignore[arg-type]
-    loaded.load_model(torch.nn.Module())
+    loaded.load_model(make_model())
     return loaded
 
 
@@ -70,24 +94,49 @@ KINDS: list[dict[str, Any]] = [
     {"lm_head": "common", "num_layers": 3},
     {"lm_head": "low_rank"},
     {"lm_head": "low_rank", "draft_vocab_size": 41, "rank": 5},
+    {"lm_head": "own", "num_layers": 2, "root_size": ROOT_SIZE},
+    {"lm_head": "common", "root_size": ROOT_SIZE, "selector_rank": 3},
+    {"lm_head": "own", "draft_vocab_size": 41, "selector_rank": 3, "logit_scale": 0.5},
 ]
+
+
+def slow_guesses(heads: HeadsCheckpoint, hidden: torch.Tensor) -> torch.Tensor:
+    """The oracle's logits [K, B, V] of the states with `some_roots`."""
+    roots = None
+    if heads.spec.root_size is not None:
+        roots = embedding()[some_roots(len(hidden))]
+    return slow_logits(heads, slow_features(heads, hidden, roots))
 
 
 def check_guesses(
     loaded: proposer.MedusaProposer, heads: HeadsCheckpoint, hidden: torch.Tensor
 ) -> None:
     """Logits, log-probabilities and tokens are the oracle's."""
-    logits = slow_logits(heads, slow_features(heads, hidden))[: TREE.depth] * heads.spec.logit_scale
-    expected, tokens = logits.topk(TREE.top_k, dim=-1)
+    logits = slow_guesses(heads, hidden)[: TREE.depth] * heads.spec.logit_scale
+    top_k = TREE.top_k
+    if heads.spec.selector_rank is not None:
+        top_k = min(NUM_CANDIDATES, logits.shape[-1])
+    expected, tokens = logits.topk(top_k, dim=-1)
     tokens = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE))[tokens]
-    log_probs = logits.log_softmax(dim=-1).topk(TREE.top_k, dim=-1).values
+    log_probs = logits.log_softmax(dim=-1).topk(top_k, dim=-1).values
     for guess, values in ((loaded.guesses, expected), (loaded.probable_guesses, log_probs)):
-        found_values, found_tokens = guess(hidden)
+        found_values, found_tokens = guess(hidden, some_roots(len(hidden)))
         torch.testing.assert_close(found_values, values, rtol=1e-4, atol=1e-4)
         assert torch.equal(found_tokens, tokens)
+    drafts = [
+        slow_draft(heads, rows, root, TREE.paths)
+        for rows, root in zip(
+            slow_guesses(heads, hidden).unbind(1), some_roots(len(hidden)).tolist(), strict=True
+        )
+    ]
+    assert loaded.propose(hidden, some_roots(len(hidden))).tolist() == drafts
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+#: Fewer tokens than a selector would rank again.
+FEW: dict[str, Any] = {"lm_head": "own", "draft_vocab_size": 9, "selector_rank": 3}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, FEW], ids=str)
 def test_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
     heads = make_heads(**kind)
     loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
@@ -114,7 +163,7 @@ def test_heads_split_over_ranks(
 
     monkeypatch.setattr(proposer, "tensor_model_parallel_all_gather", record)
     for rank in ranks:
-        rank.probable_guesses(hidden)
+        rank.probable_guesses(hidden, some_roots())
     for parts in given.values():
         assert len({part.shape for part in parts}) == 1  # what a collective needs
     monkeypatch.setattr(
@@ -126,14 +175,36 @@ def test_heads_split_over_ranks(
         check_guesses(rank, heads, hidden)
 
 
-def test_drafts_are_the_guesses_at_the_nodes(
+def test_embedding_of_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoints.write_native(tmp_path, make_heads(root_size=ROOT_SIZE + 1))
+    with pytest.raises(UserError, match=r"shows 0 of 67 tokens and size 7; use heads that were"):
+        load_rank(monkeypatch, path)
+
+
+def test_embedding_is_the_targets_own_and_no_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads, hidden = make_heads(), some_states()
+    model = make_model()
+    monkeypatch.setattr(f"{__name__}.make_model", lambda: model)
+    heads = make_heads(root_size=ROOT_SIZE)
     loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
-    _, tokens = loaded.guesses(hidden)
-    nodes = [tokens[len(path) - 1, :, path[-1]] for path in TREE.paths]
-    assert torch.equal(loaded.propose(hidden), torch.stack(nodes, dim=1))
+    before, _ = loaded.guesses(some_states(), some_roots())
+    model.embed_tokens.weight.data.mul_(2)
+    after, _ = loaded.guesses(some_states(), some_roots())
+    assert not torch.allclose(before, after)
+
+
+def test_heads_that_do_not_see_the_root_draft_the_same_below_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others do not: the tests above could not tell otherwise."""
+    for number, (kind, is_same) in enumerate(
+        [({}, True), ({"root_size": ROOT_SIZE}, False), ({"selector_rank": 3}, False)]
+    ):
+        path = checkpoints.write_native(tmp_path / str(number), make_heads(**kind))
+        loaded = load_rank(monkeypatch, path)
+        drafts = loaded.propose(some_states(), some_roots())
+        assert torch.equal(drafts, loaded.propose(some_states(), some_roots() ^ 1)) == is_same
 
 
 # Values that are not finite: refused by whoever reads them.

@@ -86,8 +86,13 @@ class RecordingDrafter:
 
 @pytest.mark.parametrize(
     "kind",
-    [{"num_layers": 2}, {"lm_head": "own"}, {"lm_head": "low-rank", "rank": 16}],
-    ids=["shared", "own", "low-rank"],
+    [
+        {"num_layers": 2},
+        {"lm_head": "own"},
+        {"lm_head": "low-rank", "rank": 16},
+        {"root_aware": True, "selector": True},
+    ],
+    ids=["shared", "own", "low-rank", "seeing"],
 )
 def test_logits_agree(
     tiny_model: Path,
@@ -107,7 +112,7 @@ def test_logits_agree(
         (output,) = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)
     tokens = torch.tensor([PROMPT + list(output.outputs[0].token_ids)])
     hidden = training.target.hidden(tokens, torch.arange(tokens.shape[1])[None])[0]
-    features = outcome.heads.features(hidden)
+    features = outcome.heads.features(hidden, tokens[0].roll(-1))
     num_sampled = 0
     assert len(recorded) > 10
     for num_new, engines in recorded:

@@ -18,7 +18,9 @@ from tests.checkpoints import (
     write_native,
     write_vllm,
 )
-from tests.unit.test_heads_module import fast_logits, slow_features, slow_logits
+from tests.oracles.heads import features as slow_features
+from tests.oracles.heads import logits as slow_logits
+from tests.unit.test_heads_module import fast_logits
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, load_heads
 from vllm_medusa.heads.io.write import save_heads
@@ -40,6 +42,8 @@ def any_heads(draw: st.DrawFn, **fixed: Any) -> HeadsCheckpoint:
     if options["lm_head"] != "target":
         options["draft_vocab_size"] = draw(st.sampled_from([None, 1, 5]))
     options["logit_scale"] = draw(st.sampled_from([1.0, 0.25]))
+    options["selector_rank"] = draw(st.sampled_from([None, 1, 3]))
+    options["root_size"] = draw(st.sampled_from([None, 1, 6]))
     options["dtype"] = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     return make_heads(**options | fixed)
 
@@ -49,8 +53,11 @@ def test_module_equals_the_oracle(heads: HeadsCheckpoint, batch: int, seed: int)
     hidden = torch.randn(
         batch, heads.spec.hidden_size, generator=torch.Generator().manual_seed(seed)
     )
-    features = MedusaHeads.from_checkpoint(heads, torch.float32)(hidden)
-    torch.testing.assert_close(features, slow_features(heads, hidden), rtol=1e-4, atol=1e-4)
+    roots = None
+    if heads.spec.root_size is not None:
+        roots = torch.randn(batch, heads.spec.root_size)
+    features = MedusaHeads.from_checkpoint(heads, torch.float32)(hidden, roots)
+    torch.testing.assert_close(features, slow_features(heads, hidden, roots), rtol=1e-4, atol=1e-4)
     if heads.spec.lm_head != "target" and batch:
         logits = fast_logits(heads, features)
         torch.testing.assert_close(logits, slow_logits(heads, features), rtol=1e-4, atol=1e-4)
@@ -87,7 +94,7 @@ def test_every_format_gives_the_same_tensors(lm_head: str, file: str, **options:
 
 
 @given(
-    heads=any_heads(),
+    heads=any_heads(root_size=None, selector_rank=None),
     formats=st.lists(st.sampled_from(["vllm", "fasterdecoding", "tgi"]), min_size=1, max_size=4),
 )
 def test_conversion_loses_nothing_or_is_refused(heads: HeadsCheckpoint, formats: list[Any]) -> None:

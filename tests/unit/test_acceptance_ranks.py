@@ -128,7 +128,7 @@ def test_heads_have_the_same_ranks_in_training_and_read_from_files(
     target: FrozenTarget, kind: dict[str, object]
 ) -> None:
     settings = make_settings(num_heads=NUM_HEADS, num_layers=2, **kind)
-    trained = TrainableHeads(settings, target.weight)
+    trained = TrainableHeads(settings, target)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained.parameters():

@@ -99,6 +99,13 @@ def test_inspect_low_rank_with_a_token_map(
     assert "tree:             none" in out
 
 
+def test_inspect_heads_that_see_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = make_heads(root_size=6, selector_rank=2)
+    out = run(capsys, "inspect", write_native(tmp_path, heads))
+    assert "root-aware:       yes, by embeddings of size 6" in out
+    assert "selector:         of rank 2, among 16 guesses" in out
+
+
 def test_inspect_heads_for_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

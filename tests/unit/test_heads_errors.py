@@ -95,9 +95,39 @@ def test_missing_tensor_native(tmp_path: Path, name: str) -> None:
     assert f"tensor '{name}' is missing for stacked heads" in message
 
 
+@pytest.mark.parametrize("name", ["selector.parent", "selector.child", "selector.depth"])
+def test_missing_part_of_a_selector(tmp_path: Path, name: str) -> None:
+    message = native_fault(tmp_path, lambda tensors: tensors.pop(name), selector_rank=2)
+    assert f"tensor '{name}' is missing for stacked heads" in message
+
+
+def test_selector_of_another_vocabulary(tmp_path: Path) -> None:
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("selector.parent", "selector.child"):
+            tensors[name] = tensors[name][:19]
+
+    message = native_fault(tmp_path, shorten, selector_rank=2)
+    assert "the selector's tables have 19 rows, the vocabulary has 20" in message
+
+
+def test_root_matrices_of_other_heads(tmp_path: Path) -> None:
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["root.weight"] = tensors["root.weight"][:2]
+
+    assert "expected [3, 8, " in native_fault(tmp_path, shorten, root_size=6)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["0.1.bias", "extra.weight", "3.weight", "0.0.linear.gain", "token_map", "lm_head.weight"],
+    [
+        "0.1.bias",
+        "extra.weight",
+        "3.weight",
+        "0.0.linear.gain",
+        "token_map",
+        "lm_head.weight",
+        "root.weight",
+    ],
 )
 def test_left_over_tensor(tmp_path: Path, name: str) -> None:
     message = sequential_fault(tmp_path, lambda t: t.update({name: torch.ones(8)}))

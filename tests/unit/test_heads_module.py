@@ -3,41 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from tests.checkpoints import make_heads
+from tests.oracles.heads import features as slow_features
+from tests.oracles.heads import logits as slow_logits
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, head_logits
-
-
-def slow_features(heads: HeadsCheckpoint, hidden: torch.Tensor) -> torch.Tensor:
-    """The oracle: head by head, layer by layer, nn.Linear and nn.SiLU. [K, B, H]"""
-    features = []
-    for h in range(heads.spec.num_heads):
-        x = hidden
-        for layer in range(heads.spec.num_layers):
-            linear = nn.Linear(*reversed(heads.tensors["blocks.weight"][h, layer].shape))
-            linear.weight.data = heads.tensors["blocks.weight"][h, layer]
-            linear.bias.data = torch.zeros(heads.spec.hidden_size, dtype=hidden.dtype)
-            if heads.spec.has_bias:
-                linear.bias.data = heads.tensors["blocks.bias"][h, layer]
-            x = x + nn.SiLU()(linear(x))
-        features.append(x)
-    return torch.stack(features)
-
-
-def slow_logits(heads: HeadsCheckpoint, features: torch.Tensor) -> torch.Tensor:
-    """The oracle: [K, B, V], one row and head at a time."""
-    tensors = heads.tensors
-    rows = []
-    for h, feature in enumerate(features):
-        if heads.spec.lm_head == "own":
-            matrix = tensors["lm_head.weight"][h]
-        elif heads.spec.lm_head == "common":
-            matrix = tensors["lm_head.weight"]
-        else:
-            matrix = tensors["lm_head.up"][h] @ tensors["lm_head.down"][h]
-        rows.append(torch.stack([matrix @ x for x in feature]))
-    return torch.stack(rows)
 
 
 def fast_logits(heads: HeadsCheckpoint, features: torch.Tensor) -> torch.Tensor:
@@ -60,6 +30,24 @@ def test_equals_the_oracle(lm_head: str) -> None:
     torch.testing.assert_close(logits, slow_logits(heads, features), rtol=1e-4, atol=1e-4)
 
 
+def test_root_aware_heads_equal_the_oracle() -> None:
+    heads = make_heads(num_layers=2, root_size=5)
+    module = MedusaHeads.from_checkpoint(heads, torch.float32)
+    hidden, roots = torch.randn(4, 8), torch.randn(4, 5)
+    torch.testing.assert_close(module(hidden, roots), slow_features(heads, hidden, roots))
+    assert not torch.allclose(module(hidden, roots), module(hidden, roots.flip(0)))
+
+
+def test_new_root_aware_heads_are_medusa_heads_and_learn() -> None:
+    module = MedusaHeads(2, 1, 8, bias=True, root_size=5, dtype=torch.float32)
+    hidden, roots = torch.randn(4, 8), torch.randn(4, 5)
+    assert torch.equal(module(hidden, roots), hidden.expand(2, 4, 8))
+    module(hidden, roots).square().sum().backward()
+    assert module.root is not None
+    assert module.root.grad is not None
+    assert module.root.grad.abs().sum(dim=-1).gt(0).all()
+
+
 def test_no_rows() -> None:
     module = MedusaHeads.from_checkpoint(make_heads(), torch.float32)
     assert module(torch.empty(0, 8)).shape == (3, 0, 8)
@@ -79,9 +67,12 @@ def test_new_heads_learn() -> None:
         assert parameter.grad.abs().sum(dim=-1).gt(0).any(dim=-1).all()
 
 
+@pytest.mark.parametrize("root_size", [None, 5])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_canonical_tensors_are_those_of_the_checkpoint(has_bias: bool) -> None:
-    heads = make_heads(lm_head="target", num_layers=2, has_bias=has_bias)
+def test_canonical_tensors_are_those_of_the_checkpoint(
+    has_bias: bool, root_size: int | None
+) -> None:
+    heads = make_heads(lm_head="target", num_layers=2, has_bias=has_bias, root_size=root_size)
     tensors = MedusaHeads.from_checkpoint(heads, torch.float32).canonical_tensors()
     assert tensors.keys() == heads.tensors.keys()
     for name, tensor in tensors.items():

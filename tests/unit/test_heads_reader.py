@@ -110,6 +110,7 @@ CASES: list[tuple[Write, dict[str, Any]]] = [
     (write_vllm, {"draft_vocab_size": 7}),
     (write_native, {"num_layers": 2}),
     (write_native, {"lm_head": "common"}),
+    (write_native, {"lm_head": "common", "root_size": 6, "selector_rank": 2}),
     (write_native, {"lm_head": "low_rank", "draft_vocab_size": 7, "rank": 3}),
 ]
 
@@ -121,7 +122,12 @@ def test_parts_are_those_of_the_whole(
     heads = make_heads(**options)
     reader = HeadsReader(write_heads(tmp_path, heads))
     blocks = reader.read_blocks(2)
-    assert blocks.keys() == {name for name in heads.tensors if name.startswith("blocks.")}
+    assert blocks.keys() == {name for name in heads.tensors if name.startswith(("blocks.", "root"))}
+    selector = reader.read_selector(2)
+    assert selector.keys() == {name for name in heads.tensors if name.startswith("selector.")}
+    for name, tensor in selector.items():
+        whole = heads.tensors[name]
+        assert torch.equal(tensor, whole[:2] if name == "selector.depth" else whole)
     for name, tensor in blocks.items():
         assert torch.equal(tensor, heads.tensors[name][:2])
     rows = heads.tensors["lm_head.up" if heads.spec.lm_head == "low_rank" else "lm_head.weight"]

@@ -151,6 +151,9 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
         ("fasterdecoding", {"num_layers": 2}, "the 2 different layers of each head would be lost"),
         ("fasterdecoding", {"base_model": None}, "must name the target; give --model"),
         ("tgi", {"base_model": None}, "must name the target; give --model"),
+        ("vllm", {"root_size": 8}, "the matrices by which these heads see the last token would be"),
+        ("tgi", {"root_size": 8}, "only the format of vllm_medusa holds them; keep the heads"),
+        ("fasterdecoding", {"selector_rank": 2}, "the selector, which re-ranks these heads'"),
     ],
 )
 def test_refuses_what_would_be_lost(
@@ -161,6 +164,17 @@ def test_refuses_what_would_be_lost(
     assert str(caught.value).startswith(f"heads cannot be written as {write_format}: ")
     assert lost in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "version"), [({}, 1), ({"root_size": 8}, 2), ({"selector_rank": 2}, 2)]
+)
+def test_native_is_of_the_second_version_if_the_first_could_not_hold_it(
+    tmp_path: Path, options: dict[str, Any], version: int
+) -> None:
+    heads = heads_for(**options)
+    assert_same_heads(convert(heads, "native", tmp_path), heads)
+    assert config_of(tmp_path)["format"] == f"vllm_medusa.heads/{version}"
 
 
 def test_fasterdecoding_layers_that_differ_in_the_bias_only(tmp_path: Path) -> None:

@@ -22,20 +22,23 @@ def target() -> FrozenTarget:
 
 @pytest.fixture
 def heads(target: FrozenTarget) -> TrainableHeads:
-    heads = TrainableHeads(make_settings(), target.weight)
+    heads = TrainableHeads(make_settings(), target)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         heads.blocks.weight += torch.randn(heads.blocks.weight.shape, generator=generator) * 0.2
     return heads
 
 
+ROOTS = torch.arange(5)
+
+
 def test_new_heads_guess_the_next_token_of_the_target(target: FrozenTarget) -> None:
     """A zero residual: the heads say what the lm_head says (of the position before the root)."""
-    heads = TrainableHeads(make_settings(num_heads=2, num_layers=3), target.weight)
+    heads = TrainableHeads(make_settings(num_heads=2, num_layers=3), target)
     hidden = torch.randn(5, 32)
     for k in range(2):
         torch.testing.assert_close(
-            heads.logits(heads.features(hidden)[k], k), target.logits(hidden)
+            heads.logits(heads.features(hidden, ROOTS)[k], k), target.logits(hidden)
         )
 
 
@@ -43,10 +46,10 @@ def test_new_heads_guess_the_next_token_of_the_target(target: FrozenTarget) -> N
 def test_new_lm_heads_are_copies_of_the_targets(
     target: FrozenTarget, kind: dict[str, object]
 ) -> None:
-    heads = TrainableHeads(make_settings(**kind), target.weight)
+    heads = TrainableHeads(make_settings(**kind), target)
     hidden = torch.randn(5, 32)
     for k in range(3):
-        logits = heads.logits(heads.features(hidden)[k], k)
+        logits = heads.logits(heads.features(hidden, ROOTS)[k], k)
         torch.testing.assert_close(logits, target.logits(hidden), atol=1e-4, rtol=1e-4)
     before = target.weight.clone()
     with torch.no_grad():

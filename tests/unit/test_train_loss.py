@@ -22,7 +22,7 @@ DOCUMENTS = [random_documents(3, seed=1), random_documents(2, seed=2)]
 
 def make_heads(settings: TrainSettings, target: FrozenTarget) -> TrainableHeads:
     """Heads that have moved away from their start, so that every gradient is different."""
-    heads = TrainableHeads(settings, target.weight)
+    heads = TrainableHeads(settings, target)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -44,7 +44,7 @@ def slow_losses(
                 predicted = t + 2 + k
                 if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
-                feature = heads.features(hidden[t][None])[k]
+                feature = heads.features(hidden[t][None], tokens[t + 1][None])[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
                 if settings.loss == "ce":
                     sums[k] = sums[k] - log_q[tokens[predicted]]
@@ -61,6 +61,7 @@ CASES = {
     "own": {"lm_head": "own", "num_layers": 2},
     "own ce": {"lm_head": "own", "loss": "ce"},
     "low-rank": {"lm_head": "low-rank", "rank": 8, "decay": 0.5},
+    "root-aware": {"root_aware": True},
 }
 
 
@@ -119,7 +120,7 @@ def test_unlikely_label_has_finite_loss() -> None:
     settings, target = make_settings(loss="ce", num_heads=1), make_target()
     with torch.no_grad():
         target.weight.mul_(200)
-    heads = TrainableHeads(settings, target.weight)
+    heads = TrainableHeads(settings, target)
     batch = build_batch(DOCUMENTS, 100)
     losses = accumulate_gradients(heads, target, batch, settings, 1 / len(batch.learnt))
     slow = slow_losses(heads, target, [d for row in DOCUMENTS for d in row], settings)

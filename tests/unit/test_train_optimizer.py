@@ -18,7 +18,7 @@ from vllm_medusa.training.settings import TrainSettings
 
 
 def make(settings: TrainSettings) -> tuple[TrainableHeads, HeadsOptimizer]:
-    heads = TrainableHeads(settings, make_target().weight)
+    heads = TrainableHeads(settings, make_target())
     return heads, HeadsOptimizer(heads, settings)
 
 

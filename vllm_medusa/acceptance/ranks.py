@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_medusa.acceptance.statistics import RANK_CAP, Ranks
 from vllm_medusa.acceptance.texts import Answer, Text, counted_positions
+from vllm_medusa.heads.selector import Selector
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 
@@ -30,8 +31,24 @@ class Heads(Protocol):
     def num_heads(self) -> int:
         """K."""
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """Apply the residual blocks: [N, H] hidden states to [K, N, H]."""
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits."""
+
+    @property
+    def selector(self) -> Selector | None:
+        """Ranks each head's best guesses again."""
+
+    def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """Apply the residual blocks.
+
+        Args:
+            hidden: [N, H] states.
+            roots: [N] int64, the token after each.
+
+        Returns:
+            [K, N, H]
+        """
 
     def logits(self, features: Tensor, head: int) -> Tensor:
         """Project one head's features: [N, H] to [N, V], minus infinity where it has no guess."""
@@ -115,7 +132,8 @@ class RankMeter:
 
     def _measure(self, texts: Sequence[Text]) -> list[list[Continuation]]:
         """Return the answers of each text of one batch."""
-        hidden = self._hidden_states([text.token_ids for text in texts])
+        tokens_of_rows = self._padded([text.token_ids for text in texts])
+        hidden = self._hidden_states(tokens_of_rows)
         num_heads, length = self._heads.num_heads, hidden.shape[1]
         answers = []
         # From no answer on: a batch may hold texts without one.
@@ -129,7 +147,9 @@ class RankMeter:
                 # The heads guess what follows a root from the state that the root came from.
                 states.append(row * length + answer.start - 1 + np.arange(counted.total))
                 wanted.append(wanted_tokens(tokens, counted.total, num_heads))
-        found = self._rank(hidden.flatten(0, 1), np.concatenate(states), np.concatenate(wanted))
+        at = torch.from_numpy(np.concatenate(states)).to(hidden.device)
+        roots = tokens_of_rows.flatten()[at + 1]
+        found = self._rank(hidden.flatten(0, 1)[at], roots, np.concatenate(wanted))
         ends = np.cumsum([counted.total for counted in answers])[:-1]
         parts = zip(*(np.split(table, ends) for table in found), strict=True)
         before_loops = iter([counted.before_loop for counted in answers])
@@ -156,40 +176,54 @@ class RankMeter:
             guessed = Guessed(tokens, answer.start, answer.has_ended, guesses, probability)
         return Continuation(text.prompt_id, text.temperature, ranks, num_before_loop, guessed)
 
-    def _hidden_states(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Return [B, T, H]; what a shorter sequence is padded with comes behind it."""
-        device = self._target.weight.device
+    def _padded(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Return [B, T]; what a shorter sequence is padded with comes behind it."""
         length = max(map(len, sequences))
         padded = [tokens + [0] * (length - len(tokens)) for tokens in sequences]
-        tokens = torch.tensor(padded, device=device)
-        return self._target.hidden(tokens, torch.arange(length, device=device)[None])
+        return torch.tensor(padded, device=self._target.weight.device)
+
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
+        """Return [B, T, H]."""
+        return self._target.hidden(
+            tokens, torch.arange(tokens.shape[1], device=tokens.device)[None]
+        )
 
     def _rank(
-        self, hidden: Tensor, states: NDArray[np.int64], wanted: NDArray[np.int64]
+        self, hidden: Tensor, roots: Tensor, wanted: NDArray[np.int64]
     ) -> tuple[Ranks, NDArray[np.int32], NDArray[np.float32]]:
-        """Look at the heads' logits of the ``hidden[states]``.
+        """Look at the heads' logits.
+
+        Args:
+            hidden: [P, H] states that the heads guess from.
+            roots: [P] the tokens after them.
+            wanted: [P, K] the tokens that the heads are to guess; each is the parent of the next.
 
         Returns:
-            [P, K] ranks of the tokens ``wanted`` [P, K]; [P, K, k] guesses and probabilities.
+            [P, K] ranks of the wanted tokens; [P, K, k] guesses and probabilities, as the heads
+            have them before a selector.
 
         """
         device = hidden.device
-        features = self._heads.features(hidden[torch.from_numpy(states).to(device)])
+        features = self._heads.features(hidden, roots)
         labels = torch.from_numpy(wanted).to(device)
+        parents = torch.cat((roots[:, None], labels), dim=1)
         ranks = torch.empty(wanted.shape, dtype=torch.int16, device=device)
         shape = (*wanted.shape, self._num_guesses)
         guesses = torch.empty(shape, dtype=torch.int32, device=device)
         probability = torch.empty(shape, dtype=torch.float32, device=device)
         size = chunk_size(self._target.vocab_size, device)
-        for chunk in torch.split(torch.arange(len(states), device=device), size):
+        selector, scale = self._heads.selector, self._heads.logit_scale
+        for chunk in torch.split(torch.arange(len(hidden), device=device), size):
             for head in range(self._heads.num_heads):
                 logits = self._heads.logits(features[head, chunk], head)
-                ranks[chunk, head] = rank_of(logits, labels[chunk, head]).to(torch.int16)
                 if self._num_guesses:
                     best = logits.float().topk(self._num_guesses, dim=-1)
                     totals = logits.float().logsumexp(dim=-1, keepdim=True)
                     guesses[chunk, head] = best.indices.to(torch.int32)
                     probability[chunk, head] = (best.values - totals).exp()
+                if selector is not None:
+                    logits = selector.rank_again(logits, parents[chunk, head], head, scale)
+                ranks[chunk, head] = rank_of(logits, labels[chunk, head]).to(torch.int16)
         return ranks.cpu().numpy(), guesses.cpu().numpy(), probability.cpu().numpy()
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:

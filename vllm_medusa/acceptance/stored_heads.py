@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads
 from vllm_medusa.heads.io.formats import LmHeadKind
+from vllm_medusa.heads.selector import Selector
 from vllm_medusa.target.frozen import FrozenTarget
 
 _LM_HEADS: dict[LmHeadKind, tuple[str, ...]] = {
@@ -23,14 +24,15 @@ class StoredHeads:
 
     Args:
         checkpoint: the heads.
-        target: whose lm_head the heads use if they have none of their own.
+        target: whose lm_head the heads use if they have none of their own, and whose embedding
+            they see the root by if they are root-aware.
 
     """
 
     def __init__(self, checkpoint: HeadsCheckpoint, target: FrozenTarget) -> None:
         device, dtype = target.weight.device, target.weight.dtype
         self.num_heads = checkpoint.spec.num_heads
-        self._blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
+        self._blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device).requires_grad_(False)
         # The matrices that project, first to last: [K, out, in], or [out, in] for all heads.
         self._weights = [
             checkpoint.tensors[name].to(device, dtype)
@@ -39,10 +41,18 @@ class StoredHeads:
         token_map = checkpoint.tensors.get("token_map")
         self._token_map = None if token_map is None else token_map.to(device)
         self._vocab_size = target.vocab_size
+        self._embedding = target.embedding
+        self.logit_scale = checkpoint.spec.logit_scale
+        self.selector: Selector | None = None
+        if checkpoint.spec.selector_rank is not None:
+            self.selector = Selector.from_tensors(checkpoint.tensors, dtype, device)
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """Apply the residual blocks: [N, H] to [K, N, H]."""
-        features: Tensor = self._blocks(hidden)
+    def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """Apply the residual blocks: [N, H] hidden states and [N] roots to [K, N, H]."""
+        is_aware = self._blocks.root is not None
+        features: Tensor = self._blocks(
+            hidden, F.embedding(roots, self._embedding) if is_aware else None
+        )
         return features
 
     def logits(self, features: Tensor, head: int) -> Tensor:

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> str:
 
 def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
     """Return the labelled lines of the description."""
+    from vllm_medusa.heads.selector import NUM_CANDIDATES
+
     spec = heads.spec
     num_bytes = sum(tensor.nbytes for tensor in heads.tensors.values())
     rows = [
@@ -64,6 +66,10 @@ def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
     if spec.draft_vocab_size is not None:
         lm_head += f", for {spec.draft_vocab_size} tokens of the vocabulary"
     rows.append(("lm_head", lm_head))
+    if spec.root_size is not None:
+        rows.append(("root-aware", f"yes, by embeddings of size {spec.root_size}"))
+    if spec.selector_rank is not None:
+        rows.append(("selector", f"of rank {spec.selector_rank}, among {NUM_CANDIDATES} guesses"))
     if spec.logit_scale != 1.0:
         rows.append(("logit scale", f"{spec.logit_scale:g}"))
     rows.append(("dtype", str(spec.dtype).removeprefix("torch.")))

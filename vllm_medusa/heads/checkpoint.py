@@ -1,5 +1,6 @@
 """Medusa heads of any published format in one canonical form."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class HeadsSpec:
         has_bias: whether the blocks' linear layers have biases.
         logit_scale: factor on the heads' logits.
         dtype: of the floating-point tensors.
+        root_size: E, of the target's token embeddings, if the heads are root-aware, else None.
+        selector_rank: r, of the selector's tables, if the heads have one, else None.
     """
 
     source_format: SourceFormat
@@ -39,6 +42,8 @@ class HeadsSpec:
     has_bias: bool
     logit_scale: float
     dtype: torch.dtype
+    root_size: int | None = None
+    selector_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class HeadsCheckpoint:
             `blocks.weight` [K, L, H, H] (out, in), `blocks.bias` [K, L, H] if `spec.has_bias`;
             `lm_head.weight` [K, V, H] (own) or [V, H] (common); `lm_head.down` [K, rank, H] and
             `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
-            ids, if `spec.draft_vocab_size` is set.
+            ids, if `spec.draft_vocab_size` is set; `root.weight` [K, H, E] (out, in) of root-aware
+            heads; `selector.parent` and `selector.child` [vocab_size, r] and `selector.depth`
+            [K, r] of heads with a selector.
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.
@@ -64,3 +71,11 @@ class HeadsCheckpoint:
     tree_schedule: TreeSchedule | None = None
     base_model: str | None = None
     notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(name.encode())
+            digest.update(self.tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]

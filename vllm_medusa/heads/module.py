@@ -3,6 +3,10 @@
 A Medusa head (Cai et al., 2024, section 3.1.1) is a residual block `x + SiLU(W x + b)`, or several
 in a row, followed by a projection onto the vocabulary. The blocks are small and the heads few, so
 per-head calls would cost more than their arithmetic.
+
+Root-aware heads also see the root, the token that follows the hidden state's own and that the
+target has just sampled: its embedding goes through a matrix per head and is added to the hidden
+state, before the first block.
 """
 
 from collections.abc import Mapping
@@ -25,6 +29,7 @@ class MedusaHeads(nn.Module):
         num_layers: L, residual blocks per head.
         hidden_size: H, of the target's final hidden states.
         bias: whether the blocks' linear layers have biases.
+        root_size: E, of the target's token embeddings, if the heads are root-aware.
         dtype: of the parameters.
         device: of the parameters.
     """
@@ -36,6 +41,7 @@ class MedusaHeads(nn.Module):
         hidden_size: int,
         *,
         bias: bool,
+        root_size: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
@@ -46,6 +52,10 @@ class MedusaHeads(nn.Module):
         shape = (num_layers, num_heads, hidden_size)
         self.weight = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)) if bias else None
+        self.root = None
+        if root_size is not None:
+            root = torch.zeros(num_heads, hidden_size, root_size, dtype=dtype, device=device)
+            self.root = nn.Parameter(root)
 
     @classmethod
     def from_checkpoint(
@@ -66,11 +76,20 @@ class MedusaHeads(nn.Module):
     ) -> "MedusaHeads":
         """Build blocks of canonical tensors (`HeadsCheckpoint`), converted to `dtype`."""
         weight, bias = tensors["blocks.weight"], tensors.get("blocks.bias")
-        heads = cls(*weight.shape[:3], bias=bias is not None, dtype=dtype, device=device)
+        root = tensors.get("root.weight")
+        heads = cls(
+            *weight.shape[:3],
+            bias=bias is not None,
+            root_size=None if root is None else root.shape[2],
+            dtype=dtype,
+            device=device,
+        )
         with torch.no_grad():
             heads.weight.copy_(weight.transpose(0, 1))
             if heads.bias is not None:
                 heads.bias.copy_(tensors["blocks.bias"].transpose(0, 1))
+            if heads.root is not None:
+                heads.root.copy_(tensors["root.weight"])
         return heads
 
     def canonical_tensors(self) -> dict[str, Tensor]:
@@ -78,18 +97,25 @@ class MedusaHeads(nn.Module):
         tensors = {"blocks.weight": self.weight.detach().transpose(0, 1).contiguous()}
         if self.bias is not None:
             tensors["blocks.bias"] = self.bias.detach().transpose(0, 1).contiguous()
+        if self.root is not None:
+            tensors["root.weight"] = self.root.detach()
         return tensors
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, roots: Tensor | None = None) -> Tensor:
         """Compute the features that the lm_heads read.
 
         Args:
             hidden: [B, H], the target's final hidden states (after its last norm).
+            roots: [B, E], the target's embedding of the token after each; root-aware heads need it,
+                others take none.
 
         Returns:
             [K, B, H]
         """
         x = hidden.expand(self.weight.shape[1], -1, -1)
+        if self.root is not None:
+            assert roots is not None, "root-aware heads see the root"
+            x = torch.baddbmm(x, roots.expand(len(self.root), -1, -1), self.root.transpose(1, 2))
         for layer, weight in enumerate(self.weight):
             w = weight.transpose(1, 2)
             if self.bias is None:

@@ -17,7 +17,7 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
 from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.files import open_store
-from vllm_medusa.heads.io.formats import Plan, make_plan, select_heads
+from vllm_medusa.heads.io.formats import ROOT, SELECTOR, Plan, make_plan, select_heads
 from vllm_medusa.heads.io.headers import read_headers
 from vllm_medusa.heads.io.resolve import resolve
 from vllm_medusa.heads.io.spec import compare_config, make_spec, rows_name
@@ -139,6 +139,8 @@ class HeadsReader:
         """
         if self._is_common(name):
             return self._rows(name, (), 0, None).to(self.spec.dtype)
+        if name in ("selector.parent", "selector.child"):
+            return self._part(name).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
         lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
         if name.startswith("blocks."):
@@ -152,9 +154,13 @@ class HeadsReader:
         return whole
 
     def read_blocks(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
-        """Read the canonical tensors of the first heads' residual blocks; see `read`."""
-        names = [name for name in self._stored if name.startswith("blocks.")]
+        """Read the canonical tensors that `MedusaHeads` is made of, of the first heads."""
+        names = [name for name in self._stored if name.startswith("blocks.") or name in ROOT]
         return {name: self.read(name, num_heads) for name in names}
+
+    def read_selector(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
+        """Read the canonical tensors of the selector for the first heads; none if there is none."""
+        return {name: self.read(name, num_heads) for name in SELECTOR if name in self._stored}
 
     def read_rows(self, head: int, start: int, stop: int) -> torch.Tensor:
         """Read rows of a head's lm_head (of its factor `up`, if low-rank), nothing else.

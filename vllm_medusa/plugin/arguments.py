@@ -27,6 +27,16 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
+_STATIC_ON_V2 = (
+    "on Model Runner V2",
+    "but tree='auto' is 'static' on Model Runner V2",
+    "use tree='dynamic'",
+)
+_STATIC_WITH_SELECTOR = (
+    "for heads with a selector: dynamic trees give a guess one probability, whatever its parent",
+    "which heads with a selector do not have",
+    "use heads without a selector",
+)
 
 logger = plugin_logger(__name__)
 
@@ -66,9 +76,12 @@ def wrap_create_engine_config(original: Any) -> Any:
         check_before(self, WORKER_CLASS)
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
+        if config.dynamic and heads.spec.selector_rank is not None:
+            request = _static(request, *_STATIC_WITH_SELECTOR)
+            config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
         if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
-            config = _resolve(self, _static(request), heads)
+            config = _resolve(self, _static(request, *_STATIC_ON_V2), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
@@ -139,19 +152,27 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
     )
 
 
-def _static(request: MedusaOptions) -> MedusaOptions:
-    """Return what ``tree="auto"`` means on Model Runner V2.
+def _static(request: MedusaOptions, where: str, but: str, remedy: str) -> MedusaOptions:
+    """Return what ``tree="auto"`` means where dynamic trees are not, or not the default.
+
+    Args:
+        request: that means dynamic trees.
+        where: that is.
+        but: the same as part of an error.
+        remedy: to have dynamic trees.
 
     Raises:
-        UserError: if values are given that dynamic trees alone have.
+        UserError: if dynamic trees are asked for, or values given that they alone have.
 
     """
-    for key, value in request.dynamic_values.items():
+    given = dict(request.dynamic_values)
+    if request.tree != AUTO:
+        given["tree"] = request.tree
+    for key, value in given.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, but tree='auto' is 'static' on Model "
-            f"Runner V2; use tree='dynamic' or leave {key} out"
+            f"{key}={shown(value)} is for dynamic trees, {but}; leave {key} out, or {remedy}"
         )
-    logger.info("Medusa: tree='auto' is 'static' on Model Runner V2")
+    logger.info(f"Medusa: tree='auto' is 'static' {where}")
     return dataclasses.replace(request, tree=STATIC)
 
 

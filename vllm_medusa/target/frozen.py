@@ -29,6 +29,7 @@ class FrozenTarget:
     Attributes:
         model: the whole model.
         weight: [V, H], of its lm_head.
+        embedding: [V, E], of its input embedding, as it is stored.
         hidden_size, vocab_size: H and V.
         max_tokens: its largest number of positions.
     """
@@ -45,6 +46,7 @@ class FrozenTarget:
                 "lm_head; name a causal language model"
             )
         self.weight: Tensor = self._lm_head.weight
+        self.embedding: Tensor = model.get_input_embeddings().weight
         self.vocab_size, self.hidden_size = self.weight.shape
         config = model.config.get_text_config()
         self.max_tokens: int = getattr(config, "max_position_embeddings", None) or 2**20

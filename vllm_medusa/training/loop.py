@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
+from vllm_medusa.heads import load_heads
 from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.target.config import read_target
-from vllm_medusa.target.frozen import load_target
+from vllm_medusa.target.frozen import FrozenTarget, load_target
 from vllm_medusa.training.dataset import Dataset, load_dataset
 from vllm_medusa.training.evaluate import expected_acceptance, held_out_texts
 from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
-from vllm_medusa.training.model import TrainableHeads
+from vllm_medusa.training.model import HeadsAsTheyAre, TrainableHeads, TrainedHeads
 from vllm_medusa.training.optimizer import HeadsOptimizer, rate_factor
 from vllm_medusa.training.packing import Batches
 from vllm_medusa.training.run_directory import RunDirectory
@@ -31,7 +32,7 @@ from vllm_medusa.training.settings import TrainSettings
 _LOGGER = logging.getLogger(__name__)
 
 # What a run may find under another name and still be the same run: fingerprints stand for them.
-_NAMES = ("model", "revision", "data")
+_NAMES = ("model", "revision", "data", "heads")
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Outcome:
         num_steps, tokens_per_step: of training; tokens with their padding.
     """
 
-    heads: TrainableHeads
+    heads: TrainedHeads
     continuations: list[Continuation]
     history: History
     num_steps: int
@@ -118,7 +119,8 @@ class Training:
                 self.target.max_tokens,
             )
         end_tokens = read_target(settings.model, revision=settings.revision).end_tokens
-        self._held_out = held_out_texts(self.dataset.held_out, end_tokens, settings.num_heads)
+        self._heads, heads_fingerprint = _make_heads(settings, self.target)
+        self._held_out = held_out_texts(self.dataset.held_out, end_tokens, self._heads.num_heads)
         self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
         if compile_target:
             self.target.compile((self._batches.num_sequences, self._batches.sequence_length))
@@ -130,10 +132,10 @@ class Training:
             **{name: value for name, value in asdict(settings).items() if name not in _NAMES},
             "target_fingerprint": self.target.fingerprint(),
             "data_fingerprint": self.dataset.fingerprint,
+            "heads_fingerprint": heads_fingerprint,
             "num_processes": self._accelerator.num_processes,
             "compile": compile_target,
         }
-        self._heads = TrainableHeads(settings, self.target.weight)
         self._optimizer = HeadsOptimizer(self._heads, settings)
         self._history = History()
 
@@ -194,7 +196,7 @@ class Training:
             for sequences in all_sequences
         ]
         scale = 1 / sum(learnt)
-        losses = torch.zeros(settings.num_heads, device=accelerator.device)
+        losses = torch.zeros(self._heads.num_heads, device=accelerator.device)
         for index in range(rank, len(all_sequences), num_processes):
             batch = self._batches.build(all_sequences[index])
             if settings.loss_positions < 1:
@@ -259,6 +261,18 @@ class Training:
             num_steps=self.num_steps,
             tokens_per_step=self.tokens_per_step,
         )
+
+
+def _make_heads(settings: TrainSettings, target: FrozenTarget) -> tuple[TrainedHeads, str | None]:
+    """Make the heads to train, and a hash of those that stay as they are."""
+    if settings.heads is None:
+        return TrainableHeads(settings, target), None
+    checkpoint = load_heads(
+        settings.heads,
+        target_hidden_size=target.hidden_size,
+        target_vocab_size=target.vocab_size,
+    )
+    return HeadsAsTheyAre(checkpoint, settings, target), checkpoint.fingerprint()
 
 
 def curve(history: History, num_points: int = 200) -> Iterator[tuple[int, list[float]]]:

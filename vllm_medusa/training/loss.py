@@ -9,20 +9,22 @@ runs once at the end, from the features' gradient.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
-from vllm_medusa.training.model import TrainableHeads
+from vllm_medusa.training.model import TrainedHeads
 from vllm_medusa.training.packing import Batch
+from vllm_medusa.training.selector_loss import SelectorLoss
 from vllm_medusa.training.settings import TrainSettings
 
 
 def accumulate_gradients(
-    heads: TrainableHeads,
+    heads: TrainedHeads,
     target: FrozenTarget,
     batch: Batch,
     settings: TrainSettings,
@@ -33,7 +35,7 @@ def accumulate_gradients(
 
     The gradient is that of ``scale * sum over heads k of decay^k * sum over learnt tokens of the
     head's loss`` (paper, section 2.2.1), where a token counts for a head if the position that the
-    head would predict it from lies in the same document.
+    head would predict it from lies in the same document. A selector learns from the same tokens.
 
     Args:
         heads: to be trained.
@@ -44,63 +46,108 @@ def accumulate_gradients(
         chunk: C; chosen by the vocabulary if None.
 
     Returns:
-        [K] float32, each head's scaled loss, without its decay. KL is counted without the target's
-        entropy, which no head changes: it is the cross entropy to the target's distribution.
+        [K] float32, each head's scaled loss, without its decay; the selector's if it is trained
+        alone. KL is counted without the target's entropy, which no head changes: it is the cross
+        entropy to the target's distribution.
     """
     hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
-    features = heads.features(hidden)
+    # The root of a document's last position is not known; nothing is learnt from that position.
+    features = heads.features(hidden, batch.tokens.flatten().roll(-1))
+    trains_heads = features.requires_grad
     values = features.detach()
-    gradient = torch.zeros_like(values)
+    gradient = torch.zeros_like(values) if trains_heads else None
     losses = torch.zeros(heads.num_heads, device=hidden.device)
-    chunk = chunk or chunk_size(target.vocab_size, hidden.device)
-    labels = batch.tokens.flatten()
-    chunks = zip(torch.split(batch.learnt, chunk), torch.split(batch.depth, chunk), strict=True)
+    selector_loss = None
+    if heads.selector is not None:
+        selector_loss = SelectorLoss(heads.selector, heads.logit_scale)
+    for k, position, rows in _chunks(heads, target, batch, settings, hidden, values, chunk):
+        if gradient is None:
+            _add_guesses(selector_loss, k, heads.logits(rows.features, k), rows)
+            continue
+        weight = scale * settings.decay**k
+        loss, gradient[k, position] = _head_backward(heads, k, rows, weight, selector_loss)
+        losses[k] += loss * scale
+    if gradient is not None:
+        torch.autograd.backward(features, gradient)
+    if selector_loss is None:
+        return losses
+    of_selector = selector_loss.backward(scale, settings.decay)
+    return losses if trains_heads else of_selector
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """C predicted tokens of one head.
+
+    Attributes:
+        features: [C, H] of the positions that predict.
+        parents: [C] int64 tokens before the predicted ones.
+        labels: [C] int64 tokens to predict.
+        wanted: [C, V] float32, the target's distribution, for KL; None for cross entropy.
+    """
+
+    features: Tensor
+    parents: Tensor
+    labels: Tensor
+    wanted: Tensor | None
+
+
+def _chunks(
+    heads: TrainedHeads,
+    target: FrozenTarget,
+    batch: Batch,
+    settings: TrainSettings,
+    hidden: Tensor,
+    features: Tensor,
+    size: int | None,
+) -> Iterator[tuple[int, Tensor, _Rows]]:
+    """Yield heads with chunks of what they predict and the positions [C] that they do it from."""
+    size = size or chunk_size(target.vocab_size, hidden.device)
+    tokens = batch.tokens.flatten()
+    chunks = zip(torch.split(batch.learnt, size), torch.split(batch.depth, size), strict=True)
     for learnt, depth in chunks:
-        label = labels[learnt + 1]
         wanted = None
         if settings.loss == "kl":
             wanted = _softmax(target.logits(hidden[learnt]) / settings.kl_temperature)
         for k in range(heads.num_heads):
             known = depth > k
             position = (learnt - 1 - k)[known]
-            target_rows = wanted if wanted is None or known.all() else wanted[known]
-            weight = scale * settings.decay**k
-            loss, row_gradient = _head_backward(
-                heads, k, values[k, position], label[known], target_rows, weight
+            rows = _Rows(
+                features=features[k, position],
+                parents=tokens[learnt[known]],
+                labels=tokens[learnt[known] + 1],
+                wanted=wanted if wanted is None or known.all() else wanted[known],
             )
-            gradient[k, position] = row_gradient
-            losses[k] += loss * scale
-    torch.autograd.backward(features, gradient)
-    return losses
+            yield k, position, rows
+
+
+def _add_guesses(loss: SelectorLoss | None, head: int, logits: Tensor, rows: _Rows) -> None:
+    if loss is not None:
+        loss.add(head, logits, rows.parents, rows.labels, rows.wanted)
 
 
 def _head_backward(
-    heads: TrainableHeads,
-    head: int,
-    features: Tensor,
-    labels: Tensor,
-    wanted: Tensor | None,
-    weight: float,
+    heads: TrainedHeads, head: int, rows: _Rows, weight: float, selector_loss: SelectorLoss | None
 ) -> tuple[Tensor, Tensor]:
     """Go forward and back through one head's lm_head for one chunk of predicted tokens.
 
     Args:
         heads: whose lm_heads get their gradient, where they are trained.
         head: k.
-        features: [C, H] of the positions that predict.
-        labels: [C] int64 tokens to predict, for cross entropy.
-        wanted: [C, V] float32, the target's distribution, for KL; None for cross entropy.
+        rows: what to predict, from which features.
         weight: factor on the gradient.
+        selector_loss: takes the head's guesses, if there is a selector.
 
     Returns:
         the summed loss (a scalar), and the gradient [C, H] of ``weight * loss`` by the features.
     """
-    features.requires_grad_(True)
-    logits = heads.logits(features, head)
-    loss = _into_gradient(logits.detach(), labels, wanted, weight)
+    rows.features.requires_grad_(True)
+    logits = heads.logits(rows.features, head)
+    _add_guesses(selector_loss, head, logits.detach(), rows)
+    loss = _into_gradient(logits.detach(), rows.labels, rows.wanted, weight)
     torch.autograd.backward(logits, logits.detach())
-    assert features.grad is not None
-    return loss, features.grad
+    assert rows.features.grad is not None
+    return loss, rows.features.grad
 
 
 def draw_learnt(batch: Batch, count: int, seed: list[int]) -> Batch:

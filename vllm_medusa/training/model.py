@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vllm_medusa.acceptance.stored_heads import StoredHeads
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.selector import Selector
+from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.settings import TrainSettings
 
 _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
@@ -23,23 +29,32 @@ class TrainableHeads(nn.Module):
 
     Args:
         settings: the heads' number and kind.
-        lm_head: [V, H], the target's; used as it is by shared heads, and never trained.
+        target: whose lm_head they use or start from and whose embedding root-aware heads see the
+            root by; neither is trained.
 
     Raises:
-        UserError: the rank is above the hidden size.
+        UserError: a rank is above the hidden size.
     """
 
-    def __init__(self, settings: TrainSettings, lm_head: Tensor) -> None:
+    logit_scale = 1.0
+
+    def __init__(self, settings: TrainSettings, target: FrozenTarget) -> None:
         super().__init__()
+        lm_head = target.weight
         self.lm_head_kind = settings.lm_head
         self.blocks = MedusaHeads(
             settings.num_heads,
             settings.num_layers,
             lm_head.shape[1],
             bias=True,
+            root_size=target.embedding.shape[1] if settings.root_aware else None,
             dtype=torch.float32,
             device=lm_head.device,
         )
+        self.selector: Selector | None = None
+        if settings.selector:
+            self.selector = new_selector(settings, target, settings.num_heads)
+        self._embedding = target.embedding.detach()
         self._shared = lm_head.detach()  # a plain tensor: no parameter of this module
         if settings.lm_head == "own":
             self.weight = _copies(lm_head.float(), settings.num_heads)
@@ -59,11 +74,20 @@ class TrainableHeads(nn.Module):
         """K."""
         return self.blocks.weight.shape[1]
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """Apply the blocks, with products in the dtype of `hidden`: [N, H] to [K, N, H]."""
+    def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """Apply the blocks, with products in the dtype of `hidden`.
+
+        Args:
+            hidden: [N, H] states.
+            roots: [N] int64, the token after each.
+
+        Returns:
+            [K, N, H]
+        """
         low = hidden.dtype != torch.float32
+        seen = None if self.blocks.root is None else F.embedding(roots, self._embedding)
         with torch.autocast(hidden.device.type, dtype=hidden.dtype if low else None, enabled=low):
-            features: Tensor = self.blocks(hidden)
+            features: Tensor = self.blocks(hidden, seen)
         return features
 
     def factors(self, head: int) -> list[Tensor]:
@@ -83,6 +107,8 @@ class TrainableHeads(nn.Module):
     def checkpoint(self, dtype: torch.dtype, base_model: str) -> HeadsCheckpoint:
         """Return the heads as they are written, in `dtype`."""
         tensors = dict(self.blocks.canonical_tensors())
+        if self.selector is not None:
+            tensors |= self.selector.canonical_tensors()
         if self.lm_head_kind == "own":
             tensors["lm_head.weight"] = torch.stack(list(self.weight)).detach()
         elif self.lm_head_kind == "low-rank":
@@ -98,16 +124,89 @@ class TrainableHeads(nn.Module):
             draft_vocab_size=None,
             lm_head=_KINDS[self.lm_head_kind],  # type: ignore[arg-type]
             has_bias=True,
-            logit_scale=1.0,
+            logit_scale=self.logit_scale,
             dtype=dtype,
+            root_size=None if self.blocks.root is None else self.blocks.root.shape[2],
+            selector_rank=None if self.selector is None else self.selector.rank,
         )
         stored = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
         return HeadsCheckpoint(spec, stored, base_model=base_model)
 
 
+class HeadsAsTheyAre(nn.Module):
+    """Heads of a checkpoint, which stay as they are, with a selector that is trained in float32.
+
+    Args:
+        checkpoint: the heads; a selector that they have is left out.
+        settings: of the training.
+        target: that the heads were made for.
+
+    Raises:
+        UserError: the selector's rank is above the size of the target's embeddings.
+    """
+
+    blocks = None
+
+    def __init__(
+        self, checkpoint: HeadsCheckpoint, settings: TrainSettings, target: FrozenTarget
+    ) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        stored = StoredHeads(checkpoint, target)
+        self.num_heads, self.logit_scale = stored.num_heads, stored.logit_scale
+        self.features, self.logits = stored.features, stored.logits
+        self.selector = new_selector(settings, target, stored.num_heads)
+
+    def checkpoint(self, dtype: torch.dtype, base_model: str) -> HeadsCheckpoint:
+        """Return the heads with the selector, all in the heads' own dtype, without their trees.
+
+        The trees are of the ranks that guesses had before.
+        """
+        spec = self._checkpoint.spec
+        tensors = self.selector.canonical_tensors()
+        stored = {name: tensor.to("cpu", spec.dtype) for name, tensor in tensors.items()}
+        return HeadsCheckpoint(
+            replace(
+                spec,
+                source_format="native",
+                vocab_size=len(self.selector.parent),
+                selector_rank=self.selector.rank,
+            ),
+            self._checkpoint.tensors | stored,
+            base_model=base_model,
+        )
+
+
+TrainedHeads = TrainableHeads | HeadsAsTheyAre
+
+
+def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) -> Selector:
+    """Make a selector that knows tokens from each other by the target's embedding of them.
+
+    Its parents' table is what the embedding's first principal axes, not centred, say of each token,
+    each axis scaled to a mean square of one. So what is learnt of a token holds for its likes too.
+
+    Raises:
+        UserError: its rank is above the size of the target's embeddings.
+    """
+    rank, size = settings.selector_rank, target.embedding.shape[1]
+    if rank > size:
+        raise UserError(
+            f"--selector-rank {rank}: the target's embeddings have a size of {size}; give a "
+            "smaller rank"
+        )
+    exact = target.embedding.detach().double()
+    _, axes = torch.linalg.eigh(exact.T @ exact)
+    table = exact @ axes[:, -rank:].flip(1)
+    table /= table.square().mean(dim=0).clamp(min=1e-12).sqrt()
+    return Selector(table.float(), num_heads)
+
+
 def write_format_of(checkpoint: HeadsCheckpoint) -> WriteFormat:
     """Return the published format where it can hold the heads, our own where it cannot."""
-    if checkpoint.spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
+    spec = checkpoint.spec
+    sees_tokens = spec.root_size is not None or spec.selector_rank is not None
+    if sees_tokens or spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
         return "native"
     return "tgi"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_medusa.training.model import TrainableHeads
+from vllm_medusa.training.model import TrainedHeads
 from vllm_medusa.training.settings import TrainSettings
 
 _BETAS = (0.9, 0.95)
@@ -28,27 +28,29 @@ def rate_factor(step: int, num_steps: int, warmup: float) -> float:
 class HeadsOptimizer:
     """The optimizer of the settings over the heads' parameters.
 
-    With Muon (`torch.optim.Muon`, rates matched to AdamW's), each block's matrix is orthogonalised
-    on its own, so it sees views of the stacked weights; biases and lm_heads get AdamW.
+    With Muon (`torch.optim.Muon`, rates matched to AdamW's), each block's matrix, and each on the
+    root, is orthogonalised on its own, so it sees views of the stacked weights; biases, lm_heads
+    and selectors get AdamW.
 
     Args:
         heads: to be trained.
         settings: which optimizer and rates.
     """
 
-    def __init__(self, heads: TrainableHeads, settings: TrainSettings) -> None:
+    def __init__(self, heads: TrainedHeads, settings: TrainSettings) -> None:
         self._parameters = list(heads.parameters())
         self._clip, self._peak = settings.clip, settings.lr
-        self._blocks = heads.blocks.weight
-        self._muon_views: list[nn.Parameter] = []
+        stacked, bias = _of_blocks(heads)
+        self._by_muon = stacked if settings.optimizer == "muon" else []
+        self._muon_views = [
+            nn.Parameter(view) for parameter in self._by_muon for view in _matrices(parameter.data)
+        ]
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
         for parameter in self._parameters:
-            if parameter is heads.blocks.bias:
+            if parameter is bias:
                 vectors.append(parameter)
-            elif parameter is self._blocks and settings.optimizer == "muon":
-                self._muon_views = [nn.Parameter(view) for view in parameter.data.flatten(0, 1)]
-            else:
+            elif not any(parameter is other for other in self._by_muon):
                 matrices.append(parameter)
         decay = settings.weight_decay
         groups: list[dict[str, Any]] = [
@@ -82,8 +84,12 @@ class HeadsOptimizer:
         """
         nn.utils.clip_grad_norm_(self._parameters, self._clip)
         if self._muon_views:
-            assert self._blocks.grad is not None
-            gradients = self._blocks.grad.flatten(0, 1)
+            gradients = [
+                gradient
+                for parameter in self._by_muon
+                if parameter.grad is not None
+                for gradient in _matrices(parameter.grad)
+            ]
             for view, gradient in zip(self._muon_views, gradients, strict=True):
                 view.grad = gradient
         for optimizer in self._optimizers:
@@ -101,3 +107,16 @@ class HeadsOptimizer:
         """Take over what `state` returned."""
         for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def _of_blocks(heads: TrainedHeads) -> tuple[list[nn.Parameter], nn.Parameter | None]:
+    """The stacked matrices and the biases of heads that are trained."""
+    blocks = heads.blocks
+    if blocks is None:
+        return [], None
+    return [blocks.weight] + ([] if blocks.root is None else [blocks.root]), blocks.bias
+
+
+def _matrices(stacked: Tensor) -> Tensor:
+    """[..., out, in] to [count, out, in]."""
+    return stacked.flatten(0, -3)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.settings import Share, settings
+from vllm_medusa.settings import Share, flag_of, settings
 from vllm_medusa.target.precision import fast_dtype
 
 
@@ -34,6 +34,16 @@ class TrainSettings:
     """The target's, a copy per head, or two factors per head."""
     rank: PositiveInt | None = None
     """Of the two factors; for --lm-head low-rank only."""
+    root_aware: bool = False
+    """Let the heads see the root, the token that the target has just sampled."""
+    selector: bool = False
+    """Train a selector too, which ranks a head's best guesses again by the token before."""
+    selector_only: bool = False
+    """Train a selector alone, for the heads of --heads."""
+    selector_rank: PositiveInt = 64
+    """Of the selector's tables."""
+    heads: str | None = None
+    """Heads that stay as they are; for --selector-only."""
     loss: Literal["kl", "ce"] = "kl"
     """Learn the target's distribution (kl) or the rows' tokens (ce)."""
     kl_temperature: PositiveFloat = 1.0
@@ -85,6 +95,18 @@ class TrainSettings:
                 f"--lm-head {self.lm_head} with --rank {self.rank}: give --rank with --lm-head "
                 "low-rank and with that only"
             )
+        if (self.heads is None) == self.selector_only:
+            raise UserError("give --heads with --selector-only and with that only")
+        if self.selector_only:
+            self._check_trains_no_heads()
+
+    def _check_trains_no_heads(self) -> None:
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name in ("num_heads", "num_layers", "lm_head", "root_aware"):
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"{flag_of(type(self), name)}: --selector-only trains no heads; leave it out"
+                )
 
 
 def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:

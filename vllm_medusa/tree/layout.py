@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.step_trees import path_starts
+
+
+@dataclass(frozen=True)
+class Level:
+    """The n draft nodes of one depth, and the m nodes that they hang below.
+
+    Attributes:
+        nodes: [n] int64.
+        parents: [m] int64, each once; 0 is the root.
+        parent_places: [n] int64, place of each node's parent among these.
+        ranks: [n] int64, rank of each node among its parent's guesses.
+
+    """
+
+    nodes: Tensor
+    parents: Tensor
+    parent_places: Tensor
+    ranks: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,17 @@ class TreeLayout:
             ranks=torch.tensor([path[-1] for path in tree.paths], device=device),
             heads=torch.tensor([len(path) - 1 for path in tree.paths], device=device),
         )
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The nodes by depth, from 1."""
+        above = torch.tensor(self.parents, device=self.ranks.device)
+        levels = []
+        for head in range(self.tree.depth):
+            places = (self.heads == head).nonzero().flatten()
+            parents, parent_places = torch.unique(above[places], return_inverse=True)
+            levels.append(Level(places + 1, parents, parent_places, self.ranks[places]))
+        return tuple(levels)
 
     @property
     def num_paths(self) -> int:

@@ -8,6 +8,8 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.files import read_json
 
 NATIVE_FORMAT = "vllm_medusa.heads/1"
+#: Of heads that see the last token or have a selector: a reader of the first format refuses it.
+NATIVE_FORMAT_2 = "vllm_medusa.heads/2"
 
 
 class ConfigFile:
@@ -25,10 +27,10 @@ class ConfigFile:
         nested = values.get("medusa")
         self._values: dict[str, Any] = values | (nested if isinstance(nested, dict) else {})
         written_as = self._values.get("format", NATIVE_FORMAT)
-        if written_as != NATIVE_FORMAT:
+        if written_as not in (NATIVE_FORMAT, NATIVE_FORMAT_2):
             raise UserError(
-                f"{path}: format is {written_as!r}, this version reads {NATIVE_FORMAT!r}; update "
-                "vllm-medusa"
+                f"{path}: format is {written_as!r}, this version reads {NATIVE_FORMAT!r} and "
+                f"{NATIVE_FORMAT_2!r}; update vllm-medusa"
             )
 
     def flag(self, name: str) -> bool:

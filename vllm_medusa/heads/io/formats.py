@@ -12,7 +12,9 @@ vllm            F4    `blocks.{h}.layers.{l}.weight|bias`, `lm_heads.{h}.weight`
                       place
 modelopt        F5    as F1 with the prefix `medusa_heads.` beside the backbone
 native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight` or
-                      `lm_head.weight` or `lm_heads.down` and `lm_heads.up`, `token_map`
+                      `lm_head.weight` or `lm_heads.down` and `lm_heads.up`, `token_map`; of
+                      root-aware heads `root.weight`; of heads with a selector
+                      `selector.parent`, `selector.child` and `selector.depth`
 =============== ===== =============================================================================
 
 Any of them may carry one of `PREFIXES`. The canonical tensors are those of `HeadsCheckpoint`.
@@ -31,6 +33,8 @@ LmHeadKind = Literal["own", "common", "target", "low_rank"]
 NameStyle = Literal["sequential", "vllm", "native"]
 
 PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.")
+SELECTOR = ("selector.parent", "selector.child", "selector.depth")
+ROOT = ("root.weight",)
 
 _BLOCK: dict[NameStyle, re.Pattern[str]] = {
     "sequential": re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)"),
@@ -76,7 +80,7 @@ def expected_names(
     num_layers: int,
     lm_head: LmHeadKind,
     has_bias: bool,
-    token_map: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> dict[str, Slot]:
     """Return every tensor name of complete heads in one style, and what each of them is.
 
@@ -86,7 +90,8 @@ def expected_names(
         num_layers: residual blocks per head.
         lm_head: which lm_heads the heads have.
         has_bias: whether the blocks have biases.
-        token_map: the tensors that restrict the draft vocabulary: `token_map`, or `d2t` and `t2d`.
+        others: tensors that are called like their canonical selves: those that restrict the draft
+            vocabulary (`token_map`, or `d2t` and `t2d`), of root-aware heads and of a selector.
     """
     heads, layers = range(num_heads), range(num_layers)
     kinds = ("weight", "bias") if has_bias else ("weight",)
@@ -112,7 +117,7 @@ def expected_names(
             names |= {own.format(h): ("lm_head.weight", (h,)) for h in heads}
         elif lm_head == "common":
             names["lm_head.weight"] = ("lm_head.weight", ())
-    return names | {name: (name, ()) for name in token_map}
+    return names | {name: (name, ()) for name in others}
 
 
 def select_heads(keys: Iterable[str]) -> Collection[str]:
@@ -195,7 +200,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         num_layers=num_layers,
         lm_head=lm_head,
         has_bias=any(match["kind"] == "bias" for match in _matches(_BLOCK[style], names)),
-        token_map=[] if style == "sequential" else _token_map_names(names),
+        others=_other_names(style, names),
     )
     if style == "vllm" and original_lm_head and "lm_heads.0.weight" in names:
         # vLLM's loader reads it as the one lm_head of all heads.
@@ -259,10 +264,14 @@ def _lm_head_kind(style: NameStyle, names: dict[str, str], original_lm_head: boo
     return "target" if original_lm_head else "own"
 
 
-def _token_map_names(names: Collection[str]) -> tuple[str, ...]:
-    if "token_map" in names:
-        return ("token_map",)
-    return ("d2t", "t2d") if "d2t" in names or "t2d" in names else ()
+def _other_names(style: NameStyle, names: Collection[str]) -> list[str]:
+    """The tensors beside blocks and lm_heads that complete heads with some of them have."""
+    groups: list[tuple[str, ...]] = []
+    if style != "sequential":
+        groups.append(("token_map",) if "token_map" in names else ("d2t", "t2d"))
+    if style == "native":
+        groups += [ROOT, SELECTOR]
+    return [name for group in groups if any(part in names for part in group) for name in group]
 
 
 def _source_format(

@@ -20,6 +20,10 @@ _DIMENSIONS = {
     "token_map": ("draft_vocab_size",),
     "d2t": ("draft_vocab_size",),
     "t2d": ("target_vocab_size",),
+    "root.weight": ("num_heads", "hidden_size", "embedding_size"),
+    "selector.parent": ("target_vocab_size", "selector_rank"),
+    "selector.child": ("target_vocab_size", "selector_rank"),
+    "selector.depth": ("num_heads", "selector_rank"),
 }
 _INDEX_TENSORS = ("token_map", "d2t", "t2d")
 

@@ -33,6 +33,12 @@ def make_spec(
     """
     vocab_size, draft_vocab_size = _vocab(location, headers, config, target_vocab_size)
     num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    selector = headers.get("selector.parent")
+    if selector is not None and selector.shape[0] != (vocab_size or selector.shape[0]):
+        raise UserError(
+            f"{location}: the selector's tables have {selector.shape[0]} rows, the vocabulary has "
+            f"{vocab_size}; export the heads again"
+        )
     config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
     dtype = headers["blocks.weight"].dtype
     for header in headers.values():
@@ -43,12 +49,14 @@ def make_spec(
         num_heads=num_heads,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size if selector is None else selector.shape[0],
         draft_vocab_size=draft_vocab_size,
         lm_head=plan.lm_head,
         has_bias="blocks.bias" in headers,
         logit_scale=config.logit_scale(),
         dtype=dtype,
+        root_size=headers["root.weight"].shape[2] if "root.weight" in headers else None,
+        selector_rank=None if selector is None else selector.shape[1],
     )
 
 

@@ -11,7 +11,8 @@ fasterdecoding own                       as zeros  no         no           1, or
 tgi            own, target               as zeros  no         no           any; 1 with the target's
 ============== ========================= ========= ========== ============ ======================
 
-One lm_head common to all heads is written as each head's own where the format has no other way.
+Only native holds root-aware heads and a selector. One lm_head common to all heads is written as
+each head's own where the format has no other way.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from safetensors.torch import save_file
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
-from vllm_medusa.heads.io.config_file import NATIVE_FORMAT
-from vllm_medusa.heads.io.formats import NameStyle, expected_names
+from vllm_medusa.heads.io.config_file import NATIVE_FORMAT, NATIVE_FORMAT_2
+from vllm_medusa.heads.io.formats import ROOT, SELECTOR, NameStyle, expected_names
 from vllm_medusa.tree.draft_tree import write_tree_file
 from vllm_medusa.tree.schedule import write_schedule_file
 
@@ -148,6 +149,15 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
     spec = checkpoint.spec
     sequential = _STYLE[write_format] == "sequential"
     losses: list[str] = []
+    for is_there, what in (
+        (spec.root_size, "the matrices by which these heads see the last token"),
+        (spec.selector_rank, "the selector, which re-ranks these heads' guesses by their parent,"),
+    ):
+        if is_there:
+            losses.append(
+                f"{what} would be lost, only the format of vllm_medusa holds them; keep the heads "
+                "as they are"
+            )
     if spec.lm_head == "low_rank":
         losses.append(
             "the low-rank factors of the lm_heads would be lost, it holds full matrices only; keep "
@@ -204,7 +214,7 @@ def _named_tensors(
         num_layers=spec.num_layers,
         lm_head=spec.lm_head,
         has_bias=spec.has_bias,
-        token_map=() if spec.draft_vocab_size is None else ("token_map",),
+        others=[name for name in ("token_map", *ROOT, *SELECTOR) if name in tensors],
     )
     return {name: tensors[canonical][index] for name, (canonical, index) in names.items()}
 
@@ -220,8 +230,9 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
+    is_second = spec.root_size is not None or spec.selector_rank is not None
     return {
-        "format": NATIVE_FORMAT,
+        "format": NATIVE_FORMAT_2 if is_second else NATIVE_FORMAT,
         "model_type": "medusa",
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,

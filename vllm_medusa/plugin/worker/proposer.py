@@ -6,9 +6,12 @@ such a proposer no hidden states (``propose_draft_token_ids``, ``gpu_model_runne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -19,8 +22,13 @@ from vllm.distributed import (
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.heads import HeadsReader, MedusaHeads
+from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, draft_tokens
+from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
 from vllm_medusa.tree.layout import TreeLayout
+
+#: [B] the token that the target sampled last for each request; goes to the device if needed.
+Roots: TypeAlias = NDArray[np.int64] | Tensor
 
 
 class MedusaProposer:
@@ -40,6 +48,9 @@ class MedusaProposer:
         self._blocks: MedusaHeads
         self._lm_heads: LmHeads
         self._token_map: Tensor | None = None
+        self._embed: Callable[[Tensor], Tensor] | None = None
+        self._selector: Selector | None = None
+        self._num_guesses = self.config.tree.top_k
 
     def load_model(self, target: nn.Module) -> None:
         """Load as many heads as the tree is deep, each rank its rows of their lm_heads.
@@ -67,45 +78,65 @@ class MedusaProposer:
                 rank=get_tensor_model_parallel_rank(),
                 world_size=get_tensor_model_parallel_world_size(),
             )
+        self._read_what_sees_tokens(reader, target, vocab_size)
         self._logit_scale = reader.spec.logit_scale
         token_map = reader.token_map
         self._token_map = None if token_map is None else token_map.to(self._device)
 
+    def _read_what_sees_tokens(
+        self, reader: HeadsReader, target: nn.Module, vocab_size: int
+    ) -> None:
+        """Find the embedding of root-aware heads, and read the selector, whole on every rank."""
+        spec, dtype = reader.spec, self._vllm_config.model_config.dtype
+        if spec.root_size is not None:
+            self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
+        if spec.selector_rank is not None:
+            tensors = reader.read_selector(self.config.tree.depth)
+            self._selector = Selector.from_tensors(tensors, dtype, self._device)
+            num_tokens = spec.draft_vocab_size or vocab_size
+            self._num_guesses = max(self._num_guesses, min(NUM_CANDIDATES, num_tokens))
+
     @torch.inference_mode()
-    def propose(self, hidden_states: Tensor) -> Tensor:
+    def propose(self, hidden_states: Tensor, roots: Roots) -> Tensor:
         """Draft one tree per request.
 
         Args:
             hidden_states: [B, H] target's final hidden state at each request's last accepted
                 token.
+            roots: [B] the token after it, which the target has sampled.
 
         Returns:
             [B, N] int64 token of each draft node.
 
         """
-        _, tokens = self.guesses(hidden_states)
-        return self._layout.draft_tokens(tokens)
+        logits, tokens = self.guesses(hidden_states, roots)
+        if self._selector is None:
+            return self._layout.draft_tokens(tokens)
+        return draft_tokens(self._selector, self._layout, logits, tokens, self._on_device(roots))
 
-    def guesses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the best guesses of each head, as many as the tree has ranks, the best first.
+    def guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
+        """Return the best guesses of each head, the best first.
+
+        They are as many as the tree has ranks, or as a selector ranks again if those are more.
 
         Args:
             hidden_states: as for `propose`.
+            roots: as for `propose`.
 
         Returns:
             [K, B, k] logits (float32 where ranks share the lm_heads) and [K, B, k] int64 tokens of
             the target's vocabulary.
 
         """
-        return self._best(self._lm_heads.logits(self._blocks(hidden_states)))
+        return self._best(self._lm_heads.logits(self._features(hidden_states, roots)))
 
     @torch.inference_mode()
-    def probable_guesses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def probable_guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
         """Return the best guesses as `guesses`, with their log-probabilities in place of logits.
 
         With a draft vocabulary these are probabilities within it.
         """
-        parts = self._lm_heads.logits(self._blocks(hidden_states))
+        parts = self._lm_heads.logits(self._features(hidden_states, roots))
         values, tokens = self._best(parts)
         scaled = [part.float() * self._logit_scale for part in parts]
         totals = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in scaled])
@@ -114,9 +145,18 @@ class MedusaProposer:
             totals = totals.logsumexp(dim=-1, keepdim=True)
         return values.float() - totals, tokens
 
+    def _features(self, hidden_states: Tensor, roots: Roots) -> Tensor:
+        """[K, B, H] that the lm_heads read."""
+        seen = None if self._embed is None else self._embed(self._on_device(roots))
+        features: Tensor = self._blocks(hidden_states, seen)
+        return features
+
+    def _on_device(self, roots: Roots) -> Tensor:
+        return torch.as_tensor(roots, device=self._device)
+
     def _best(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Choose the best of each head's logits, which come in parts [heads, B, rows]."""
-        top_k = self.config.tree.top_k
+        top_k = self._num_guesses
         # Siblings are told apart by rank alone, so a rank's place among equals does not matter.
         best = [part.topk(min(top_k, part.shape[-1]), dim=-1) for part in parts]
         values = torch.cat([part.values for part in best])

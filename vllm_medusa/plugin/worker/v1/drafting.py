@@ -51,6 +51,11 @@ class DraftingBatch:
     max_paths: Sequence[int]
     max_nodes: Sequence[int]
 
+    @property
+    def roots(self) -> NDArray[np.int64]:
+        """[B] last token that was sampled for each; any where none was."""
+        return np.array([tokens[-1] if tokens else 0 for tokens in self.sampled], dtype=np.int64)
+
 
 class Drafter(Protocol):
     """Drafts trees."""
@@ -95,7 +100,7 @@ class StaticDrafter:
         if not num_nodes or not any(batch.max_nodes):
             return [NO_DRAFT] * len(batch.req_ids)
         ends = (*self._layout.path_starts[1:], num_nodes + 1)
-        rows = self._proposer.propose(batch.hidden_states)[:, :num_nodes].tolist()
+        rows = self._proposer.propose(batch.hidden_states, batch.roots)[:, :num_nodes].tolist()
         drafts = []
         for tokens, paths, nodes in zip(rows, batch.max_paths, batch.max_nodes, strict=True):
             size = min(num_nodes, nodes, ends[min(paths, len(ends)) - 1] - 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 
@@ -77,7 +78,8 @@ def _measure(runner: Any, may_end_early: bool) -> CostCurve:
     hidden = torch.zeros(
         1, runner.model_config.get_hidden_size(), dtype=runner.dtype, device=runner.device
     )
-    heads_ms = _median_ms(runner, partial(runner.drafter.probable_guesses, hidden))
+    roots = np.zeros(1, dtype=np.int64)
+    heads_ms = _median_ms(runner, partial(runner.drafter.probable_guesses, hidden, roots))
     return CostCurve({1: points}, fork_ms=_FORK_SHARE * points[0][1], heads_ms=heads_ms)
 
 

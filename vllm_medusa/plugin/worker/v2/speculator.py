@@ -85,6 +85,10 @@ class TreeSpeculator(BaseSpeculator):
         attn_metadata: Any,
         slot_mappings: Any,
         last_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        num_sampled: Any,
+        num_rejected: Any,
+        last_sampled: Tensor,
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -96,6 +100,10 @@ class TreeSpeculator(BaseSpeculator):
             attn_metadata: not used.
             slot_mappings: not used.
             last_hidden_states: [T, H] of all tokens of the step.
+            aux_hidden_states: not used.
+            num_sampled: not used.
+            num_rejected: not used.
+            last_sampled: the token that each state index's request sampled last.
             args: not used.
             dummy_run: the batch is made up, and so may the drafts be. All ranks skip the heads.
             kwargs: not used.
@@ -111,23 +119,27 @@ class TreeSpeculator(BaseSpeculator):
         acceptance = self.sampler.acceptance
         if acceptance is not None:
             rows = rows + acceptance.path[:, -1]
+        index = input_batch.idx_mapping
         parents, tokens = self._draft(
             last_hidden_states[input_batch.logits_indices[rows]],
+            last_sampled.flatten()[index],
             self._shapes[input_batch.idx_mapping_np],
         )
-        self.states.plant(parents, input_batch.idx_mapping)
+        self.states.plant(parents, index)
         return tokens
 
-    def _draft(self, hidden_states: Tensor, shapes: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-        """[B, N + 1] parents and [B, N] tokens from [B, H] states and [B] `Shape`s."""
+    def _draft(
+        self, hidden_states: Tensor, roots: Tensor, shapes: np.ndarray[Any, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """[B, N + 1] parents and [B, N] tokens from [B, H] states, [B] roots and [B] `Shape`s."""
         is_usual = bool((shapes == self._usual).all())
         if self._best_first is None:
             grown = None
-            tokens = self.proposer.propose(hidden_states)
+            tokens = self.proposer.propose(hidden_states, roots)
             if is_usual:
                 return self._fixed.whole(len(tokens)), tokens
         else:
-            log_probs, guesses = self.proposer.probable_guesses(hidden_states)
+            log_probs, guesses = self.proposer.probable_guesses(hidden_states, roots)
             grown = self._best_first.draft(log_probs, guesses)
             if is_usual:
                 return grown

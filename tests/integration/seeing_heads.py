@@ -1,0 +1,55 @@
+"""Heads that see the last token and have a selector, made of the demo's: a little worse than they.
+
+What they see changes many drafts, and most are still right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from tests.integration.command_line import DEMO_HEADS
+from vllm_medusa.heads import HeadsCheckpoint, load_heads
+from vllm_medusa.heads.io.write import save_heads
+
+RANK = 8
+
+
+def seeing_tensors(checkpoint: HeadsCheckpoint, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Random tensors, by canonical name, of root-aware heads and a selector of rank `RANK`."""
+    generator = torch.Generator().manual_seed(7)
+    spec = checkpoint.spec
+
+    def random(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    return {
+        "root.weight": random(spec.num_heads, spec.hidden_size, spec.hidden_size, scale=0.05),
+        "selector.parent": random(vocab_size, RANK, scale=1.0),
+        "selector.child": random(vocab_size, RANK, scale=0.15),
+        "selector.depth": 1 + random(spec.num_heads, RANK, scale=0.2),
+    }
+
+
+def write_seeing_heads(
+    out: Path, *, has_root: bool = True, has_selector: bool = True, with_trees: bool = True
+) -> Path:
+    """Write the demo's heads with one of the two or both."""
+    demo = load_heads(DEMO_HEADS, target_vocab_size=4096)
+    tensors = {
+        name: tensor.to(demo.spec.dtype)
+        for name, tensor in seeing_tensors(demo, 4096).items()
+        if (has_root if name == "root.weight" else has_selector)
+    }
+    spec = dataclasses.replace(
+        demo.spec,
+        root_size=demo.spec.hidden_size if has_root else None,
+        selector_rank=RANK if has_selector else None,
+    )
+    heads = dataclasses.replace(demo, spec=spec, tensors=demo.tensors | tensors)
+    if not with_trees:
+        heads = dataclasses.replace(heads, tree_paths=None, tree_schedule=None)
+    save_heads(heads, out)
+    return out

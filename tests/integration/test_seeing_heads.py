@@ -1,0 +1,133 @@
+"""Heads that see the last token, and selectors, in an engine: lossless, and the oracle's drafts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.command_line import DEMO_MODEL
+from tests.integration.conftest import counters, draft_with, greedy, open_engine, spec_metrics
+from tests.integration.seeing_heads import write_seeing_heads
+from tests.oracles import heads as oracle
+from vllm_medusa.errors import UserError
+from vllm_medusa.heads import HeadsCheckpoint, load_heads
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS, MAX_TOKENS = 6, 48
+KINDS = {
+    "root-aware": {"has_selector": False},
+    "selector": {"has_root": False},
+    "both": {},
+}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    with (DEMO_MODEL.parent / "prompts.jsonl").open() as lines:
+        return [json.loads(line)["prompt"] for line in itertools.islice(lines, NUM_PROMPTS)]
+
+
+def demo_engine(**options: Any) -> Any:
+    # Prompts run in chunks, so that some rows of a batch have sampled nothing.
+    return open_engine(DEMO_MODEL, skip_tokenizer_init=False, max_num_batched_tokens=100, **options)
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: list[str]) -> list[list[int]]:
+    with demo_engine() as llm:
+        return greedy(llm, prompts, MAX_TOKENS)
+
+
+class Recorder:
+    """Drafts as the runner's own drafter; keeps what it was asked and what it answered."""
+
+    def __init__(self, kept: list[tuple[torch.Tensor, int, Any]], runner: Any) -> None:
+        self._kept = kept
+        self._drafter = runner.tree_drafter
+
+    def num_paths(self, batch_size: int) -> int:
+        return self._drafter.num_paths(batch_size)
+
+    def finish(self, req_ids: Any) -> None:
+        self._drafter.finish(req_ids)
+
+    def draft(self, batch: Any) -> list[Any]:
+        drafts = self._drafter.draft(batch)
+        rows = zip(batch.hidden_states, batch.sampled, drafts, strict=True)
+        self._kept += [(h.clone(), s[-1], d) for h, s, d in rows if s and d.tokens]
+        return drafts
+
+
+def in_float32(path: Path) -> HeadsCheckpoint:
+    heads = load_heads(path, target_vocab_size=4096)
+    tensors = {name: tensor.float() for name, tensor in heads.tensors.items()}
+    return dataclasses.replace(heads, tensors=tensors)
+
+
+def check_against_oracle(path: Path, kept: list[tuple[torch.Tensor, int, Any]]) -> None:
+    """Static trees whose nodes have the tokens that the slow heads give them, one by one."""
+    heads = in_float32(path)
+    embedding = load_file(DEMO_MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
+    differs = 0
+    for hidden, root, draft in kept[:: max(1, len(kept) // 40)]:
+        seen = embedding[root][None] if heads.spec.root_size else None
+        # A copy that is no inference tensor.
+        features = oracle.features(heads, torch.tensor([hidden.tolist()]), seen)
+        rows = oracle.logits(heads, features, embedding)[:, 0]
+        paths = rank_paths(draft.parents)
+        assert draft.tokens == oracle.draft(heads, rows, root, paths)
+        best = rows.topk(16).indices
+        differs += draft.tokens != [int(best[len(path) - 1, path[-1]]) for path in paths]
+    assert not heads.spec.selector_rank or differs > 5
+
+
+def rank_paths(parents: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The rank paths of a tree whose siblings are in the order of their ranks."""
+    paths: list[tuple[int, ...]] = [()]
+    for parent in parents:
+        rank = sum(path[:-1] == paths[parent] and path != () for path in paths)
+        paths.append((*paths[parent], rank))
+    return paths[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_static_trees(
+    prompts: list[str], reference: list[list[int]], tmp_path: Path, kind: str
+) -> None:
+    path = write_seeing_heads(tmp_path / "heads", **KINDS[kind])
+    kept: list[tuple[torch.Tensor, int, Any]] = []
+    spec = {"method": "medusa", "model": str(path), "tree": "cpu-16"}
+    with demo_engine(speculative_config=spec) as llm:
+        draft_with(llm, lambda runner: Recorder(kept, runner))
+        assert greedy(llm, prompts, MAX_TOKENS) == reference
+        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
+        assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 4
+    check_against_oracle(path, kept)
+
+
+def test_dynamic_trees_of_a_selector_are_refused(tmp_path: Path) -> None:
+    path = write_seeing_heads(tmp_path / "heads")
+    spec = {"method": "medusa", "model": str(path), "tree": "dynamic"}
+    with (
+        pytest.raises(UserError, match=r"tree='dynamic' is for dynamic trees, which heads with .*"),
+        demo_engine(speculative_config=spec),
+    ):
+        pass
+
+
+def test_dynamic_trees_of_root_aware_heads(
+    prompts: list[str], reference: list[list[int]], tmp_path: Path
+) -> None:
+    path = write_seeing_heads(tmp_path / "heads", has_selector=False)
+    spec = {"method": "medusa", "model": str(path), "tree": "dynamic", "sources": ["heads"]}
+    with demo_engine(speculative_config=spec) as llm:
+        assert greedy(llm, prompts, MAX_TOKENS) == reference
+        assert spec_metrics(llm)["num_accepted_tokens"] > 10

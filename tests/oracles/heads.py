@@ -1,0 +1,84 @@
+"""Slow, obvious heads: one module per head, one row and one node at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vllm_medusa.heads import HeadsCheckpoint
+from vllm_medusa.tree.draft_tree import TreePath
+
+#: Guesses of a head that a selector ranks again.
+NUM_CANDIDATES = 16
+
+
+def features(heads: HeadsCheckpoint, hidden: Tensor, roots: Tensor | None = None) -> Tensor:
+    """Head by head, layer by layer, nn.Linear and nn.SiLU: [K, B, H].
+
+    `roots` [B, E] are the target's embeddings of the roots, which root-aware heads see.
+    """
+    rows = []
+    for h in range(heads.spec.num_heads):
+        x = hidden
+        if roots is not None:
+            x = hidden.clone()
+            for row, root in enumerate(roots):
+                x[row] += heads.tensors["root.weight"][h] @ root
+        for layer in range(heads.spec.num_layers):
+            linear = nn.Linear(*reversed(heads.tensors["blocks.weight"][h, layer].shape))
+            linear.weight.data = heads.tensors["blocks.weight"][h, layer]
+            linear.bias.data = torch.zeros(heads.spec.hidden_size, dtype=hidden.dtype)
+            if heads.spec.has_bias:
+                linear.bias.data = heads.tensors["blocks.bias"][h, layer]
+            x = x + nn.SiLU()(linear(x))
+        rows.append(x)
+    return torch.stack(rows).detach()
+
+
+def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) -> Tensor:
+    """[K, B, V], one row and head at a time; `lm_head` [V, H] is the target's."""
+    tensors = heads.tensors
+    results = []
+    for h, feature in enumerate(rows):
+        if heads.spec.lm_head == "own":
+            matrix = tensors["lm_head.weight"][h]
+        elif heads.spec.lm_head == "common":
+            matrix = tensors["lm_head.weight"]
+        elif heads.spec.lm_head == "target":
+            assert lm_head is not None
+            matrix = lm_head
+        else:
+            matrix = tensors["lm_head.up"][h] @ tensors["lm_head.down"][h]
+        results.append(torch.stack([matrix @ x for x in feature]))
+    return torch.stack(results)
+
+
+def term(tensors: Mapping[str, Tensor], head: int, parent: int, token: int) -> float:
+    """What a selector adds to the logit of one guess below one parent."""
+    above = tensors["selector.parent"][parent].double() * tensors["selector.depth"][head].double()
+    return float((above * tensors["selector.child"][token].double()).sum())
+
+
+def ranking(heads: HeadsCheckpoint, head: int, row: Tensor, parent: int) -> list[int]:
+    """Tokens of the target's vocabulary from a head's logits [V] of one request, best first."""
+    by_draft_id = heads.tensors.get("token_map", torch.arange(len(row))).tolist()
+    order = sorted(range(len(row)), key=lambda i: -float(row[i]))
+    tokens = [by_draft_id[i] for i in order]
+    if heads.spec.selector_rank is None:
+        return tokens
+    score = {
+        token: float(row[i]) * heads.spec.logit_scale + term(heads.tensors, head, parent, token)
+        for i, token in list(zip(order, tokens, strict=True))[:NUM_CANDIDATES]
+    }
+    return sorted(score, key=lambda token: -score[token]) + tokens[NUM_CANDIDATES:]
+
+
+def draft(heads: HeadsCheckpoint, rows: Tensor, root: int, paths: Sequence[TreePath]) -> list[int]:
+    """The token of each node of a tree, by the heads' logits [K, V] for one request."""
+    found: dict[TreePath, int] = {(): root}
+    for path in paths:
+        head = len(path) - 1
+        found[path] = ranking(heads, head, rows[head], found[path[:-1]])[path[-1]]
+    return [found[path] for path in paths]
