@@ -1,14 +1,25 @@
 """The plugin's configuration: what a user may write, checked, and what travels to every process."""
 
 from vllm_medusa.config.choice import TreeChoice, resolve_tree
-from vllm_medusa.config.options import MedusaOptions, with_underscores
+from vllm_medusa.config.options import (
+    POSTERIOR_KEYS,
+    TYPICAL,
+    MedusaOptions,
+    check_posterior,
+    is_acceptance,
+    with_underscores,
+)
 from vllm_medusa.config.resolved import CONFIG_KEY, MedusaConfig
 
 __all__ = [
     "CONFIG_KEY",
+    "POSTERIOR_KEYS",
+    "TYPICAL",
     "MedusaConfig",
     "MedusaOptions",
     "TreeChoice",
+    "check_posterior",
+    "is_acceptance",
     "resolve_tree",
     "with_underscores",
 ]

@@ -12,9 +12,13 @@ from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree.draft_tree import MAX_DRAFT_TOKENS
 from vllm_medusa.tree.limits import SOURCES
 from vllm_medusa.tree.named import AUTO, DYNAMIC
+from vllm_medusa.tree.typical import TypicalRule
 
 #: Keys that dynamic trees have and static ones do not, as in `DynamicTrees`.
 DYNAMIC_KEYS = ("max_nodes", "max_depth", "sources", "shared_text", "learn", "measure_costs")
+#: Keys that typical acceptance has and lossless has not, as in `TypicalRule`.
+POSTERIOR_KEYS = ("posterior_threshold", "posterior_alpha")
+LOSSLESS, TYPICAL = "lossless", "typical"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,8 @@ class MedusaOptions:
         num_speculative_tokens: number of draft nodes; must agree with a tree that is given.
         num_speculative_tokens_per_batch_size: number of draft nodes by batch size, as vLLM's key
             of that name: ``[[first, last, nodes], ...]``; 0 nodes: nothing is drafted.
-        acceptance: ``"lossless"`` is the only rule so far.
+        acceptance: ``"lossless"``, or ``"typical"``, which changes the output's distribution.
+        posterior_threshold, posterior_alpha: of typical acceptance only, as in `TypicalRule`.
         max_tree_requests: how many requests may hold fork blocks at once; None: as many as an
             eighth of the KV cache allows. Requests beyond them draft a chain.
         max_nodes, max_depth, sources, shared_text, learn, measure_costs: of dynamic trees only, as
@@ -42,7 +47,9 @@ class MedusaOptions:
     tree: str | Sequence[Sequence[int]] = AUTO
     num_speculative_tokens: int | None = None
     num_speculative_tokens_per_batch_size: Sequence[Sequence[int]] | None = None
-    acceptance: str = "lossless"
+    acceptance: str = LOSSLESS
+    posterior_threshold: float | None = None
+    posterior_alpha: float | None = None
     max_tree_requests: int | None = None
     max_nodes: int | None = None
     max_depth: int | None = None
@@ -75,11 +82,12 @@ class MedusaOptions:
         return request
 
     def _check(self) -> None:
-        if not isinstance(self.acceptance, str) or self.acceptance != "lossless":
+        if not is_acceptance(self.acceptance):
             raise UserError(
                 f"acceptance={shown(self.acceptance)} is not supported; use 'lossless', which "
-                "keeps the target model's output distribution"
+                "keeps the target model's output distribution, or 'typical', which does not"
             )
+        check_posterior(self.acceptance, self.posterior_values)
         for key in ("model", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
@@ -109,6 +117,16 @@ class MedusaOptions:
             )
 
     @property
+    def posterior_values(self) -> dict[str, Any]:
+        """The values of typical acceptance that are given."""
+        return _given(self, POSTERIOR_KEYS)
+
+    @property
+    def typical(self) -> TypicalRule | None:
+        """The rule of typical acceptance; None: acceptance is lossless."""
+        return TypicalRule(**self.posterior_values) if self.acceptance == TYPICAL else None
+
+    @property
     def is_sized(self) -> bool:
         """Whether numbers of draft nodes are given, which static trees have."""
         return not (
@@ -127,8 +145,7 @@ class MedusaOptions:
     @property
     def dynamic_values(self) -> dict[str, Any]:
         """The values of `DYNAMIC_KEYS` that are given."""
-        values = {key: getattr(self, key) for key in DYNAMIC_KEYS}
-        return {key: value for key, value in values.items() if value is not None}
+        return _given(self, DYNAMIC_KEYS)
 
     def _check_dynamic(self) -> None:
         """Check the keys that dynamic trees have and static ones do not."""
@@ -158,6 +175,33 @@ class MedusaOptions:
                 f"sources={shown(sources)} must be a list of some of "
                 f"{', '.join(map(repr, SOURCES))}"
             )
+
+
+def is_acceptance(value: Any) -> bool:
+    """Whether a value, of whatever type, names a rule of acceptance."""
+    return isinstance(value, str) and value in (LOSSLESS, TYPICAL)
+
+
+def check_posterior(acceptance: Any, values: Mapping[str, Any]) -> None:
+    """Check values of `POSTERIOR_KEYS`, which typical acceptance alone has.
+
+    Raises:
+        UserError: if one is not allowed.
+
+    """
+    for key, value in values.items():
+        if acceptance != TYPICAL:
+            raise UserError(
+                f"{key}={shown(value)} is for acceptance='typical', but acceptance is "
+                f"{shown(acceptance)}; leave {key} out"
+            )
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise UserError(f"{key}={shown(value)} must be a number over 0, and 1 at most")
+
+
+def _given(options: Any, keys: Sequence[str]) -> dict[str, Any]:
+    values = {key: getattr(options, key) for key in keys}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.limits import DynamicTrees, TreeLimits
 from vllm_medusa.tree.step_trees import path_starts
+from vllm_medusa.tree.typical import TypicalRule
 
 #: Key of `MedusaConfig.to_dict` in vLLM's ``additional_config``.
 CONFIG_KEY = "medusa"
@@ -31,6 +32,7 @@ class MedusaConfig:
         sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
         max_tree_requests: as in `MedusaOptions`.
         dynamic: bounds of the trees if they are dynamic.
+        typical: the rule of typical acceptance; None: acceptance is lossless.
 
     """
 
@@ -41,6 +43,7 @@ class MedusaConfig:
     sizes_by_batch: SizesByBatch | None = None
     max_tree_requests: int | None = None
     dynamic: DynamicTrees | None = None
+    typical: TypicalRule | None = None
 
     @property
     def limits(self) -> TreeLimits:
@@ -61,12 +64,13 @@ class MedusaConfig:
             "sizes_by_batch": self.sizes_by_batch and [list(s) for s in self.sizes_by_batch],
             "max_tree_requests": self.max_tree_requests,
             "dynamic": self.dynamic and dataclasses.asdict(self.dynamic),
+            "typical": self.typical and dataclasses.asdict(self.typical),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MedusaConfig:
         """Rebuild a configuration from `to_dict`."""
-        sizes, dynamic = values["sizes_by_batch"], values["dynamic"]
+        sizes, dynamic, typical = (values[k] for k in ("sizes_by_batch", "dynamic", "typical"))
         return cls(
             heads=values["heads"],
             revision=values["revision"],
@@ -75,4 +79,5 @@ class MedusaConfig:
             sizes_by_batch=sizes and tuple(tuple(size) for size in sizes),
             max_tree_requests=values["max_tree_requests"],
             dynamic=dynamic and DynamicTrees.from_dict(dynamic),
+            typical=typical and TypicalRule(**typical),
         )

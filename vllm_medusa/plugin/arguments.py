@@ -149,6 +149,7 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
         sizes_by_batch=choice.sizes_by_batch,
         dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
+        typical=request.typical,
     )
 
 

@@ -1,27 +1,76 @@
-"""Which sampling parameters a request may use with draft trees."""
+"""What a request may say with draft trees: sampling parameters, and options of its own."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_medusa.errors import shown
+from vllm_medusa.config import POSTERIOR_KEYS, TYPICAL, check_posterior, is_acceptance
+from vllm_medusa.errors import UserError, shown
 from vllm_medusa.plugin.identity import is_medusa
+from vllm_medusa.tree.typical import TypicalRule
 
-#: Key of ``SamplingParams.extra_args`` (over HTTP, of ``vllm_xargs``) for a request's own bounds.
+#: Key of ``SamplingParams.extra_args`` (over HTTP, of ``vllm_xargs``) for a request's own options.
 EXTRA_ARGS_KEY = "medusa"
+#: Temperatures below are greedy, as in ``SamplingParams``.
+SAMPLING_EPS = 1e-5
 
 
-def max_nodes_of(sampling_params: Any) -> int | None:
-    """Return the most draft nodes that a request wants; None if it does not say."""
-    if sampling_params is None or not sampling_params.extra_args:
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request says of its drafts; None where it says nothing.
+
+    Attributes:
+        max_nodes: the most draft nodes that it wants.
+        acceptance: ``"lossless"`` or ``"typical"``.
+        posterior_threshold, posterior_alpha: of typical acceptance, as in `TypicalRule`.
+
+    """
+
+    max_nodes: int | None = None
+    acceptance: str | None = None
+    posterior_threshold: float | None = None
+    posterior_alpha: float | None = None
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> RequestOptions:
+        """Read the parameters of a request, which have been checked."""
+        if sampling_params is None or not sampling_params.extra_args:
+            return _NOTHING_SAID
+        given = _parsed(sampling_params.extra_args.get(EXTRA_ARGS_KEY))
+        return _NOTHING_SAID if given is None else cls(**given)
+
+    @property
+    def posterior_values(self) -> dict[str, float]:
+        """The values of typical acceptance that are given."""
+        values = {key: getattr(self, key) for key in POSTERIOR_KEYS}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+_NOTHING_SAID = RequestOptions()
+_KEYS = {field.name for field in dataclasses.fields(RequestOptions)}
+
+
+def typical_rule_of(sampling_params: Any, default: TypicalRule | None) -> TypicalRule | None:
+    """Return a request's rule of typical acceptance; None: lossless, as greedy requests always are.
+
+    Args:
+        sampling_params: of the request.
+        default: the engine's rule.
+
+    """
+    if sampling_params is None or sampling_params.temperature < SAMPLING_EPS:
         return None
-    given = _parsed(sampling_params.extra_args.get(EXTRA_ARGS_KEY))
-    return None if given is None else int(given["max_nodes"])
+    options = RequestOptions.of(sampling_params)
+    if options.acceptance is None:
+        return default
+    return TypicalRule(**options.posterior_values) if options.acceptance == TYPICAL else None
 
 
 def check_extra_args(sampling_params: Any) -> None:
-    """Check a request's ``extra_args={"medusa": {"max_nodes": N}}``.
+    """Check a request's ``extra_args={"medusa": {"max_nodes": N, "acceptance": ...}}``.
 
     HTTP has no dictionaries there (``vllm_xargs``): a JSON text is taken as well.
 
@@ -34,14 +83,36 @@ def check_extra_args(sampling_params: Any) -> None:
     given = (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
     if given is None:
         return
-    values = _parsed(given)
-    nodes = values.get("max_nodes") if isinstance(values, dict) and len(values) == 1 else None
-    if type(nodes) is not int or nodes < 0:
+    try:
+        _check_options(_parsed(given), sampling_params)
+    except UserError as error:
         raise VLLMValidationError(
-            f"extra_args[{EXTRA_ARGS_KEY!r}]={shown(given)} is not known; give "
-            "{'max_nodes': N} with N of 0 (no drafts) or more",
+            f"extra_args[{EXTRA_ARGS_KEY!r}]={shown(given)}: {error}",
             parameter="extra_args",
             value=None,
+        ) from None
+
+
+def _check_options(values: Any, sampling_params: Any) -> None:
+    """Check a request's own values.
+
+    Raises:
+        UserError: if one is not allowed.
+
+    """
+    if not isinstance(values, dict) or not values or not values.keys() <= _KEYS:
+        raise UserError(f"it is not known; give a dictionary of some of {', '.join(sorted(_KEYS))}")
+    nodes = values.get("max_nodes", 0)
+    if type(nodes) is not int or nodes < 0:
+        raise UserError(f"max_nodes={shown(nodes)} must be 0 (no drafts) or a larger integer")
+    acceptance = values.get("acceptance")
+    if "acceptance" in values and not is_acceptance(acceptance):
+        raise UserError(f"acceptance={shown(acceptance)} must be 'lossless' or 'typical'")
+    check_posterior(acceptance, {key: values[key] for key in POSTERIOR_KEYS if key in values})
+    if acceptance == TYPICAL and sampling_params.temperature < SAMPLING_EPS:
+        raise UserError(
+            f"acceptance='typical' is for sampling, but temperature={sampling_params.temperature} "
+            "is greedy; leave acceptance out"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_medusa.plugin.identity import is_medusa
-from vllm_medusa.plugin.sampling_params import max_nodes_of
+from vllm_medusa.plugin.sampling_params import RequestOptions
 
 
 def wrap_update_after_schedule(original: Any) -> Any:
@@ -21,7 +21,7 @@ def wrap_update_after_schedule(original: Any) -> Any:
             return
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[req_id]
-            most = max_nodes_of(request.sampling_params)
+            most = RequestOptions.of(request.sampling_params).max_nodes
             if most is not None:
                 request.spec_token_ids = request.spec_token_ids[:most]
 

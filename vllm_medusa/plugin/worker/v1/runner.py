@@ -7,6 +7,7 @@ metadata and runs the model (through `path_forks.PathForks`), calls `_sample` (w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.core.draft_parents import send_parents
 from vllm_medusa.plugin.fork_pool import fork_pool_of
 from vllm_medusa.plugin.identity import masks_trees
-from vllm_medusa.plugin.sampling_params import max_nodes_of
+from vllm_medusa.plugin.sampling_params import RequestOptions, typical_rule_of
 from vllm_medusa.plugin.support import check_attention
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v1.drafting import Drafter, DraftingBatch, StaticDrafter
@@ -30,6 +31,7 @@ from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 from vllm_medusa.plugin.worker.v1.step import Step, StepPlanner
 from vllm_medusa.plugin.worker.v1.warm_up import step_costs
 from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.typical import TypicalBounds
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -154,7 +156,16 @@ class MedusaRunnerMixin(_Base):
                 np.array(are_real, dtype=bool),
                 None if self.forks is None else self.forks.num_mirrored(req_ids, computed),
             ),
+            typical=self._typical_bounds(req_ids),
         )
+
+    def _typical_bounds(self, req_ids: Sequence[str]) -> TypicalBounds | None:
+        """Return the rules of typical acceptance; None if no request has one."""
+        default = self.drafter.config.typical
+        rules = [
+            typical_rule_of(self.requests[req_id].sampling_params, default) for req_id in req_ids
+        ]
+        return TypicalBounds.make(rules, self.device) if any(rules) else None
 
     def _dummy_sampler_run(self, hidden_states: Tensor) -> Tensor:
         """Let vLLM profile the sampler: every request has a draft of one node there."""
@@ -280,7 +291,8 @@ class MedusaRunnerMixin(_Base):
         limit = self.drafter.config.limits.max_nodes
         max_nodes = []
         for req_id, sampled in zip(self._step.req_ids, sampled_token_ids, strict=True):
-            wanted = max_nodes_of(self.requests[req_id].sampling_params) if sampled else 0
+            params = self.requests[req_id].sampling_params
+            wanted = RequestOptions.of(params).max_nodes if sampled else 0
             max_nodes.append(limit if wanted is None else min(limit, wanted))
         return max_nodes
 

@@ -20,6 +20,7 @@ from vllm_medusa.plugin.worker.v1.constraints import NodeConstraints
 from vllm_medusa.plugin.worker.v1.noise import PositionNoise
 from vllm_medusa.plugin.worker.v1.step import Step
 from vllm_medusa.tree.rows import NodeRows
+from vllm_medusa.tree.typical import take_typical
 from vllm_medusa.tree.verify import Acceptance, accept_lossless
 
 
@@ -66,7 +67,10 @@ class TreeSampler(RejectionSampler):
         constraints = NodeConstraints(rows, draft_tokens, self.step.outputs)
         processed = constraints.apply(processed, sampling_metadata)
         tokens, processed = self._sample(processed, rows, constraints, sampling_metadata)
-        acceptance = accept_lossless(rows, tokens.to(torch.int64)[rows.row], draft_tokens)
+        taken = tokens.to(torch.int64)[rows.row]
+        if self.step.typical is not None and draft_tokens.numel():
+            taken = take_typical(rows, taken, draft_tokens, processed, self.step.typical)
+        acceptance = accept_lossless(rows, taken, draft_tokens)
         self.acceptance = acceptance
         generators = self._generators(sampling_metadata)
         self.noise.use(self.step.req_ids, generators, acceptance.length)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vllm_medusa.tree.fork_step import ForkStep, make_fork_step
 from vllm_medusa.tree.rows import NodeRows
 from vllm_medusa.tree.step_trees import IntArray, StepTrees
+from vllm_medusa.tree.typical import TypicalBounds
 
 #: Plans are kept for so many tokens of steps, which bounds their memory (about 1 KiB a token).
 _KEPT_TOKENS = 32_768
@@ -45,6 +46,7 @@ class Step:
         drafts: draft tokens that each request verifies, placeholders (-1) among them.
         num_computed: [B] tokens of each request in the KV cache, on the host.
         plan: the step's indices.
+        typical: rules of typical acceptance; None if no request has one.
 
     """
 
@@ -54,6 +56,7 @@ class Step:
     drafts: Sequence[list[int]]
     num_computed: IntArray
     plan: StepPlan
+    typical: TypicalBounds | None = None
 
     @property
     def rows(self) -> NodeRows:

@@ -20,7 +20,7 @@ from vllm_medusa.plugin.compat import plugin_logger, replaced
 from vllm_medusa.plugin.core.draft_parents import send_parents
 from vllm_medusa.plugin.counters import Counters
 from vllm_medusa.plugin.identity import masks_trees
-from vllm_medusa.plugin.sampling_params import max_nodes_of
+from vllm_medusa.plugin.sampling_params import RequestOptions, typical_rule_of
 from vllm_medusa.plugin.worker.v2.attention import TreeBuilderMixin
 from vllm_medusa.plugin.worker.v2.backends import check_layers, tree_backends
 from vllm_medusa.plugin.worker.v2.constraints import follow_paths
@@ -104,8 +104,10 @@ class TreeRunnerMixin(_Base):
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
                 index = self.req_states.req_id_to_index[new.req_id]
-                wanted = max_nodes_of(new.sampling_params)
+                wanted = RequestOptions.of(new.sampling_params).max_nodes
                 self._max_nodes[index] = self.speculator.num_nodes if wanted is None else wanted
+                rule = typical_rule_of(new.sampling_params, self.speculator.proposer.config.typical)
+                self.rejection_sampler.set_rule(index, rule)
                 self.speculator.set_shape(
                     index,
                     needs_chain=self._needs_chain(new.sampling_params),

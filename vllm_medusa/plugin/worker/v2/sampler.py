@@ -23,7 +23,9 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 )
 
 from vllm_medusa.kernels.accept import accept
+from vllm_medusa.kernels.typical import take_typical
 from vllm_medusa.plugin.worker.v2.states import TreeBuffers, TreeStates
+from vllm_medusa.tree.typical import TypicalBounds, TypicalRule
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ class TreeSampler(RejectionSampler):
         self._buffers = buffers
         self._max_depth = max_depth
         self._chunks: list[Acceptance] = []
+        # By state index: the rules on the device, and whether there is one on the host.
+        num_states = len(states.parents)
+        self._typical = TypicalBounds.make([None] * num_states, device)
+        self._is_typical = np.zeros(num_states, dtype=bool)
+
+    def set_rule(self, state_index: int, rule: TypicalRule | None) -> None:
+        """Give the request of a state index its rule of acceptance; None is lossless."""
+        if rule is not None or self._is_typical[state_index]:
+            self._is_typical[state_index] = rule is not None
+            self._typical.set(state_index, rule)
 
     def __call__(
         self,
@@ -147,6 +159,9 @@ class TreeSampler(RejectionSampler):
             use_fp64=self.sampler.use_fp64_gumbel,
         )
         first = sum(chunk.length.shape[0] for chunk in self._chunks)
+        if self._is_typical[idx_mapping_np].any():
+            rows = (expanded_idx_mapping, expanded_local_pos, idx_mapping, cu_num_logits)
+            self._take_typical(targets, processed, draft_sampled, self._buffers.base[first:], *rows)
         path, tokens, length = accept(
             self._states.parents,
             idx_mapping,
@@ -158,6 +173,34 @@ class TreeSampler(RejectionSampler):
         )
         self._chunks.append(Acceptance(path, length))
         return processed, tokens, length + 1
+
+    def _take_typical(
+        self,
+        targets: Tensor,
+        processed: Tensor,
+        drafts: Tensor,
+        base: Tensor,
+        states: Tensor,
+        nodes: Tensor,
+        idx_mapping: Tensor,
+        cu_num_logits: Tensor,
+    ) -> None:
+        """Put the best typical paths in place of the samples; of each row its state and node."""
+        trees = self._states
+        parents = trees.parents[states, nodes].clamp(min=0)
+        at = torch.arange(len(targets), device=targets.device) - nodes + parents
+        logprobs = processed.log_softmax(dim=-1)
+        likelihoods = logprobs[at, drafts]
+        take_typical(
+            targets,
+            (trees.parents, trees.depths, trees.ancestors),
+            idx_mapping,
+            base,
+            drafts,
+            likelihoods,
+            likelihoods > self._typical.of_rows(logprobs, states)[at],
+            cu_num_logits,
+        )
 
     def _get_logprobs_tensors(
         self,
