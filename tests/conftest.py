@@ -4,7 +4,11 @@ import os
 import signal
 from types import FrameType
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+#: They begin first of those with engines, so that no worker ends with one of them alone.
+LONGEST_FILES = ["test_readme_tools.py", "test_bench.py", "test_readme.py", "test_serve.py"]
 
 # The engine in this process, quiet, off the network, small, and alone on one thread: OpenMP's
 # spinning threads make a step many times slower as soon as a second process is busy.
@@ -56,6 +60,18 @@ def heed_signals() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, stop)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, then the longest files, then the others in their order."""
+
+    def place(item: pytest.Item) -> int:
+        if item.path.parent.name != "integration":
+            return -1
+        names = [*LONGEST_FILES, item.path.name]
+        return names.index(item.path.name)
+
+    items.sort(key=place)
 
 
 take_cores()

@@ -97,38 +97,6 @@ def test_programs(program: str, tmp_path: Path) -> None:
     assert run.stdout.strip()
 
 
-EAGER = ["--llm-options", '{"enforce_eager": true}']
-#: What makes the tools' commands quick: less work, the same path through the program.
-QUICKER = {
-    "distill": ["--llm-options", '{"enforce_eager": true, "dtype": "float32"}'],
-    "train": ["--steps", "5"],
-    "calibrate": [
-        *(*EAGER, "--dtype", "float32"),
-        *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),
-    ],
-    "bench": [
-        *(*EAGER, "--dtype", "float32"),
-        *("--variants", "tree", "--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16"),
-        *("--out", "results"),
-    ],
-}
-
-
-def test_tools(tmp_path: Path) -> None:
-    """In a folder beside the repository's, where what they write goes."""
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    for command in by_program("vllm-medusa"):
-        subprocess.run(
-            [*command, *QUICKER.get(command[1], [])],
-            cwd=tmp_path,
-            check=True,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-        )
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"demo", "converted-heads", "answers", "my-heads", "results"}
-
-
 def test_serving(tmp_path: Path) -> None:
     """As in the README, but for the port."""
     (command,) = by_program("vllm")
