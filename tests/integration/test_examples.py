@@ -118,6 +118,16 @@ def test_building_trees(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_typical_acceptance(tmp_path: Path) -> None:
+    few = ["--prompts", "4", "--max-tokens", "24", "--tree", "chain"]
+    run("bench_typical.py", *few, "--out", tmp_path / "typical.json")
+    rules = json.loads((tmp_path / "typical.json").read_text())["rules"]
+    lossless, default, _ = rules.values()
+    assert default["tokens_per_step"][0] > lossless["tokens_per_step"][0]
+    assert default["log_likelihood"] > lossless["log_likelihood"]
+
+
+@pytest.mark.slow
 def test_random_text(tmp_path: Path) -> None:
     """Roughly: how fast steps are depends on what else the machine does."""
     few = ["--parameters", "10e6", "--rounds", "1"]

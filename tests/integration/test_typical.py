@@ -15,6 +15,7 @@ from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
 from tests.oracles.typical import taken_tokens, typical_path
 from vllm_medusa.errors import UserError
+from vllm_medusa.plugin import arguments
 from vllm_medusa.plugin.worker.v1 import sampler
 
 pytestmark = pytest.mark.engine
@@ -77,7 +78,10 @@ def test_rule_in_an_engine(prompts: list[str], monkeypatch: pytest.MonkeyPatch) 
         seeded(llm, prompts)
         lossless = tokens_per_step(llm)
         assert not kept
+    warnings: list[str] = []
+    monkeypatch.setattr(arguments.logger, "warning", warnings.append)
     with demo_engine(tree="cpu-8", acceptance="typical", posterior_alpha=0.2) as llm:
+        assert "acceptance='typical' is lossy" in warnings[0]
         seeded(llm, prompts)
         assert tokens_per_step(llm) > 1.1 * lossless
     num_changed = num_other_paths = 0

@@ -46,7 +46,7 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
             {"treee": "chain"},
             r"has 'treee', which method 'medusa' does not know; use model, revision, tree",
         ),
-        ({"acceptance": "typical"}, "acceptance='typical' is not supported; use 'lossless'"),
+        ({"acceptance": "fast"}, "acceptance='fast' is not supported; use 'lossless'"),
         ({"model": 3}, "model=3 must be a string"),
         ({"revision": ["main"]}, r"revision=\['main'\] must be a string"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens=0 must be a positive integer"),

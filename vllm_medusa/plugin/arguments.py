@@ -83,6 +83,11 @@ def wrap_create_engine_config(original: Any) -> Any:
         if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
             config = _resolve(self, _static(request, *_STATIC_ON_V2), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
+        if config.typical:
+            logger.warning(
+                "Medusa: acceptance='typical' is lossy: sampled text does not follow the target's "
+                "distribution; acceptance='lossless' keeps it"
+            )
         check_asynchronous(self, vllm_config)
         check_supported(vllm_config, config)
         _check_fit(vllm_config, config, heads)
