@@ -9,6 +9,7 @@ what was tried: docs/ray.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Batch:
         """What an interrupted run must share with the one that goes on."""
         return {
             "model": self.model,
-            "prompts": str(self.prompts),
+            "prompts_sha256": sha256_of(self.prompts),
             "engine_kwargs": self.engine_kwargs,
             "sampling": self.sampling,
             "format": self.format,
@@ -136,6 +137,15 @@ def check_settings(batch: Batch) -> None:
 
 def prepared_prompts(batch: Batch) -> Prompts:
     """The rows with ids of their own: by these Ray Data knows what is finished."""
+    try:
+        return with_ids(batch)
+    except pyarrow.ArrowInvalid as exc:
+        reason = str(exc).splitlines()[0]
+        raise UserError(f"{batch.prompts}: cannot be read ({reason}); correct it") from None
+
+
+def with_ids(batch: Batch) -> Prompts:
+    """The rows as they are, if they have ids; else a numbered copy."""
     rows = pyarrow.dataset.dataset(batch.prompts, format=format_of(batch.prompts))
     if PROMPT not in rows.schema.names:
         raise UserError(f"{batch.prompts}: no column {PROMPT!r}, only {rows.schema.names}")
@@ -155,12 +165,26 @@ def prepared_prompts(batch: Batch) -> Prompts:
     return Prompts(batch.out / NUMBERED, schema.names, num_rows)
 
 
-def format_of(path: Path) -> str:
-    """`json` or `parquet`, of a file or of the first in a folder."""
+def files_of(path: Path) -> list[Path]:
+    """A file, or those of a folder; at least one."""
     found = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     if not found:
         raise UserError(f"{path}: no such file, or an empty folder; give JSON lines or Parquet")
-    return "parquet" if found[0].suffix == ".parquet" else "json"
+    return found
+
+
+def format_of(path: Path) -> str:
+    """`json` or `parquet`, of a file or of the first in a folder."""
+    return "parquet" if files_of(path)[0].suffix == ".parquet" else "json"
+
+
+def sha256_of(path: Path) -> str:
+    """Of what a file holds, or the files of a folder."""
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def answer(ray: Any, batch: Batch, prompts: Prompts) -> None:

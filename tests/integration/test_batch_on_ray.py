@@ -177,6 +177,7 @@ def refused(arguments: list[str]) -> str:
         ('{"text": "a"}\n', [], "no column 'prompt', only ['text']"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', [], "the same id twice"),
         ('{"prompt": "a"}\n', ["--ray", "127.0.0.1:1"], "no Ray cluster to be had there"),
+        ('{"prompt": ', [], "cannot be read (Error creating dataset"),
         (None, [], "no such file"),
     ],
 )
@@ -195,3 +196,5 @@ def test_another_batch_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n')
     refused(command(path, out))
     assert "was begun with model=" in refused(command(path, out, "--model", "another"))
+    path.write_text('{"text": "b"}\n')
+    assert "was begun with prompts_sha256=" in refused(command(path, out))
