@@ -24,14 +24,23 @@ class RayWorkerOnCpu(ray_executor_v2.RayWorkerProc):
 
 
 @contextmanager
-def ray_on_cpu() -> Iterator[Any]:
+def ray_on_cpu() -> Iterator[None]:
     """Let engines of this process have their workers on a Ray cluster's CPUs."""
+    executor = ray_executor_v2.RayExecutorV2
+    original, made = executor._init_executor, []
+
+    def remember(self: Any) -> None:
+        made.append(self)
+        original(self)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(current_platform), "ray_device_key", "CPU")
         patch.setattr(ray_executor_v2, "RayWorkerProc", RayWorkerOnCpu)
-        patch.setattr(
-            ray_executor_v2.RayExecutorV2,
-            "_get_actor_resource_kwargs",
-            staticmethod(lambda: {"num_gpus": 0}),
-        )
-        yield patch
+        patch.setattr(executor, "_get_actor_resource_kwargs", staticmethod(lambda: {"num_gpus": 0}))
+        patch.setattr(executor, "_init_executor", remember)
+        try:
+            yield
+        finally:
+            # One that failed vLLM ends with Python, when there is no Ray any more.
+            for each in made:
+                each.shutdown()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -19,10 +20,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NODE = {"num_cpus": 3, "object_store_memory": 100 << 20, "include_dashboard": False}
 prompts, expected = batch.prompts, batch.expected  # fixtures
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
 DISTILL = [
     *f"distill --model {DEMO_MODEL} --prompts {DEMO_MODEL.parent / 'prompts.jsonl'}".split(),
-    *["--max-tokens", "64", "--shard-size", "4", "--temperature", "0.8", "--seed", "5"],
-    *("--llm-options", json.dumps({**batch.ENGINE, "max_num_seqs": 4})),
+    *("--max-tokens", "64", "--shard-size", "4", "--temperature", "0.8", "--seed", "5"),
+    *("--llm-options", json.dumps(ENGINE)),
 ]
 
 
@@ -42,9 +44,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def kill_second_node(cluster: Any) -> None:
-    """Kill it without a word, and all that runs on it."""
+    """Kill it without a word, and the engine that runs on it."""
     (second,) = cluster.worker_nodes
+    raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+    on_it = raylet.children(recursive=True)
+    assert any(process.cmdline()[0].startswith("ray::MapWorker(") for process in on_it)
     cluster.remove_node(second, allow_graceful=False)
+    _, left = psutil.wait_procs(on_it, timeout=60)
+    assert left == []
 
 
 def test_batch(
