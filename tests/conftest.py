@@ -15,6 +15,7 @@ LONGEST_FILES = ["test_readme_tools.py", "test_bench.py", "test_readme.py", "tes
 for name, value in {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on the loopback interface
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

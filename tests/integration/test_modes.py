@@ -266,7 +266,7 @@ import ray
 
 ray.init(
     address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 << 20,
-    _node_ip_address="127.0.0.1", log_to_driver=False,
+    log_to_driver=False,
 )
 
 @ray.remote(num_cpus=1)
@@ -299,12 +299,9 @@ finally:
 def test_ray_actor(tmp_path: Path) -> None:
     """A Ray actor makes the worker of a configuration that was made outside.
 
-    vLLM refuses its Ray executor on CPU, so this is its `RayWorkerWrapper` by hand: the plugin
-    loads in the actor, the configuration unpickles, ``parallel_config.worker_cls`` resolves to our
-    worker, which loads target and heads. What a run on GPUs has still to show: the executor's own
-    way of moving `ModelRunnerOutput` (our counters ride on it), NCCL's all-gather of the heads'
-    guesses between actors, and the placement of the workers over several nodes, each of which
-    needs this package installed and the heads at the same path.
+    The quick part of what `test_ray_executor.py` shows: the plugin loads in the actor, the
+    configuration unpickles, ``parallel_config.worker_cls`` resolves to our worker, which loads
+    target and heads.
     """
     options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "block_size": 32}
     config = engine_config(DEMO_MODEL, SPEC, distributed_executor_backend="uni", **options)

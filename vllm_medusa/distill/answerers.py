@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.rows import Row
 from vllm_medusa.engines.engine import EngineProcess
 from vllm_medusa.engines.process import EngineProcessError
+from vllm_medusa.engines.ray_cluster import engine_resources, ray_cluster
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.conversations import answer_prompts
 from vllm_medusa.target.settings import AnswerSettings
@@ -23,7 +23,6 @@ from vllm_medusa.target.text import AnsweringModel, load_answering_model
 
 #: Of a Ray worker whose process dies; Ray Data's own default is to go on for ever.
 _RESTARTS = {"max_restarts": 3, "max_task_retries": 3}
-_SECONDS_TO_KNOCK = 10
 _KEPT = "finished shards are kept: run the same command again to go on"
 
 T = TypeVar("T")
@@ -182,8 +181,7 @@ def answer_on_ray(
     """
     if Path(settings.model).exists():
         settings = replace(settings, model=str(Path(settings.model).absolute()))
-    ray = _start_ray(address, num_workers)
-    try:
+    with ray_cluster(address, num_workers) as ray:
         from ray.data import ActorPoolStrategy, DataContext, from_items
         from ray.exceptions import RayError
 
@@ -199,7 +197,7 @@ def answer_on_ray(
             fn_constructor_args=(asdict(settings),),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
             ray_remote_args_fn=lambda: _RESTARTS,
-            **_resources(ray, settings),
+            **engine_resources(ray, settings.world_size),
         )
         try:
             yield from _rows_of(answered.iter_rows(), settings, report)
@@ -207,8 +205,6 @@ def answer_on_ray(
             raise UserError(
                 f"Ray failed on {settings.model}: {str(exc).strip().splitlines()[-1]}; {_KEPT}"
             ) from None
-    finally:
-        ray.shutdown()
 
 
 def _rows_of(
@@ -227,36 +223,3 @@ def _rows_of(
         yield reply["index"], rows
     if refusal is not None:
         raise _refused(settings, refusal)
-
-
-def _start_ray(address: str, num_workers: int) -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as exc:
-        raise UserError(f'--ray needs Ray Data ({exc}): pip install "vllm-medusa[ray]"') from None
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        num_cpus = max(num_workers, os.cpu_count() or 1)
-        options |= {"num_cpus": num_cpus, "include_dashboard": False}
-    try:
-        _knock(address)
-        ray.init(**options)
-    except (OSError, ValueError, RuntimeError) as exc:
-        reason = str(exc).strip().splitlines()[0]
-        raise UserError(f"--ray {address}: no Ray cluster to be had there ({reason})") from None
-    return ray
-
-
-def _knock(address: str) -> None:
-    """Connect to an address, as Ray would go on trying for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon:
-        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_KNOCK).close()
-
-
-def _resources(ray: Any, settings: AnswerSettings) -> dict[str, int]:
-    """What each worker takes of the cluster."""
-    if not ray.cluster_resources().get("GPU"):
-        return {"num_cpus": 1}
-    return {"num_gpus": settings.world_size}

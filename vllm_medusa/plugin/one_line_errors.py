@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from vllm_medusa.errors import UserError
 
 #: Environment variable with the path of the file. vLLM warns of those that begin with its name.
 _FILE_VARIABLE = "MEDUSA_ERROR_FILE"
+_PACKAGE = "vllm_medusa"
+#: Where Ray's text of a worker's error says that it came from.
+_RAY_NODE = re.compile(r"\bip=([\w.:]+)")
 
 
 @cache
@@ -91,11 +95,34 @@ def exit_in_one_line() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def said_by_ray_workers() -> Iterator[None]:
+    """Raise what is wrong in a worker on Ray as a `UserError` of this process.
+
+    Ray raises an error of a worker as one that is of its class too, whose text is the worker's
+    traceback and which has the error itself as ``cause`` (``RayTaskError`` in ray/exceptions.py).
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from None
+        if isinstance(cause, ModuleNotFoundError) and cause.name == _PACKAGE:
+            found = _RAY_NODE.search(str(error))
+            node = found[1] if found else "of a worker"
+            raise UserError(
+                f"{_PACKAGE} is not installed on the Ray node {node}, in the environment of its "
+                "vLLM; install this version of vllm-medusa there too"
+            ) from None
+        raise
+
+
 def wrap_executor(original: Any) -> Any:
     """End the engine core's process in one line for what its workers find while they are made."""
 
     def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        with exit_in_one_line():
+        with exit_in_one_line(), said_by_ray_workers():
             original(self, vllm_config, *args, **kwargs)
 
     return initialise

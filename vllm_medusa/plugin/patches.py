@@ -169,7 +169,7 @@ PATCHES = (
         name="__init__",
         parameters=("self", "vllm_config"),
         wrapper=f"{_ERRORS}:wrap_executor",
-        why="a mistake that a worker finds ends the engine's process without a traceback",
+        why="a mistake that a worker finds, also on Ray, ends the engine's process in one line",
         until="start-up errors sent to the front end with their message",
     ),
     Patch(
