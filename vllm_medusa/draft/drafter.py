@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
@@ -176,7 +177,8 @@ def compile_ahead() -> None:
     tokens = np.arange(num_heads * num_guesses).reshape(1, num_heads, num_guesses)
     guesses = tokens.astype(np.int64), np.full(tokens.shape, 0.1)
     for stop, guessed in ((5, guesses), (7, None), (8, None)):
-        depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
+        drafts = depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
+        accepted_by_source(drafts, [0], [[]])
 
 
 def _proposers(
