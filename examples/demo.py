@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import torch
-from demo_picture import VerifiedTree, draw
 from inflate import inflate
 from rich import box
 from rich.console import Console
@@ -34,6 +33,7 @@ from transformers.utils import logging
 
 from vllm_medusa.bench.sameness import TIE_LOGPROB, first_difference
 from vllm_medusa.engines.engine import EngineProcess, Run, thread_environment
+from vllm_medusa.reporting.tree_pictures import VerifiedTree, draw_trees
 from vllm_medusa.target.precision import fast_dtype
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ def write_inflated(out: Path, size: float) -> int:
 
 @dataclass
 class Side:
-    """One of the two engines, and what it wrote down of its steps (`watch_steps.py`).
+    """One of the two engines, and what it wrote down of its steps (`engines.watching`).
 
     Attributes:
         name: as shown.
@@ -145,8 +145,8 @@ class Side:
                 "enable_prefix_caching": False,
                 **options,
             },
-            {**thread_environment(1), "WATCH_STEPS": str(log)},
-            prepare=EXAMPLES / "watch_steps.py",
+            thread_environment(1),
+            watch=log,
         )
         return cls(name, engine, log)
 
@@ -199,21 +199,13 @@ def panel(side: Side, start: int, seconds: float | None) -> Panel:
 def draw_best_step(console: Console, side: Side, picture: Path) -> None:
     """Draw the tree of the step that accepted most."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    trees = [
-        VerifiedTree(
-            root=event["root"],
-            tokens=event["tokens"],
-            parents=event["parents"],
-            sampled=event["sampled"],
-        )
-        for event in side.events()
-        if "root" in event
-    ]
+    trees = VerifiedTree.of_events(side.events())
     if not trees:
         console.print("No step verified a tree, so there is none to draw.")
         return
     best = max(trees, key=lambda tree: len(tree.accepted))
-    draw(best, tokenizer, picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_trees([best], tokenizer.decode, picture)
     console.print(
         f"One step's tree, of which {len(best.accepted)} of {len(best.tokens)} draft tokens "
         f"were accepted: {picture}"

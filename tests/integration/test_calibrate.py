@@ -13,6 +13,7 @@ import torch
 
 from tests import tiny
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.conftest import open_engine
 from vllm_medusa.acceptance.ranks import RankMeter
 from vllm_medusa.acceptance.statistics import accepted_drafts
 from vllm_medusa.acceptance.stored_heads import StoredHeads
@@ -20,6 +21,7 @@ from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.calibration.texts import Request, continue_requests
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row, write_shard
+from vllm_medusa.draft.probability import PROBABILITIES_FILE
 from vllm_medusa.engines.engine import EngineProcess
 from vllm_medusa.heads import load_heads
 from vllm_medusa.stepcost.costs import StepCost, StepCosts
@@ -71,10 +73,22 @@ def calibrate(*arguments: Any, heads: Path = DEMO_HEADS, model: Path = DEMO_MODE
     return cli.main(["calibrate", str(heads), *map(str, [*options, *arguments])])
 
 
+def curves_in_engine(heads: Path) -> dict[str, Any]:
+    """The curves that an engine starts to draft with."""
+    spec = {"method": "medusa", "model": str(heads), "tree": "dynamic", "measure_costs": False}
+    with open_engine(DEMO_MODEL, speculative_config=spec) as llm:
+        (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.tree_drafter._drafter)
+        (text,) = drafter._proposers
+        curves = {"heads": drafter._heads._curve, "text": text._continuations._curve}
+        return {name: curve.to_dict() for name, curve in curves.items()}
+
+
+@pytest.mark.engine
 def test_rows_to_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without an engine: answers that there are already, and step costs measured before."""
+    """Answers that there are already, and step costs measured before; then an engine with it."""
     heads = Path(shutil.copytree(DEMO_HEADS, tmp_path / "heads"))
     (heads / "medusa_tree.json").unlink()
+    demo_curves = json.loads((heads / PROBABILITIES_FILE).read_text())["curves"]
     costs = write_costs(tmp_path / "costs.json")
     rows = write_rows(tmp_path / "rows", 20)
     assert calibrate("--prompts", rows, "--step-costs", costs, heads=heads) == 0
@@ -99,6 +113,10 @@ def test_rows_to_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert calibrate("--prompts", rows, "--no-step-costs", heads=heads) == 0
     assert not (heads / "medusa_tree_schedule.json").exists()
     assert (heads / "medusa_tree.json").exists()
+    written = json.loads((heads / PROBABILITIES_FILE).read_text())["curves"]
+    used = curves_in_engine(heads)
+    assert used == {name: written[name] for name in used}
+    assert all(used[name] != demo_curves[name] for name in used)
 
 
 @pytest.mark.engine

@@ -23,6 +23,7 @@ QUICKER = {
         *(*EAGER, "--dtype", "float32"),
         *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),
     ],
+    "trees": ["--dtype", "float32", "--steps", "1"],
     "bench": [
         *(*EAGER, "--dtype", "float32"),
         *("--variants", "tree", "--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16"),
@@ -43,4 +44,4 @@ def test_tools(tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
         )
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"demo", "converted-heads", "answers", "my-heads", "results"}
+    assert written == {"demo", "converted-heads", "answers", "my-heads", "results", "trees.svg"}

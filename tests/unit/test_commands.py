@@ -13,6 +13,7 @@ from vllm_medusa.cli import main as cli
         "distill --model m --prompts p.jsonl --out o",
         "calibrate heads --model m --prompts p.jsonl",
         "bench --model m",
+        "trees --model m --prompt p",
     ],
 )
 @pytest.mark.parametrize(("text", "fault"), [("{", "is not JSON"), ("[]", "is not a JSON object")])

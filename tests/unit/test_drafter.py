@@ -183,6 +183,12 @@ def test_accepted_nodes() -> None:
         assert num_accepted(drafts[0], np.array(following, dtype=np.int64)) == count
 
 
+CALLED_BY_LOOPS = {
+    *("along_paths", "build_trie", "match_lengths", "predict", "text_features"),
+    *("_choose", "_hash", "_outcomes", "_walk"),
+}
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_all_is_compiled_ahead(batch_size: int) -> None:
     """A layout or type that first comes up while serving would hold up that step by a second."""
@@ -195,6 +201,8 @@ def test_all_is_compiled_ahead(batch_size: int) -> None:
     ]
     compile_ahead()
     before = [list(loop.signatures) for loop in loops]
-    assert all(before)
+    # Of loops that only others call there are none if what calls them was kept on the disk.
+    untyped = {loop.__name__ for loop, known in zip(loops, before, strict=True) if not known}
+    assert untyped <= CALLED_BY_LOOPS
     replay(TEXTS, drafter(CostCurve({1: [(1, 10), (65, 12)]})), batch_size)
     assert [list(loop.signatures) for loop in loops] == before

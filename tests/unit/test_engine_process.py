@@ -130,7 +130,7 @@ def test_worker_replies_with_the_error_and_ends(
     assert "ValueError: no such model" in capfd.readouterr().err
 
 
-START = {"options": {"model": "such model"}, "prepare": None}
+START = {"options": {"model": "such model"}, "watch": None}
 
 
 def test_worker_does_not_outlive_its_caller() -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "write Medusa heads in another program's format",
     "distill": "make training data: a model's own answers to a file of prompts",
     "train": "train Medusa heads for a model on its own answers",
+    "trees": "draw the trees that a few steps draft for a prompt, and what was accepted",
     "bench": "measure draft trees against everything else that vLLM offers",
 }
 

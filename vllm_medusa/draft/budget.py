@@ -51,24 +51,14 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
         min_probability: nodes that are less likely are left out.
 
     """
-    likely = np.flatnonzero(nodes.probability >= min_probability)
-    # One sort for both keys: requests are two apart, probabilities less than one.
-    order = likely[
-        np.argsort(2.0 * nodes.request[likely] - nodes.probability[likely], kind="stable")
-    ]
-    kept, parents, is_fork, counts = _within_bounds(
-        order, nodes.ids, nodes.parents, nodes.request, limits, max_leaves, nodes.num_ids
+    likely, keys = _likely(nodes.probability, nodes.request, min_probability)
+    tokens, parents, depths, probability, source, request, is_fork, starts = _within_bounds(
+        likely[np.argsort(keys, kind="stable")],
+        *(nodes.ids, nodes.parents, nodes.request, limits, max_leaves, nodes.num_ids),
+        *(nodes.tokens, nodes.depths, nodes.probability, nodes.source),
     )
-    probability = nodes.probability[kept]
-    drafts = Drafts(
-        tokens=nodes.tokens[kept],
-        parents=parents,
-        depths=nodes.depths[kept],
-        probability=probability,
-        source=nodes.source[kept],
-        starts=np.concatenate([[0], np.cumsum(counts)]),
-    )
-    return Ranked(drafts, nodes.request[kept], np.argsort(-probability, kind="stable"), is_fork)
+    drafts = Drafts(tokens, parents, depths, probability, source, starts)
+    return Ranked(drafts, request, np.argsort(-probability, kind="stable"), is_fork)
 
 
 def best_size(
@@ -140,16 +130,48 @@ def take(ranked: Ranked, num_nodes: int) -> Drafts:
     drafts = ranked.drafts
     if num_nodes >= len(ranked.order):
         return drafts
-    chosen = np.sort(ranked.order[:num_nodes])
-    counts = np.bincount(ranked.request[chosen], minlength=len(drafts))
     return Drafts(
-        drafts.tokens[chosen],
-        drafts.parents[chosen],
-        drafts.depths[chosen],
-        drafts.probability[chosen],
-        drafts.source[chosen],
-        np.concatenate([[0], np.cumsum(counts)]),
+        *_taken(
+            ranked.order[:num_nodes],
+            ranked.request,
+            len(drafts),
+            *(drafts.tokens, drafts.parents, drafts.depths),
+            drafts.probability,
+            drafts.source,
+        )
     )
+
+
+@compiled
+def _taken(
+    order: Ints,
+    request: Ints,
+    num_requests: int,
+    tokens: Ints,
+    parents: Ints,
+    depths: Ints,
+    probability: Floats,
+    source: Ints,
+) -> tuple[Ints, Ints, Ints, Floats, Ints, Ints]:
+    """Return the arrays of `Drafts` of the nodes that an order names, of all [T]."""
+    is_chosen = np.zeros(len(tokens), np.bool_)
+    starts = np.zeros(num_requests + 1, np.int64)
+    for node in order:
+        is_chosen[node] = True
+        starts[request[node] + 1] += 1
+    chosen = np.flatnonzero(is_chosen)
+    return (
+        *(tokens[chosen], parents[chosen], depths[chosen], probability[chosen], source[chosen]),
+        np.cumsum(starts),
+    )
+
+
+@compiled
+def _likely(probability: Floats, request: Ints, min_probability: float) -> tuple[Ints, Floats]:
+    """Return the nodes that are likely enough, and what to sort them by."""
+    likely = np.flatnonzero(probability >= min_probability)
+    # One key for both: requests are two apart, probabilities less than one.
+    return likely, 2.0 * request[likely] - probability[likely]
 
 
 @compiled
@@ -161,18 +183,22 @@ def _within_bounds(
     limits: Ints,
     max_leaves: Ints,
     num_ids: int,
-) -> tuple[Ints, Ints, Bools, Ints]:
+    tokens: Ints,
+    depths: Ints,
+    probability: Floats,
+    source: Ints,
+) -> tuple[Ints, Ints, Ints, Floats, Ints, Ints, Bools, Ints]:
     """Go through nodes in an order and keep those that are within their request's bounds.
 
     Args:
         order: [m] of nodes, request by request, parents first.
-        ids, parent_ids, request: [n] of the nodes.
+        ids, parent_ids, request, tokens, depths, probability, source: [n] of the nodes.
         limits, max_leaves: [B] most nodes and leaves.
         num_ids: ids are below this.
 
     Returns:
-        [T] the nodes that are kept, [T] their parents as in `Drafts`, [T] whether each is a fork,
-        [B] how many each request has.
+        Of the nodes that are kept: tokens, parents, depths, probability and source as in `Drafts`,
+        [T] request, [T] whether each is a fork; and where each request's begin.
 
     """
     num_requests = len(limits)
@@ -198,4 +224,10 @@ def _within_bounds(
         is_fork[size] = has_child[above]
         has_child[above] = True
         size += 1
-    return kept[:size], parents[:size], is_fork[:size], counts
+    kept = kept[:size]
+    starts = np.zeros(num_requests + 1, np.int64)
+    starts[1:] = np.cumsum(counts)
+    return (
+        *(tokens[kept], parents[:size], depths[kept], probability[kept], source[kept]),
+        *(request[kept], is_fork[:size], starts),
+    )

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_medusa.draft.compiled import along_paths
-from vllm_medusa.draft.learning import LogisticCurve, Observer
+from vllm_medusa.draft.compiled import along_paths, compiled
+from vllm_medusa.draft.learning import LogisticCurve, Observer, predict
 from vllm_medusa.draft.probability import text_features
 from vllm_medusa.draft.proposer import Proposed
 from vllm_medusa.draft.text_index import AHEAD, BEHIND, TextIndex, match_lengths
 from vllm_medusa.draft.trie import build_trie
-from vllm_medusa.draft.types import Candidates, Emitted, Source
+from vllm_medusa.draft.types import Candidates, Emitted, Floats, Ints, Source
 
 #: Places of a request that are read: those with the longest match, of these the latest.
 MAX_PLACES = 8
@@ -56,36 +56,68 @@ class Continuations:
             endings: [B] last tokens of each request, as `TextIndex.ending` has them.
 
         """
-        counts = np.array([len(found) for found in places], dtype=np.int64)
-        if not counts.any():
+        if not any(places):
             return self._proposed.keep_none()
+        counts = np.array([len(found) for found in places], dtype=np.int64)
         windows = np.concatenate(
             [index.windows(found) for index, found in zip(indexes, places, strict=True) if found]
         )
-        request = np.repeat(np.arange(len(counts)), counts)
-        match = match_lengths(windows, np.stack(endings)[request])
-        longest = np.maximum.reduceat(match, (np.cumsum(counts) - counts)[counts > 0])
-        weight = _WEIGHT_OF_MATCH ** (match - np.repeat(longest, counts[counts > 0]))
-        # One layout, for which `build_trie` is compiled ahead.
-        ahead = np.ascontiguousarray(windows[:, BEHIND : BEHIND + self._depth])
-        trie = build_trie(request, ahead, weight, match, len(counts))
-        features = text_features(trie)
-        groups = np.zeros(len(features), dtype=np.int64)
-        given = self._curve.predict(features, groups)
-        kept = np.flatnonzero(along_paths(trie.parents, given) >= _MIN_PATH_PROBABILITY)
-        places_kept = np.full(len(given) + 1, -1)
-        places_kept[kept] = np.arange(len(kept))
-        depths = trie.depths[kept]
-        candidates = Candidates(
-            request=trie.request[kept],
-            parents=places_kept[trie.parents[kept]],
-            tokens=trie.tokens[kept],
-            probability=given[kept],
-            source=np.full(len(kept), int(self._source)),
-            levels=np.searchsorted(depths, np.arange(1, self._depth + 2)),
+        request, parents, tokens, probability, levels, features = _candidates(
+            windows,
+            counts,
+            np.concatenate(endings).reshape(-1, BEHIND),
+            self._depth,
+            *(self._curve.slopes, self._curve.bias),
         )
-        return self._proposed.keep(candidates, features[kept], groups[kept])
+        source = np.full(len(tokens), int(self._source))
+        candidates = Candidates(request, parents, tokens, probability, source, levels)
+        return self._proposed.keep(candidates, features, np.zeros(len(tokens), dtype=np.int64))
 
     def learn(self, emitted: Emitted) -> None:
         """Compare the last step's candidates with what the texts then were."""
         self._proposed.learn(emitted)
+
+
+@compiled
+def _candidates(
+    windows: NDArray[np.int32],
+    counts: Ints,
+    endings: NDArray[np.int32],
+    max_depth: int,
+    slopes: Floats,
+    bias: Floats,
+) -> tuple[Ints, Ints, Ints, Floats, Ints, Floats]:
+    """Make candidates of what follows places.
+
+    Args:
+        windows: [rows, BEHIND + AHEAD] around the places of all B requests.
+        counts: [B] places of each request.
+        endings: [B, BEHIND] of each request.
+        max_depth: of the trees.
+        slopes, bias: of the curve.
+
+    Returns:
+        Request, parents, tokens, probability and levels as `Candidates` has them, and [n, 5]
+        features.
+
+    """
+    request = np.repeat(np.arange(len(counts)), counts)
+    match = match_lengths(windows, endings[request])
+    longest = np.zeros(len(counts), np.int64)
+    for row, owner in enumerate(request):
+        longest[owner] = max(longest[owner], match[row])
+    weight = np.empty(len(match))
+    for row, owner in enumerate(request):
+        weight[row] = _WEIGHT_OF_MATCH ** (match[row] - longest[owner])
+    ahead = windows[:, BEHIND : BEHIND + max_depth].copy()
+    trie = build_trie(request, ahead, weight, match, len(counts))
+    features = text_features(trie)
+    given = predict(features, np.zeros(1, np.int64), slopes, bias)
+    kept = np.flatnonzero(along_paths(trie.parents, given) >= _MIN_PATH_PROBABILITY)
+    places = np.full(len(given) + 1, -1)
+    for place, node in enumerate(kept):
+        places[node] = place
+    levels = np.searchsorted(trie.depths[kept], np.arange(1, max_depth + 2))
+    # A root's place is -1, the last of these.
+    parents = places[trie.parents[kept]]
+    return trie.request[kept], parents, trie.tokens[kept], given[kept], levels, features[kept]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
@@ -20,6 +21,8 @@ from vllm_medusa.draft.sources.shared_text import SharedTextSource
 from vllm_medusa.draft.sources.text import TextSource
 from vllm_medusa.draft.types import Drafts, Emitted, Floats, Guesses, Ints, Request, Source
 
+#: All sources but the heads.
+_OTHERS = int(~Source.HEADS)
 #: Nodes that are less likely are never drafted.
 _MIN_PROBABILITY = 1e-3
 #: Of the heads' own nodes, so many times what may be drafted are looked at: if leaves are bounded,
@@ -112,12 +115,11 @@ class Drafter:
             return Drafts.none(0)
         proposals = [proposer.propose(requests) for proposer in self._proposers]
         guesses = None if guessed is None else self._heads.guess(*guessed)
-        limits = np.array([self._limit(request) for request in requests], dtype=np.int64)
         nodes = merge(self._superset, guesses, proposals, _POOL * self._settings.max_nodes)
         ranked = rank(
             nodes,
-            limits,
-            np.array([self._max_leaves(request) for request in requests], dtype=np.int64),
+            _bounds(self._settings.max_nodes, [request.max_nodes for request in requests]),
+            _bounds(self._settings.max_leaves, [request.max_leaves for request in requests]),
             min_probability=_MIN_PROBABILITY,
         )
         return self._choose(ranked, guesses)
@@ -127,14 +129,6 @@ class Drafter:
         for proposer in self._proposers:
             proposer.finish(key)
 
-    def _limit(self, request: Request) -> int:
-        most = self._settings.max_nodes
-        return most if request.max_nodes is None else min(most, request.max_nodes)
-
-    def _max_leaves(self, request: Request) -> int:
-        most = self._settings.max_leaves
-        return most if request.max_leaves is None else min(most, request.max_leaves)
-
     def _choose(self, ranked: Ranked, guesses: Guesses | None) -> Drafts:
         num_requests = len(ranked.drafts)
         if self._costs is None:
@@ -142,7 +136,7 @@ class Drafter:
         heads_ms = 0.0 if guesses is None else self._costs.heads_ms
         size, rates = best_size(ranked, num_requests, self._costs, heads_ms)
         if guesses is not None:
-            others = ranked.drafts.source[ranked.order] & ~Source.HEADS != 0
+            others = ranked.drafts.source[ranked.order] & _OTHERS != 0
             without = best_rate(ranked, others, num_requests, self._costs)
             self._pacer.record_gain(num_requests, float(rates[size]) / without)
         if self._pacer.drafts_anyway(num_requests, size) and len(rates) > 1:
@@ -176,7 +170,13 @@ def compile_ahead() -> None:
     tokens = np.arange(num_heads * num_guesses).reshape(1, num_heads, num_guesses)
     guesses = tokens.astype(np.int64), np.full(tokens.shape, 0.1)
     for stop, guessed in ((5, guesses), (7, None), (8, None)):
-        depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
+        drafts = depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
+        accepted_by_source(drafts, [0], [[]])
+
+
+def _bounds(most: int, wanted: Sequence[int | None]) -> Ints:
+    """Return the bounds of requests, each of which may want less; None is the engine's own."""
+    return np.array([most if w is None or w > most else w for w in wanted], dtype=np.int64)
 
 
 def _proposers(

@@ -57,12 +57,16 @@ class LogisticCurve:
             )
 
     def predict(self, features: Floats, groups: Ints) -> Floats:
-        """Return the probabilities [...] of candidates with features [..., F] in groups [...]."""
-        log_odds = features @ self.slopes + self.bias[groups]
-        np.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS, out=log_odds)
-        probability: Floats = 1 / (1 + np.exp(-log_odds))
-        np.clip(probability, MIN_PROBABILITY, MAX_PROBABILITY, out=probability)
-        return probability
+        """Return the probabilities [...] of candidates.
+
+        Args:
+            features: [..., F].
+            groups: of the same shape without F; or of its last dimensions, for all alike.
+
+        """
+        rows = features.reshape(-1, features.shape[-1])
+        probability = predict(rows, groups.ravel(), self.slopes, self.bias)
+        return probability.reshape(features.shape[:-1])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` is the inverse."""
@@ -202,6 +206,27 @@ def fit(curve: LogisticCurve, features: Floats, groups: Ints, right: Bools) -> N
         learner = Learner(curve, _FIT_PRIOR)
         learner.observe(features, groups, curve.predict(features, groups), right)
         learner.update()
+
+
+@compiled
+def predict(features: Floats, groups: Ints, slopes: Floats, bias: Floats) -> Floats:
+    """Return a `LogisticCurve`'s probabilities [n] of candidates.
+
+    Args:
+        features: [n, F].
+        groups: [n]; or fewer, which are then repeated.
+        slopes, bias: of the curve.
+
+    """
+    probability = np.empty(len(features))
+    for row in range(len(features)):
+        log_odds = bias[groups[row % len(groups)]]
+        for column in range(len(slopes)):
+            log_odds += features[row, column] * slopes[column]
+        log_odds = min(max(log_odds, -_MAX_LOG_ODDS), _MAX_LOG_ODDS)
+        chance = 1 / (1 + np.exp(-log_odds))
+        probability[row] = min(max(chance, MIN_PROBABILITY), MAX_PROBABILITY)
+    return probability
 
 
 @compiled

@@ -16,6 +16,8 @@ from vllm_medusa.draft.compiled import along_paths, compiled
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Candidates, Floats, Guesses, Ints, Source
 
+_HEADS = int(Source.HEADS)
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -59,27 +61,17 @@ def merge(
     others = join(proposals)
     if guesses is None or len(superset) == 0 or len(guesses.tokens) == 0:
         return _without_heads(others)
-    size, num_requests = len(superset), len(guesses.tokens)
-    source = np.full((num_requests, size), int(Source.HEADS))
-    paths = np.ones((num_requests, size + 1))  # of the root, the last, it stays 1
-    paths[:, :size] = guesses.probability.reshape(num_requests, -1)[:, superset.cells]
-    hosts, other_paths = _walk(
-        *(superset.parents, superset.children, np.ascontiguousarray(guesses.tokens), paths, source),
-        *(others.request, others.parents, others.tokens, others.probability, others.source),
-    )
-    row, column, new, ids, parents = _choose(
-        superset.parents, paths, hosts, other_paths, others.request, others.parents, pool
-    )
-    guessed = guesses.tokens.reshape(num_requests, -1)
     return Nodes(
-        ids=ids,
-        parents=parents,
-        request=np.concatenate((row, others.request[new])),
-        tokens=np.concatenate((guessed[row, superset.cells[column]], others.tokens[new])),
-        depths=np.concatenate((superset.depths[column], others.depths[new])),
-        probability=np.concatenate((paths[row, column], other_paths[new])),
-        source=np.concatenate((source[row, column], others.source[new])),
-        num_ids=num_requests * size + len(others.tokens),
+        *_merged(
+            *(superset.parents, superset.children, superset.cells, superset.depths),
+            guesses.tokens,
+            guesses.probability,
+            *(others.request, others.parents, others.tokens),
+            others.probability,
+            others.source,
+            pool,
+        ),
+        num_ids=len(guesses.tokens) * len(superset) + len(others.tokens),
     )
 
 
@@ -125,6 +117,62 @@ def join(proposals: Sequence[Candidates]) -> Candidates:
 
 
 @compiled
+def _merged(
+    parents: Ints,
+    children: Ints,
+    cells: Ints,
+    superset_depths: Ints,
+    guesses: Ints,
+    guessed: Floats,
+    request: Ints,
+    other_parents: Ints,
+    other_tokens: Ints,
+    other_given: Floats,
+    other_source: Ints,
+    pool: int,
+) -> tuple[Ints, Ints, Ints, Ints, Ints, Floats, Ints]:
+    """Return the arrays of `Nodes` of heads and other sources.
+
+    Args:
+        parents, children, cells, superset_depths: of the superset.
+        guesses, guessed: [B, K, k] tokens of the heads and their probabilities.
+        request, other_parents, other_tokens, other_given, other_source: of `Candidates`.
+        pool: as `merge` has it.
+
+    """
+    size, num_requests, num_guesses = len(parents), guesses.shape[0], guesses.shape[2]
+    source = np.full((num_requests, size), _HEADS)
+    paths = np.ones((num_requests, size + 1))  # of the root, the last, it stays 1
+    for row in range(num_requests):
+        for place, cell in enumerate(cells):
+            paths[row, place] = guessed[row, cell // num_guesses, cell % num_guesses]
+    hosts, other_paths, other_depths = _walk(
+        *(parents, children, guesses, paths, source),
+        *(request, other_parents, other_tokens, other_given, other_source),
+    )
+    rows, columns, new, ids, above = _choose(
+        parents, paths, hosts, other_paths, request, other_parents, pool
+    )
+    num_nodes = len(ids)
+    requests, tokens = np.empty(num_nodes, np.int64), np.empty(num_nodes, np.int64)
+    depths, sources = np.empty(num_nodes, np.int64), np.empty(num_nodes, np.int64)
+    probability = np.empty(num_nodes)
+    for node in range(num_nodes):
+        if node < len(rows):
+            row, column = rows[node], columns[node]
+            cell = cells[column]
+            requests[node], depths[node] = row, superset_depths[column]
+            tokens[node] = guesses[row, cell // num_guesses, cell % num_guesses]
+            probability[node], sources[node] = paths[row, column], source[row, column]
+        else:
+            other = new[node - len(rows)]
+            requests[node], depths[node] = request[other], other_depths[other]
+            tokens[node] = other_tokens[other]
+            probability[node], sources[node] = other_paths[other], other_source[other]
+    return ids, above, requests, tokens, depths, probability, sources
+
+
+@compiled
 def _walk(
     parents: Ints,
     children: Ints,
@@ -136,7 +184,7 @@ def _walk(
     other_tokens: Ints,
     other_given: Floats,
     other_source: Ints,
-) -> tuple[Ints, Floats]:
+) -> tuple[Ints, Floats, Ints]:
     """Walk the superset [S] with the n candidates of the other sources.
 
     Args:
@@ -147,8 +195,8 @@ def _walk(
         request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
 
     Returns:
-        [n] place of each candidate on the superset, -1 for those that are not on it, and [n] that
-        the text goes through each candidate.
+        [n] place of each candidate on the superset, -1 for those that are not on it, [n] that the
+        text goes through each candidate, and [n] its depth.
 
     """
     size, num_others = len(parents), len(request)
@@ -179,7 +227,7 @@ def _walk(
             other_paths[node] = paths[request[node], hosts[node]]
         elif above >= 0:
             other_paths[node] *= other_paths[above]
-    return hosts, other_paths
+    return hosts, other_paths, depths
 
 
 @compiled

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.learning import Learner, LogisticCurve
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.trie import Trie
@@ -138,11 +139,19 @@ def head_groups(num_heads: int, num_guesses: int) -> Ints:
 
 def head_features(probability: Floats) -> Floats:
     """Return [..., 1]: the log-odds of probabilities [...] that heads gave."""
-    q = np.clip(probability, _MIN_HEAD_PROBABILITY, 1 - _MIN_HEAD_PROBABILITY)
-    features: Floats = np.log(q / (1 - q))[..., None]
-    return features
+    return _log_odds(probability.ravel()).reshape(*probability.shape, 1)
 
 
+@compiled
+def _log_odds(probability: Floats) -> Floats:
+    log_odds = np.empty(len(probability))
+    for place, chance in enumerate(probability):
+        q = min(max(chance, _MIN_HEAD_PROBABILITY), 1 - _MIN_HEAD_PROBABILITY)
+        log_odds[place] = np.log(q / (1 - q))
+    return log_odds
+
+
+@compiled
 def text_features(trie: Trie) -> Floats:
     """Return [n, 5] of the nodes of continuations.
 
@@ -151,17 +160,14 @@ def text_features(trie: Trie) -> Floats:
     parent's occurrences goes on here.
     """
     features = np.empty((len(trie.tokens), 5))
-    features[:, 0] = _share_log_odds(trie.weight / trie.total)
-    features[:, 1] = np.log(trie.match)
-    features[:, 2] = np.log(trie.depths)
-    features[:, 3] = np.log(trie.count)
-    features[:, 4] = trie.is_best
+    for node in range(len(features)):
+        share = trie.weight[node] / trie.total[node]
+        features[node, 0] = np.log((share + _SHARE_PRIOR) / (1 - share + _SHARE_PRIOR))
+        features[node, 1] = np.log(trie.match[node])
+        features[node, 2] = np.log(trie.depths[node])
+        features[node, 3] = np.log(trie.count[node])
+        features[node, 4] = trie.is_best[node]
     return features
-
-
-def _share_log_odds(share: Floats) -> Floats:
-    log_odds: Floats = np.log((share + _SHARE_PRIOR) / (1 - share + _SHARE_PRIOR))
-    return log_odds
 
 
 def _num_groups(source: Source, num_heads: int) -> int:

@@ -53,10 +53,14 @@ class Proposed:
             return
         if self._last is not None:
             candidates, features, groups = self._last
-            observed, right = outcomes(candidates, emitted)
-            seen = np.flatnonzero(observed)
             self._observer.observe(
-                features[seen], groups[seen], candidates.probability[seen], right[seen]
+                *_observations(
+                    *(candidates.request, candidates.parents, candidates.tokens),
+                    *(emitted.tokens, emitted.counts),
+                    features,
+                    groups,
+                    candidates.probability,
+                )
             )
         self._last = None
         self._observer.end_step()
@@ -88,3 +92,20 @@ def _outcomes(
         observed[node] = depth < counts[row] and (parent < 0 or right[parent])
         right[node] = observed[node] and emitted[row, depth] == tokens[node]
     return observed, right
+
+
+@compiled
+def _observations(
+    request: Ints,
+    parents: Ints,
+    tokens: Ints,
+    emitted: Ints,
+    counts: Ints,
+    features: Floats,
+    groups: Ints,
+    probability: Floats,
+) -> tuple[Floats, Ints, Floats, Bools]:
+    """Return what an `Observer` is shown of candidates."""
+    observed, right = _outcomes(request, parents, tokens, emitted, counts)
+    seen = np.flatnonzero(observed)
+    return features[seen], groups[seen], probability[seen], right[seen]

@@ -1,24 +1,21 @@
 """Where the last tokens of a text stood before: an index that grows with the text.
 
 For n-grams of a few lengths it knows the last place of each, and from each place the one before
-(chains of equal hashes, as in LZ77). Adding a token costs the same whatever the text's length, and
-so does looking up. A token costs about 0.4 KiB of memory.
+(hash chains, as in LZ77). Adding a token costs the same whatever the text's length, and so does
+looking up, but for n-grams that happen to have one hash. A token costs 36 to 72 bytes of memory.
 """
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.types import Ints
 
-#: Lengths of the n-grams that are looked up. Each is twice the one before: see `NgramKeys`.
+#: Lengths of the n-grams that are looked up.
 ORDERS = (1, 2, 4, 8)
 #: Tokens before a place that `TextIndex.windows` shows: longer matches count as that long.
 BEHIND = 16
@@ -27,33 +24,13 @@ AHEAD = 32
 #: What a window holds where there is no token.
 NO_TOKEN = -1
 _FIRST_CAPACITY = 256
-
-
-class NgramKeys:
-    """Hashes of the n-grams in which a growing text ends, by `ORDERS`."""
-
-    def __init__(self) -> None:
-        # Of each order but the last: its hashes at the last places, as far back as they are read.
-        self._recent = [deque([NO_TOKEN] * order, maxlen=order) for order in ORDERS[:-1]]
-
-    def add(self, token: int) -> list[int]:
-        """Add a token; return the keys: each the hash of its two halves'."""
-        key = token
-        keys = [key]
-        for recent in self._recent:
-            half = recent[0]
-            recent.append(key)
-            key = hash((half, key))
-            keys.append(key)
-        return keys
+#: An odd number with bits all over, as multiplicative hashing takes: 2**64 over the golden ratio.
+_FACTOR = 0x9E3779B97F4A7C15 - 2**64
 
 
 def keys_of(tokens: Sequence[int]) -> list[int]:
-    """Return the keys of the n-grams in which tokens end, none longer than they are."""
-    ngrams, keys = NgramKeys(), [0]
-    for token in tokens[-ORDERS[-1] :]:
-        keys = ngrams.add(token)
-    return keys[: bisect_right(ORDERS, len(tokens))]
+    """Return the last tokens of a text, by which `TextIndex.places` looks up."""
+    return list(tokens[-ORDERS[-1] :])
 
 
 class TextIndex:
@@ -70,30 +47,36 @@ class TextIndex:
         self._max_tokens = max_tokens
         #: Tokens that were ever added.
         self.num_added = 0
-        #: Hashes of the n-grams in which the text ends, by `ORDERS`.
-        self.keys = [0] * len(ORDERS)
-        self._ngrams = NgramKeys()
-        self._last: list[dict[int, int]] = []
-        self._before: list[array[int]] = []
-        self._clear()
+        self._length = 0
+        self._allocate(0)
 
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens to the end of the text."""
-        self.num_added += len(tokens)
-        if self._length + len(tokens) > self._max_tokens:
-            kept = [*self.tokens().tolist(), *tokens][-(self._max_tokens // 2) :]
-            self._clear()
-            tokens = kept
-        self._write(tokens)
-        for token in tokens:
-            self._length += 1
-            self.keys = self._ngrams.add(token)
-            for key, last, before in zip(self.keys, self._last, self._before, strict=True):
-                before.append(last.get(key, 0))
-                last[key] = self._length
+    @property
+    def keys(self) -> list[int]:
+        """The text's own `keys_of`."""
+        stop = BEHIND + self._length
+        keys: list[int] = self._buffer[max(BEHIND, stop - ORDERS[-1]) : stop].tolist()
+        return keys
+
+    def extend(self, tokens: ArrayLike) -> None:
+        """Add tokens [n] to the end of the text."""
+        new = np.asarray(tokens)
+        self.num_added += len(new)
+        if self._length + len(new) > self._max_tokens:
+            new = np.concatenate((self.tokens(), new))[-(self._max_tokens // 2) :]
+            self._length = 0
+            self._allocate(len(new))
+        start, stop = self._length, self._length + len(new)
+        if stop > self._capacity:
+            before = self.tokens()
+            self._allocate(stop)
+            self._buffer[BEHIND : BEHIND + start] = before
+            _insert(self._buffer, self._last, self._before, 0, start)
+        self._buffer[BEHIND + start : BEHIND + stop] = new
+        self._length = stop
+        _insert(self._buffer, self._last, self._before, start, stop)
 
     def tokens(self) -> NDArray[np.int32]:
         """Return the tokens that are kept."""
@@ -110,52 +93,99 @@ class TextIndex:
             count: how many.
 
         """
-        found: list[int] = []
-        by_order = zip(keys, self._last, self._before, strict=False)
-        for key, last, before in reversed(list(by_order)):
-            place = last.get(key, 0)
-            seen = 0
-            while place and seen < count and len(found) < count:
-                # Nothing has followed the text's own end yet.
-                if place < self._length:
-                    seen += 1
-                    if place not in found:
-                        found.append(place)
-                place = before[place]
+        ending = np.array(keys, dtype=np.int32)
+        found: list[int] = _places(
+            self._buffer, self._last, self._before, self._length, ending, count
+        ).tolist()
         return found
 
     def windows(self, places: Sequence[int]) -> NDArray[np.int32]:
         """Return [places, BEHIND + AHEAD]: the tokens around each, the place's own at BEHIND."""
-        windows: NDArray[np.int32] = self._windows[np.array(places, dtype=np.intp)]
-        return windows
+        return _windows(self._buffer, np.array(places, dtype=np.int64))
 
     def ending(self) -> NDArray[np.int32]:
         """Return [BEHIND]: the last tokens."""
         return self._buffer[self._length : self._length + BEHIND]
 
-    def _clear(self) -> None:
-        self._length = 0
-        self.keys = [0] * len(ORDERS)
-        self._ngrams = NgramKeys()
-        self._last = [{} for _ in ORDERS]
-        # Place 0 ends every chain.
-        self._before = [array("i", [0]) for _ in ORDERS]
-        self._allocate(_FIRST_CAPACITY)
-
-    def _allocate(self, capacity: int) -> None:
-        self._capacity = capacity
+    def _allocate(self, num_tokens: int) -> None:
+        """Make room for so many tokens, of which none is there yet."""
+        self._capacity = capacity = max(_FIRST_CAPACITY, 1 << (num_tokens - 1).bit_length())
         self._buffer = np.full(BEHIND + capacity + AHEAD, NO_TOKEN, dtype=np.int32)
-        self._windows = sliding_window_view(self._buffer, BEHIND + AHEAD)
-
-    def _write(self, tokens: Sequence[int]) -> None:
-        stop = self._length + len(tokens)
-        if stop > self._capacity:
-            before = self.tokens()
-            self._allocate(max(stop, 2 * self._capacity))
-            self._buffer[BEHIND : BEHIND + len(before)] = before
-        self._buffer[BEHIND + self._length : BEHIND + stop] = tokens
+        # By order: the last place of each hash, and of each place the one before. 0 is none.
+        self._last = np.zeros((len(ORDERS), capacity), dtype=np.int32)
+        self._before = np.zeros((len(ORDERS), capacity + 1), dtype=np.int32)
 
 
+@compiled
+def _hash(tokens: NDArray[np.int32], stop: int, order: int, size: int) -> int:
+    """Return a hash, below ``size``, a power of two, of the ``order`` tokens that end at a stop."""
+    value = 0
+    for place in range(stop - order, stop):
+        value = (value ^ tokens[place]) * _FACTOR
+    return (value >> 32) & (size - 1)
+
+
+@compiled
+def _insert(
+    buffer: NDArray[np.int32],
+    last: NDArray[np.int32],
+    before: NDArray[np.int32],
+    start: int,
+    stop: int,
+) -> None:
+    """Add the places behind the tokens ``start`` to ``stop - 1`` of a `TextIndex`."""
+    for place in range(start + 1, stop + 1):
+        for row in range(len(ORDERS)):
+            if place >= ORDERS[row]:
+                key = _hash(buffer, BEHIND + place, ORDERS[row], last.shape[1])
+                before[row, place] = last[row, key]
+                last[row, key] = place
+
+
+@compiled
+def _places(
+    buffer: NDArray[np.int32],
+    last: NDArray[np.int32],
+    before: NDArray[np.int32],
+    length: int,
+    ending: NDArray[np.int32],
+    count: int,
+) -> Ints:
+    """Return what `TextIndex.places` does."""
+    found = np.empty(count, np.int64)
+    num_found = 0
+    for row in range(len(ORDERS) - 1, -1, -1):
+        order = ORDERS[row]
+        if order > len(ending):
+            continue
+        place = last[row, _hash(ending, len(ending), order, last.shape[1])]
+        seen = 0
+        while place > 0 and seen < count and num_found < count:
+            is_place = place < length  # nothing has followed the text's own end yet
+            for back in range(1, order + 1):
+                is_place &= buffer[BEHIND + place - back] == ending[len(ending) - back]
+            if is_place:
+                seen += 1
+                is_new = True
+                for other in found[:num_found]:
+                    is_new &= other != place
+                if is_new:
+                    found[num_found] = place
+                    num_found += 1
+            place = before[row, place]
+    return found[:num_found]
+
+
+@compiled
+def _windows(buffer: NDArray[np.int32], places: Ints) -> NDArray[np.int32]:
+    """Return what `TextIndex.windows` does."""
+    windows = np.empty((len(places), BEHIND + AHEAD), np.int32)
+    for row, place in enumerate(places):
+        windows[row] = buffer[place : place + BEHIND + AHEAD]
+    return windows
+
+
+@compiled
 def match_lengths(windows: NDArray[np.int32], endings: NDArray[np.int32]) -> Ints:
     """Return [n]: how many tokens before each window's place equal the text's last ones.
 
@@ -164,10 +194,11 @@ def match_lengths(windows: NDArray[np.int32], endings: NDArray[np.int32]) -> Int
         endings: [n, BEHIND] last tokens of the text that each is compared with.
 
     """
-    behind = windows[:, BEHIND - 1 :: -1]
-    last = endings[:, ::-1]
-    differs = np.ones((len(windows), BEHIND + 1), dtype=np.bool_)
-    np.not_equal(behind, last, out=differs[:, :BEHIND])
-    differs[:, :BEHIND] |= last == NO_TOKEN
-    lengths: Ints = differs.argmax(axis=1)
+    lengths = np.zeros(len(windows), np.int64)
+    for row in range(len(windows)):
+        for place in range(BEHIND - 1, -1, -1):
+            token = endings[row, place]
+            if token == NO_TOKEN or windows[row, place] != token:
+                break
+            lengths[row] += 1
     return lengths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from vllm_medusa.draft.types import Bools, Floats, Ints
 ROOT, ENDED = -1, -2
 
 
-@dataclass(frozen=True)
-class Trie:
+class Trie(NamedTuple):
     """The trees of B requests out of their continuations: n nodes, in the order of their depths.
 
     Attributes:
@@ -33,13 +32,14 @@ class Trie:
     parents: Ints
     tokens: Ints
     depths: Ints
-    count: Ints
+    count: Ints  # type: ignore[assignment]  # in place of a tuple's own
     weight: Floats
     total: Floats
     match: Ints
     is_best: Bools
 
 
+@compiled
 def build_trie(
     request: Ints, continuations: NDArray[np.int32], weight: Floats, match: Ints, num_requests: int
 ) -> Trie:
@@ -54,14 +54,6 @@ def build_trie(
         num_requests: B.
 
     """
-    return Trie(*_build(request, continuations, weight, match, num_requests))
-
-
-@compiled
-def _build(
-    request: Ints, continuations: NDArray[np.int32], weight: Floats, match: Ints, num_requests: int
-) -> tuple[Ints, Ints, Ints, Ints, Ints, Floats, Floats, Ints, Bools]:
-    """Return the fields of the `Trie` of `build_trie`."""
     rows, depth = continuations.shape
     size = rows * depth
     parents, first = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
@@ -102,7 +94,14 @@ def _build(
         total[node] = totals[request[row]] if parent == ROOT else weights[parent]
         is_best[node] = row == (best[request[row]] if parent == ROOT else first[parent])
     n = num_nodes
-    return (
-        *(requests, parents[:n], tokens, depths[:n], count[:n]),
-        *(weights[:n], total, longest[:n], is_best),
+    return Trie(
+        requests,
+        parents[:n],
+        tokens,
+        depths[:n],
+        count[:n],
+        weights[:n],
+        total,
+        longest[:n],
+        is_best,
     )

@@ -165,7 +165,7 @@ class EngineProcess(WorkerProcess):
     Args:
         options: arguments of ``vllm.LLM``.
         environment: environment variables beside the caller's own.
-        prepare: a Python file run in the process before the engine is made.
+        watch: a file that the engine adds a line of JSON to for each event (`engines.watching`).
 
     Raises:
         EngineProcessError: like all methods, if the process fails.
@@ -175,7 +175,7 @@ class EngineProcess(WorkerProcess):
         self,
         options: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
-        prepare: Path | None = None,
+        watch: Path | None = None,
     ) -> None:
         quiet = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -185,7 +185,7 @@ class EngineProcess(WorkerProcess):
         }
         super().__init__(_WORKER, {**quiet, **(environment or {})})
         try:
-            self.send({"options": dict(options), "prepare": str(prepare) if prepare else None})
+            self.send({"options": dict(options), "watch": str(watch) if watch else None})
         except BaseException:
             self.close(patience_s=0)
             raise
@@ -232,24 +232,27 @@ class EngineProcess(WorkerProcess):
 
 
 def start_engine(
-    options: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    options: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    watch: Path | None = None,
 ) -> EngineProcess:
     """Start an engine and wait until it is up.
 
     Args:
         options: arguments of ``vllm.LLM``.
         environment: environment variables beside the caller's own.
+        watch: as `EngineProcess` has it.
 
     Raises:
         UserError: it does not come up; in one line why.
     """
     with ExitStack() as stack:
-        engine = stack.enter_context(EngineProcess(options, environment))
+        engine = stack.enter_context(EngineProcess(options, environment, watch))
         try:
             engine.wait()
         except EngineProcessError as error:
             raise UserError(
-                f"vLLM does not start with {dict(options)}: {error.reason}; correct --llm-options"
+                f"vLLM does not start with {dict(options)}: {error.reason}; correct these options"
             ) from None
         stack.pop_all()
     return engine

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import runpy
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TextIO
 
 from vllm_medusa.engines.memory import peak_memory, private_memory
@@ -48,8 +48,10 @@ def main(reply_fd: int) -> None:
 
 def _serve(messages: Iterator[Any], reply: Reply) -> None:
     start = next(messages)
-    if start["prepare"]:
-        runpy.run_path(start["prepare"])
+    if start["watch"]:
+        from vllm_medusa.engines.watching import watch_engine
+
+        watch_engine(Path(start["watch"]))
     llm = _make_engine(start["options"])
     reply(value=_describe())
     for command in messages:

@@ -1,4 +1,4 @@
-"""Figures as PNG files, drawn without a display."""
+"""Figures as PNG or SVG files, drawn without a display."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.errors import UserError
+
+#: Endings of pictures' names, and what is left out of each kind's metadata.
+PICTURE_KINDS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 
 
 def check_matplotlib(extra: str) -> None:
@@ -23,6 +26,16 @@ def check_matplotlib(extra: str) -> None:
         raise UserError(f'drawing the figures needs matplotlib: pip install "vllm-medusa[{extra}]"')
 
 
+def empty_figure(size: tuple[float, float]) -> Any:
+    """A figure of a size in inches, without axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def new_figure(
     *labels: tuple[str, str], size: tuple[float, float] = (7, 4.5)
 ) -> tuple[Any, Sequence[Any]]:
@@ -32,11 +45,7 @@ def new_figure(
         labels: of the x and y axis of each pair of axes.
         size: of the figure, in inches.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(size)
     all_axes = figure.subplots(1, len(labels), squeeze=False)[0]
     for axes, (x_label, y_label) in zip(all_axes, labels, strict=True):
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -62,12 +71,21 @@ def plot_spreads(
 
 
 def save_figure(figure: Any, path: Path, caption: str = "") -> tuple[str, str]:
-    """Write a figure with its legends; return the file's name and the caption."""
+    """Write a figure with its legends; return the file's name and the caption.
+
+    Args:
+        figure: to write.
+        path: its ending, one of `PICTURE_KINDS`, says which kind of picture.
+        caption: above each of the axes.
+    """
+    from matplotlib import rc_context
+
     for axes in figure.axes:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
         if caption:
             axes.set_title(caption, fontsize=9)
-    # Without matplotlib's version in it: the same figure is the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    # Without version, date and random names in it: the same figure is the same file.
+    with rc_context({"svg.hashsalt": "vllm_medusa", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=110, metadata=PICTURE_KINDS[path.suffix])
     return path.name, caption

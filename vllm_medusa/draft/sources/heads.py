@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.learning import LogisticCurve, Observer
 from vllm_medusa.draft.probability import head_features, head_groups
-from vllm_medusa.draft.types import Emitted, Floats, Guesses, Ints
+from vllm_medusa.draft.types import Bools, Emitted, Floats, Guesses, Ints
 
 
 class HeadsSource:
@@ -37,7 +38,8 @@ class HeadsSource:
 
         """
         features = head_features(probability)
-        guesses = Guesses(tokens, self._curve.predict(features, self._groups))
+        # One layout, for which all is compiled ahead.
+        guesses = Guesses(np.ascontiguousarray(tokens), self._curve.predict(features, self._groups))
         self._last = (guesses, features)
         return guesses
 
@@ -50,13 +52,40 @@ class HeadsSource:
             return
         guesses, features = self._last
         self._last = None
-        num_heads = min(guesses.tokens.shape[1], emitted.tokens.shape[1])
-        row, head = np.nonzero(np.arange(num_heads) < emitted.counts[:, None])
-        right = guesses.tokens[row, head] == emitted.tokens[row, head, None]
         self._observer.observe(
-            features[row, head].reshape(right.size, features.shape[-1]),
-            self._groups[head].ravel(),
-            guesses.probability[row, head].ravel(),
-            right.ravel(),
+            *_observations(
+                *(guesses.tokens, features, self._groups, guesses.probability),
+                *(emitted.tokens, emitted.counts),
+            )
         )
         self._observer.end_step()
+
+
+@compiled
+def _observations(
+    tokens: Ints, features: Floats, groups: Ints, probability: Floats, emitted: Ints, counts: Ints
+) -> tuple[Floats, Ints, Floats, Bools]:
+    """Return what an `Observer` is shown of guesses [B, K, k] whose parents were right.
+
+    Args:
+        tokens, probability: of `Guesses`.
+        features: [B, K, k, 1].
+        groups: [K, k].
+        emitted, counts: of `Emitted`.
+
+    """
+    num_requests, num_heads, num_guesses = tokens.shape
+    known = np.minimum(counts[:num_requests], min(num_heads, emitted.shape[1]))
+    size = num_guesses * known.sum()
+    seen_features, seen_groups = np.empty((size, 1)), np.empty(size, np.int64)
+    predicted, right = np.empty(size), np.empty(size, np.bool_)
+    place = 0
+    for row in range(num_requests):
+        for head in range(known[row]):
+            for rank in range(num_guesses):
+                seen_features[place, 0] = features[row, head, rank, 0]
+                seen_groups[place] = groups[head, rank]
+                predicted[place] = probability[row, head, rank]
+                right[place] = tokens[row, head, rank] == emitted[row, head]
+                place += 1
+    return seen_features, seen_groups, predicted, right

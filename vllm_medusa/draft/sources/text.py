@@ -51,5 +51,5 @@ class TextSource:
         index = self._indexes.get(request.key)
         if index is None or index.num_added > len(request.tokens):
             index = self._indexes[request.key] = TextIndex(self._max_tokens)
-        index.extend(request.tokens[index.num_added :].tolist())
+        index.extend(request.tokens[index.num_added :])
         return index

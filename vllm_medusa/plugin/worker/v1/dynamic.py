@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.order import depth_first
@@ -52,8 +53,8 @@ class DynamicDrafter:
         tree = proposer.config.tree
         probabilities = probabilities_of_heads(proposer.config.heads, tree.depth, tree.top_k)
         self._drafter = Drafter(settings, probabilities, costs)
-        # What each request drafted last, with its nodes' sources.
-        self._drafted: dict[str, tuple[Draft, list[int]]] = {}
+        # What each request drafted last: the drafts of that step, and its place in them.
+        self._drafted: dict[str, tuple[Drafts, int]] = {}
 
     def num_paths(self, batch_size: int) -> int:
         """Return how many fork paths a tree may have."""
@@ -84,10 +85,21 @@ class DynamicDrafter:
         drafts = depth_first(self._drafter.propose(requests, self._guess(batch, places)))
         self._count_drafted(drafts)
         chosen = [NO_DRAFT] * len(batch.req_ids)
-        for place, draft in zip(places, drafts, strict=True):
-            chosen[place] = Draft(draft.tokens.tolist(), tuple(draft.parents.tolist()))
-            self._drafted[batch.req_ids[place]] = (chosen[place], draft.source.tolist())
+        starts, tokens, parents = (
+            values.tolist() for values in (drafts.starts, drafts.tokens, drafts.parents)
+        )
+        for row, place in enumerate(places):
+            nodes = slice(starts[row], starts[row + 1])
+            chosen[place] = Draft(tokens[nodes], tuple(parents[nodes]))
+            self._drafted[batch.req_ids[place]] = (drafts, row)
         return chosen
+
+    def said_of_last(self, req_id: str) -> tuple[list[float], list[list[str]]]:
+        """Return, of the nodes that a request drafted last, path probabilities and sources."""
+        drafts, row = self._drafted[req_id]
+        draft = drafts[row]
+        names = [[str(s.name).lower() for s in Source if bits & s] for bits in draft.source]
+        return draft.probability.tolist(), names
 
     def _guess(self, batch: DraftingBatch, places: list[int]) -> tuple[Ints, Floats] | None:
         """Run the heads if they are likely to pay."""
@@ -104,15 +116,19 @@ class DynamicDrafter:
 
     def _count_accepted(self, batch: DraftingBatch, places: list[int]) -> None:
         """Count by source what of the last drafts the step accepted."""
+        # Requests drafted in the same step but for those that were left out of a step since.
+        steps: dict[int, tuple[Drafts, list[int], list[Sequence[int]]]] = {}
         for place in places:
-            accepted = batch.sampled[place][:-1]
-            if not accepted:
-                continue
-            draft, sources = self._drafted[batch.req_ids[place]]
-            for node in nodes_along(draft, accepted):
-                self._counters.heads_accepted += sources[node] & Source.HEADS > 0
-                self._counters.text_accepted += sources[node] & Source.TEXT > 0
-                self._counters.shared_text_accepted += sources[node] & Source.SHARED_TEXT > 0
+            if accepted := batch.sampled[place][:-1]:
+                drafts, row = self._drafted[batch.req_ids[place]]
+                _, rows, tokens = steps.setdefault(id(drafts), (drafts, [], []))
+                rows.append(row)
+                tokens.append(accepted)
+        for step in steps.values():
+            counts = accepted_by_source(*step)
+            self._counters.heads_accepted += counts[Source.HEADS]
+            self._counters.text_accepted += counts[Source.TEXT]
+            self._counters.shared_text_accepted += counts[Source.SHARED_TEXT]
 
     def _count_drafted(self, drafts: Drafts) -> None:
         by_heads, by_text, by_shared_text = (
@@ -134,22 +150,3 @@ class DynamicDrafter:
                 by_shared_text,
                 len(drafts) + drafts.probability.sum(),
             )
-
-
-def nodes_along(draft: Draft, tokens: Sequence[int]) -> list[int]:
-    """Return the places of the nodes that have ``tokens``, one below the other from the root on.
-
-    Raises:
-        ValueError: there is no such path.
-
-    """
-    nodes = []
-    node = 0  # as parents count: the root
-    for token in tokens:
-        # Children come behind their parent.
-        place = draft.tokens.index(token, node)
-        while draft.parents[place] != node:
-            place = draft.tokens.index(token, place + 1)
-        nodes.append(place)
-        node = place + 1
-    return nodes
