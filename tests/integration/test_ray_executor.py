@@ -13,15 +13,23 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
-from tests.integration.conftest import greedy, open_engine, spec_metrics
+from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
 from tests.integration.ray_on_cpu import ray_on_cpu
 from vllm_medusa.errors import UserError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-SPEC = {"method": "medusa", "model": str(DEMO_HEADS), "tree": "cpu-16"}
+#: A tree for one or two requests, another for more.
+SCHEDULE = [[1, 2, 16], [3, 64, 12]]
+SPEC = {
+    "method": "medusa",
+    "model": str(DEMO_HEADS),
+    "num_speculative_tokens_per_batch_size": SCHEDULE,
+}
 NUM_PROMPTS = 4
 MAX_TOKENS = 32
 ON_RAY = {
@@ -79,19 +87,34 @@ def demo_engine(**options: Any) -> Any:
     return open_engine(DEMO_MODEL, skip_tokenizer_init=False, **options)
 
 
+def by_grammar(llm: Any) -> list[list[int]]:
+    """Greedy texts that follow a grammar."""
+    grammar = StructuredOutputsParams(
+        regex=r"(def|class) [a-z_]{3,12}\([a-z]{1,6}(, [a-z]{1,6})?\):"
+    )
+    params = SamplingParams(temperature=0, max_tokens=24, structured_outputs=grammar)
+    return token_ids(llm.generate(["import os\n\n", "class A:\n    "], params, use_tqdm=False))
+
+
 def test_two_workers_on_ray_give_the_text_of_one(
     prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_MEDUSA_TIMERS", "1")
     with demo_engine() as llm:
         alone = greedy(llm, prompts, MAX_TOKENS)
+        alone_by_grammar = by_grammar(llm)
     with two_nodes(monkeypatch), demo_engine(**ON_RAY, speculative_config=SPEC) as llm:
+        llm.collective_rpc("medusa_step_times")
         assert greedy(llm, prompts, MAX_TOKENS) == alone
+        times = llm.collective_rpc("medusa_step_times")
         counted = llm.collective_rpc("medusa_counters")
         metrics = spec_metrics(llm)
-    assert len(counted) == 2
+        assert by_grammar(llm) == alone_by_grammar
+    assert len(counted) == len(times) == 2
     assert counted[0] == counted[1]
     assert counted[0]["forks_accepted"] > NUM_PROMPTS
     assert metrics["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 4
+    assert len(times[0]) == len(times[1]) > MAX_TOKENS / 5
 
 
 def test_node_without_the_plugin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,10 @@ from vllm_medusa.target.conversations import answer_prompts
 from vllm_medusa.target.settings import AnswerSettings
 from vllm_medusa.target.text import AnsweringModel, load_answering_model
 
-#: Of a Ray worker whose process dies; Ray Data's own default is to go on for ever.
-_RESTARTS = {"max_restarts": 3, "max_task_retries": 3}
+#: Of a Ray worker whose process or machine dies; Ray Data's own default is to go on for ever. Its
+#: shard is tried for as long as there are restarts: while the worker moves to another machine, Ray
+#: finds it "unavailable" any number of times.
+_RESTARTS = {"max_restarts": 3, "max_task_retries": -1}
 _KEPT = "finished shards are kept: run the same command again to go on"
 
 T = TypeVar("T")
@@ -196,7 +198,7 @@ def answer_on_ray(
             _ShardActor,
             fn_constructor_args=(asdict(settings),),
             compute=ActorPoolStrategy(size=min(num_workers, len(items))),
-            ray_remote_args_fn=lambda: _RESTARTS,
+            **_RESTARTS,
             **engine_resources(ray, settings.world_size),
         )
         try:
