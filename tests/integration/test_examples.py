@@ -135,3 +135,12 @@ def test_random_text(tmp_path: Path) -> None:
     ratios = json.loads((tmp_path / "random.json").read_text())["over_no_plugin"]
     assert ratios["no plugin"] == [1.0]
     assert min(ratios["plugin"] + ratios["plugin, no drafts"]) > 0.5
+
+
+@pytest.mark.slow
+def test_engines_on_ray(tmp_path: Path) -> None:
+    few = ["--parameters", "5e6", "--prompts", 8, "--rounds", 1, "--max-tokens", 4]
+    printed = run("bench_ray.py", *few, "--out", tmp_path / "ray.json")
+    assert "two over one: " in printed
+    (speeds,) = json.loads((tmp_path / "ray.json").read_text())["tokens_per_second"]
+    assert min(speeds["1"], speeds["2"]) > 0
