@@ -190,7 +190,8 @@ def _ranked(
         by_request, ids, parent_ids, request, limits, max_leaves, num_ids
     )
     starts = np.zeros(len(counts) + 1, np.int64)
-    starts[1:] = np.cumsum(counts)
+    for row, count in enumerate(counts):
+        starts[row + 1] = starts[row] + count
     order = np.argsort(-probability[kept], kind="mergesort")
     return (
         *(tokens[kept], parents, depths[kept], probability[kept], source[kept], starts),
