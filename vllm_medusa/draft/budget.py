@@ -51,14 +51,15 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
         min_probability: nodes that are less likely are left out.
 
     """
-    likely, keys = _likely(nodes.probability, nodes.request, min_probability)
-    tokens, parents, depths, probability, source, request, is_fork, starts = _within_bounds(
-        likely[np.argsort(keys, kind="stable")],
-        *(nodes.ids, nodes.parents, nodes.request, limits, max_leaves, nodes.num_ids),
-        *(nodes.tokens, nodes.depths, nodes.probability, nodes.source),
+    tokens, parents, depths, probability, source, starts, request, order, is_fork = _ranked(
+        *(nodes.ids, nodes.parents, nodes.request, nodes.tokens, nodes.depths),
+        nodes.probability,
+        *(nodes.source, limits, max_leaves),
+        nodes.num_ids,
+        min_probability,
     )
     drafts = Drafts(tokens, parents, depths, probability, source, starts)
-    return Ranked(drafts, request, np.argsort(-probability, kind="stable"), is_fork)
+    return Ranked(drafts, request, order, is_fork)
 
 
 def best_size(
@@ -167,11 +168,35 @@ def _taken(
 
 
 @compiled
-def _likely(probability: Floats, request: Ints, min_probability: float) -> tuple[Ints, Floats]:
-    """Return the nodes that are likely enough, and what to sort them by."""
+def _ranked(
+    ids: Ints,
+    parent_ids: Ints,
+    request: Ints,
+    tokens: Ints,
+    depths: Ints,
+    probability: Floats,
+    source: Ints,
+    limits: Ints,
+    max_leaves: Ints,
+    num_ids: int,
+    min_probability: float,
+) -> tuple[Ints, Ints, Ints, Floats, Ints, Ints, Ints, Ints, Bools]:
+    """Return the arrays of `Drafts` and of `Ranked`, as `rank` does."""
     likely = np.flatnonzero(probability >= min_probability)
-    # One key for both: requests are two apart, probabilities less than one.
-    return likely, 2.0 * request[likely] - probability[likely]
+    # One sort for both keys: requests are two apart, probabilities less than one.
+    keys = 2.0 * request[likely] - probability[likely]
+    by_request = likely[np.argsort(keys, kind="mergesort")]
+    kept, parents, is_fork, counts = _within_bounds(
+        by_request, ids, parent_ids, request, limits, max_leaves, num_ids
+    )
+    starts = np.zeros(len(counts) + 1, np.int64)
+    for row, count in enumerate(counts):
+        starts[row + 1] = starts[row] + count
+    order = np.argsort(-probability[kept], kind="mergesort")
+    return (
+        *(tokens[kept], parents, depths[kept], probability[kept], source[kept], starts),
+        *(request[kept], order, is_fork),
+    )
 
 
 @compiled
@@ -183,22 +208,18 @@ def _within_bounds(
     limits: Ints,
     max_leaves: Ints,
     num_ids: int,
-    tokens: Ints,
-    depths: Ints,
-    probability: Floats,
-    source: Ints,
-) -> tuple[Ints, Ints, Ints, Floats, Ints, Ints, Bools, Ints]:
+) -> tuple[Ints, Ints, Bools, Ints]:
     """Go through nodes in an order and keep those that are within their request's bounds.
 
     Args:
         order: [m] of nodes, request by request, parents first.
-        ids, parent_ids, request, tokens, depths, probability, source: [n] of the nodes.
+        ids, parent_ids, request: [n] of the nodes.
         limits, max_leaves: [B] most nodes and leaves.
         num_ids: ids are below this.
 
     Returns:
-        Of the nodes that are kept: tokens, parents, depths, probability and source as in `Drafts`,
-        [T] request, [T] whether each is a fork; and where each request's begin.
+        [T] the nodes that are kept, [T] their parents as in `Drafts`, [T] whether each is a fork,
+        [B] how many each request has.
 
     """
     num_requests = len(limits)
@@ -224,10 +245,4 @@ def _within_bounds(
         is_fork[size] = has_child[above]
         has_child[above] = True
         size += 1
-    kept = kept[:size]
-    starts = np.zeros(num_requests + 1, np.int64)
-    starts[1:] = np.cumsum(counts)
-    return (
-        *(tokens[kept], parents[:size], depths[kept], probability[kept], source[kept]),
-        *(request[kept], is_fork[:size], starts),
-    )
+    return kept[:size], parents[:size], is_fork[:size], counts

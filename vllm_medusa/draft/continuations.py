@@ -12,7 +12,7 @@ from vllm_medusa.draft.learning import LogisticCurve, Observer, predict
 from vllm_medusa.draft.probability import text_features
 from vllm_medusa.draft.proposer import Proposed
 from vllm_medusa.draft.text_index import AHEAD, BEHIND, TextIndex, match_lengths
-from vllm_medusa.draft.trie import build_trie
+from vllm_medusa.draft.trie import Trie, build_trie
 from vllm_medusa.draft.types import Candidates, Emitted, Floats, Ints, Source
 
 #: Places of a request that are read: those with the longest match, of these the latest.
@@ -101,23 +101,55 @@ def _candidates(
         features.
 
     """
-    request = np.repeat(np.arange(len(counts)), counts)
-    match = match_lengths(windows, endings[request])
-    longest = np.zeros(len(counts), np.int64)
-    for row, owner in enumerate(request):
-        longest[owner] = max(longest[owner], match[row])
-    weight = np.empty(len(match))
-    for row, owner in enumerate(request):
-        weight[row] = _WEIGHT_OF_MATCH ** (match[row] - longest[owner])
-    ahead = windows[:, BEHIND : BEHIND + max_depth].copy()
+    size = len(windows)
+    request = np.empty(size, np.int64)
+    ahead, ends = np.empty((size, max_depth), np.int32), np.empty((size, BEHIND), np.int32)
+    row = 0
+    for owner, count in enumerate(counts):
+        for _ in range(count):
+            request[row] = owner
+            for column in range(max_depth):
+                ahead[row, column] = windows[row, BEHIND + column]
+            for column in range(BEHIND):
+                ends[row, column] = endings[owner, column]
+            row += 1
+    match = match_lengths(windows, ends)
+    longest, weight = np.zeros(len(counts), np.int64), np.empty(size)
+    for row in range(size):
+        longest[request[row]] = max(longest[request[row]], match[row])
+    for row in range(size):
+        weight[row] = _WEIGHT_OF_MATCH ** (match[row] - longest[request[row]])
     trie = build_trie(request, ahead, weight, match, len(counts))
     features = text_features(trie)
     given = predict(features, np.zeros(1, np.int64), slopes, bias)
-    kept = np.flatnonzero(along_paths(trie.parents, given) >= _MIN_PATH_PROBABILITY)
-    places = np.full(len(given) + 1, -1)
-    for place, node in enumerate(kept):
-        places[node] = place
-    levels = np.searchsorted(trie.depths[kept], np.arange(1, max_depth + 2))
-    # A root's place is -1, the last of these.
-    parents = places[trie.parents[kept]]
-    return trie.request[kept], parents, trie.tokens[kept], given[kept], levels, features[kept]
+    return _likely(trie, features, given, max_depth)
+
+
+@compiled
+def _likely(
+    trie: Trie, features: Floats, given: Floats, max_depth: int
+) -> tuple[Ints, Ints, Ints, Floats, Ints, Floats]:
+    """Return what `_candidates` does: of the nodes [n] those that are likely enough."""
+    paths = along_paths(trie.parents, given)
+    places = np.full(len(paths), -1)
+    levels = np.zeros(max_depth + 1, np.int64)
+    size = 0
+    for node, path in enumerate(paths):
+        if path >= _MIN_PATH_PROBABILITY:
+            places[node] = size
+            size += 1
+        levels[trie.depths[node]] = size
+    for depth in range(1, max_depth + 1):
+        levels[depth] = max(levels[depth], levels[depth - 1])
+    request, parents = np.empty(size, np.int64), np.empty(size, np.int64)
+    tokens, probability = np.empty(size, np.int64), np.empty(size)
+    seen = np.empty((size, features.shape[1]))
+    for node, place in enumerate(places):
+        if place >= 0:
+            above = trie.parents[node]
+            request[place], tokens[place] = trie.request[node], trie.tokens[node]
+            parents[place] = places[above] if above >= 0 else -1
+            probability[place] = given[node]
+            for column in range(features.shape[1]):
+                seen[place, column] = features[node, column]
+    return request, parents, tokens, probability, levels, seen

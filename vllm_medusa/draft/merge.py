@@ -231,6 +231,21 @@ def _walk(
 
 
 @compiled
+def _largest(probability: Floats, place: int) -> float:
+    """Return the ``place``-th largest of some probabilities; numpy's way takes long to compile."""
+    largest = np.zeros(place)  # in falling order
+    for value in probability:
+        behind = place - 1
+        while behind >= 0 and largest[behind] < value:
+            if behind + 1 < place:
+                largest[behind + 1] = largest[behind]
+            behind -= 1
+        if behind + 1 < place:
+            largest[behind + 1] = value
+    return float(largest[place - 1])
+
+
+@compiled
 def _choose(
     parents: Ints,
     paths: Floats,
@@ -262,7 +277,7 @@ def _choose(
     count = num_new = 0
     for row in range(num_requests):
         if pool < size:
-            floor[row] = np.partition(paths[row, :size], size - pool)[size - pool]
+            floor[row] = _largest(paths[row, :size], pool)
         for place in range(size):
             if paths[row, place] < floor[row]:
                 continue

@@ -107,5 +107,15 @@ def _observations(
 ) -> tuple[Floats, Ints, Floats, Bools]:
     """Return what an `Observer` is shown of candidates."""
     observed, right = _outcomes(request, parents, tokens, emitted, counts)
-    seen = np.flatnonzero(observed)
-    return features[seen], groups[seen], probability[seen], right[seen]
+    size = observed.sum()
+    seen_features, seen_groups = np.empty((size, features.shape[1])), np.empty(size, np.int64)
+    predicted, outcome = np.empty(size), np.empty(size, np.bool_)
+    place = 0
+    for node in range(len(observed)):
+        if observed[node]:
+            for column in range(features.shape[1]):
+                seen_features[place, column] = features[node, column]
+            seen_groups[place], predicted[place] = groups[node], probability[node]
+            outcome[place] = right[node]
+            place += 1
+    return seen_features, seen_groups, predicted, outcome

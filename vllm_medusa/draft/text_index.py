@@ -181,7 +181,8 @@ def _windows(buffer: NDArray[np.int32], places: Ints) -> NDArray[np.int32]:
     """Return what `TextIndex.windows` does."""
     windows = np.empty((len(places), BEHIND + AHEAD), np.int32)
     for row, place in enumerate(places):
-        windows[row] = buffer[place : place + BEHIND + AHEAD]
+        for column in range(BEHIND + AHEAD):
+            windows[row, column] = buffer[place + column]
     return windows
 
 

@@ -94,14 +94,5 @@ def build_trie(
         total[node] = totals[request[row]] if parent == ROOT else weights[parent]
         is_best[node] = row == (best[request[row]] if parent == ROOT else first[parent])
     n = num_nodes
-    return Trie(
-        requests,
-        parents[:n],
-        tokens,
-        depths[:n],
-        count[:n],
-        weights[:n],
-        total,
-        longest[:n],
-        is_best,
-    )
+    nodes = requests, parents[:n], tokens, depths[:n], count[:n]
+    return Trie(*nodes, weights[:n], total, longest[:n], is_best)
