@@ -109,7 +109,7 @@ def arguments() -> argparse.Namespace:
         help="arguments of vllm.SamplingParams (greedy, 64 tokens)",
     )
     parser.add_argument("--engines", type=int, default=1, help="at once (1)")
-    parser.add_argument("--rows-per-file", type=int, default=256, help="finished together (256)")
+    parser.add_argument("--rows-per-file", type=int, default=64, help="finished together (64)")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--ray", default=LOCAL, help="HOST:PORT or auto (a cluster started here)")
     return parser.parse_args()
