@@ -94,13 +94,13 @@ class Selector(nn.Module):
         """
         values, tokens = logits.topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
         terms = self.terms(parents.clamp(min=0)[:, None], tokens, head).squeeze(1)
-        order = best_first(values.float() * scale + terms)
+        _, order = best_first(values.float() * scale + terms)
         return logits.scatter(1, tokens.gather(1, order), values)
 
 
-def best_first(scores: Tensor) -> Tensor:
-    """Return the order of scores [..., C] from the largest on; of equal ones the first is first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices
+def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores [..., C] from the largest on, and their order; equal ones stay in theirs."""
+    return scores.sort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,13 @@ def guess_below(
     """
     size = min(NUM_CANDIDATES, tokens.shape[1])
     terms = selector.terms(parents, tokens[:, :size], head)
-    scores = logits[:, None, :size] + terms
-    order = best_first(scores)
+    scores, order = best_first(logits[:, None, :size] + terms)
     ranked = tokens[:, None, :size].expand_as(order).gather(2, order)
-    behind = (-1, parents.shape[1], -1)
-    return Below(
-        torch.cat((ranked, tokens[:, None, size:].expand(behind)), dim=2),
-        torch.cat((scores.gather(2, order), logits[:, None, size:].expand(behind)), dim=2),
-    )
+    if size < tokens.shape[1]:
+        behind = (-1, parents.shape[1], -1)
+        ranked = torch.cat((ranked, tokens[:, None, size:].expand(behind)), dim=2)
+        scores = torch.cat((scores, logits[:, None, size:].expand(behind)), dim=2)
+    return Below(ranked, scores)
 
 
 @dataclass
@@ -172,22 +171,20 @@ class SelectorTree:
         of its best guesses stays, and all is divided by the new sum.
 
         Args:
-            log_probs: [K, B, C] of each head's guesses, the best first.
+            log_probs: [K, B, C] float32 of each head's guesses, the best first.
             tokens, roots: as for `draft`.
 
         Returns:
             [T, B, C] float32 log-probabilities and [T, B, C] int64 tokens, in the selector's order
         """
         _, guessed = self._place(log_probs, tokens, roots)
-        rest = torch.log((1 - log_probs.float().exp().sum(dim=-1)).clamp(min=0))  # [K, B]
-        normed = []
-        for head, below in enumerate(guessed):
-            total = torch.logaddexp(below.scores.logsumexp(dim=-1), rest[head][:, None])
-            normed.append(below.scores - total[..., None])
-        return (
-            torch.cat(normed, dim=1).transpose(0, 1),
-            torch.cat([below.tokens for below in guessed], dim=1).transpose(0, 1),
-        )
+        rest = (1 - log_probs.exp().sum(dim=-1)).clamp(min=0).log()  # [K, B]
+        num_tables = [len(level.parents) for level in self.levels]
+        rest = torch.cat([row.expand(num, -1) for row, num in zip(rest, num_tables, strict=False)])
+        scores = torch.cat([below.scores for below in guessed], dim=1).transpose(0, 1)
+        totals = torch.logaddexp(scores.logsumexp(dim=-1), rest)
+        below_all = torch.cat([below.tokens for below in guessed], dim=1)
+        return scores - totals[..., None], below_all.transpose(0, 1)
 
     def _place(self, logits: Tensor, tokens: Tensor, roots: Tensor) -> tuple[Tensor, list[Below]]:
         """Return the nodes' tokens, and by level what is guessed below its parents."""
