@@ -26,6 +26,7 @@ class Case:
     """What the sources propose to B requests."""
 
     rank_paths: list[Path]
+    by_parent: bool  # whether each path with children has guesses of its own
     guesses: Guesses | None
     trees: list[list[Tree]]  # source by source, request by request
 
@@ -53,12 +54,46 @@ def as_candidates(trees: Sequence[Tree]) -> Candidates:
     return Candidates(request, parents, tokens, probability, source, np.array(levels))
 
 
-def heads_tree(rank_paths: Sequence[Path], guesses: Guesses, request: int) -> Tree:
+def parents_of(rank_paths: Sequence[Path]) -> list[Path]:
+    """The paths that have children, in the order of their tables of guesses."""
+    return sorted({path[:-1] for path in rank_paths}, key=lambda path: (len(path), path))
+
+
+def table_of(case: Case, parent: Path) -> int | None:
+    """Which guesses are those below a rank path, if any."""
+    if not case.by_parent:
+        return len(parent)
+    parents = parents_of(case.rank_paths)
+    return parents.index(parent) if parent in parents else None
+
+
+def tables_along(case: Case, request: int, text: Sequence[int]) -> list[int]:
+    """Which guesses are those below each depth of a text, until there are none."""
+    assert case.guesses is not None
+    num_heads = 3 if case.by_parent else case.guesses.tokens.shape[1]
+    tables: list[int] = []
+    path: Path | None = ()
+    for depth, token in enumerate(text[:num_heads]):
+        # Medusa heads guess the same whatever came before.
+        table = depth
+        if case.by_parent:
+            found = None if path is None else table_of(case, path)
+            if found is None:
+                break
+            table = found
+        tables.append(table)
+        guesses = case.guesses.tokens[request, table].tolist()
+        path = (*path, guesses.index(token)) if path is not None and token in guesses else None
+    return tables
+
+
+def heads_tree(case: Case, request: int) -> Tree:
+    assert case.guesses is not None
     tree: Tree = {}
-    for ranks in rank_paths:
-        path = tuple(int(guesses.tokens[request, d, r]) for d, r in enumerate(ranks))
-        last = float(guesses.probability[request, len(ranks) - 1, ranks[-1]])
-        tree[path] = (last, int(Source.HEADS))
+    for ranks in case.rank_paths:
+        cells = [(request, table_of(case, ranks[:d]), r) for d, r in enumerate(ranks)]
+        path = tuple(int(case.guesses.tokens[cell]) for cell in cells)
+        tree[path] = (float(case.guesses.probability[cells[-1]]), int(Source.HEADS))
     return tree
 
 
@@ -84,7 +119,7 @@ def merge_slowly(case: Case, num_requests: int) -> list[dict[Path, tuple[float, 
     for b in range(num_requests):
         trees = [source[b] for source in case.trees]
         if case.guesses is not None:
-            trees.append(heads_tree(case.rank_paths, case.guesses, b))
+            trees.append(heads_tree(case, b))
         tree = merged(trees)
         results.append({path: (path_probability(tree, path), s) for path, (_, s) in tree.items()})
     return results
@@ -144,21 +179,23 @@ def rank_paths(draw: st.DrawFn, num_heads: int, num_guesses: int) -> list[Path]:
 @st.composite
 def cases(draw: st.DrawFn, num_requests: int, max_nodes: int = 10, max_depth: int = 5) -> Case:
     num_heads, num_guesses = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    paths, by_parent = draw(rank_paths(num_heads, num_guesses)), draw(st.booleans())
+    num_tables = len(parents_of(paths)) if by_parent else num_heads
     guesses = None
     if draw(st.integers(0, 4)):
         tokens = [
-            [draw(st.permutations(range(NUM_TOKENS)))[:num_guesses] for _ in range(num_heads)]
+            [draw(st.permutations(range(NUM_TOKENS)))[:num_guesses] for _ in range(num_tables)]
             for _ in range(num_requests)
         ]
-        size = num_requests * num_heads * num_guesses
+        size = num_requests * num_tables * num_guesses
         given = draw(st.lists(probabilities, min_size=size, max_size=size))
         guesses = Guesses(
-            np.array(tokens).reshape(num_requests, num_heads, num_guesses),
-            np.array(given).reshape(num_requests, num_heads, num_guesses),
+            np.array(tokens).reshape(num_requests, num_tables, num_guesses),
+            np.array(given).reshape(num_requests, num_tables, num_guesses),
         )
     sources = draw(st.lists(st.sampled_from([Source.TEXT, Source.SHARED_TEXT]), max_size=3))
     others = [
         [draw(trees(source, max_nodes, max_depth)) for _ in range(num_requests)]
         for source in sources
     ]
-    return Case(draw(rank_paths(num_heads, num_guesses)), guesses, others)
+    return Case(paths, by_parent, guesses, others)

@@ -16,6 +16,7 @@ from tests import checkpoints
 from tests.integration.command_line import engine_config, run_vllm
 from tests.integration.conftest import open_engine
 from tests.oracles.heads import NUM_CANDIDATES
+from tests.oracles.heads import below as slow_below
 from tests.oracles.heads import draft as slow_draft
 from tests.oracles.heads import features as slow_features
 from tests.oracles.heads import logits as slow_logits
@@ -118,18 +119,21 @@ def check_guesses(
         top_k = min(NUM_CANDIDATES, logits.shape[-1])
     expected, tokens = logits.topk(top_k, dim=-1)
     tokens = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE))[tokens]
-    log_probs = logits.log_softmax(dim=-1).topk(top_k, dim=-1).values
-    for guess, values in ((loaded.guesses, expected), (loaded.probable_guesses, log_probs)):
-        found_values, found_tokens = guess(hidden, some_roots(len(hidden)))
-        torch.testing.assert_close(found_values, values, rtol=1e-4, atol=1e-4)
-        assert torch.equal(found_tokens, tokens)
-    drafts = [
-        slow_draft(heads, rows, root, TREE.paths)
-        for rows, root in zip(
-            slow_guesses(heads, hidden).unbind(1), some_roots(len(hidden)).tolist(), strict=True
-        )
-    ]
-    assert loaded.propose(hidden, some_roots(len(hidden))).tolist() == drafts
+    found_values, found_tokens = loaded.guesses(hidden, some_roots(len(hidden)))
+    torch.testing.assert_close(found_values, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found_tokens, tokens)
+    drafts = loaded.propose(hidden, some_roots(len(hidden))).tolist()
+    log_probs, found_tokens = loaded.probable_guesses(hidden, some_roots(len(hidden)))
+    # Of heads with a selector: below the root and below its first child.
+    assert log_probs.shape == found_tokens.shape == (TREE.depth, len(hidden), TREE.top_k)
+    for b, root in enumerate(some_roots(len(hidden)).tolist()):
+        rows = slow_guesses(heads, hidden)[:, b]
+        assert drafts[b] == slow_draft(heads, rows, root, TREE.paths)
+        for head, parent in enumerate((root, drafts[b][0])):
+            below = slow_below(heads, head, rows[head], parent)
+            assert found_tokens[head, b].tolist() == list(below)[: TREE.top_k]
+            wanted = torch.tensor(list(below.values())[: TREE.top_k])
+            torch.testing.assert_close(log_probs[head, b], wanted, rtol=1e-4, atol=1e-4)
 
 
 #: Fewer tokens than a selector would rank again.

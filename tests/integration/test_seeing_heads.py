@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm.config import VllmConfig, vllm
 
-from tests.integration.command_line import DEMO_MODEL
+from tests.integration.command_line import DEMO_MODEL, engine_config
 from tests.integration.conftest import counters, draft_with, greedy, open_engine, spec_metrics
 from tests.integration.seeing_heads import write_seeing_heads
 from tests.oracles import heads as oracle
@@ -46,10 +49,14 @@ def reference(prompts: list[str]) -> list[list[int]]:
         return greedy(llm, prompts, MAX_TOKENS)
 
 
+#: Hidden states, roots and drafts.
+Kept = list[tuple[torch.Tensor, int, Any]]
+
+
 class Recorder:
     """Drafts as the runner's own drafter; keeps what it was asked and what it answered."""
 
-    def __init__(self, kept: list[tuple[torch.Tensor, int, Any]], runner: Any) -> None:
+    def __init__(self, kept: Kept, runner: Any) -> None:
         self._kept = kept
         self._drafter = runner.tree_drafter
 
@@ -72,16 +79,21 @@ def in_float32(path: Path) -> HeadsCheckpoint:
     return dataclasses.replace(heads, tensors=tensors)
 
 
-def check_against_oracle(path: Path, kept: list[tuple[torch.Tensor, int, Any]]) -> None:
-    """Static trees whose nodes have the tokens that the slow heads give them, one by one."""
-    heads = in_float32(path)
+def with_logits(heads: HeadsCheckpoint, kept: Kept) -> Iterator[tuple[torch.Tensor, int, Any]]:
+    """Some of the drafts, with the slow heads' logits [K, V] and the root."""
     embedding = load_file(DEMO_MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
-    differs = 0
     for hidden, root, draft in kept[:: max(1, len(kept) // 40)]:
         seen = embedding[root][None] if heads.spec.root_size else None
         # A copy that is no inference tensor.
         features = oracle.features(heads, torch.tensor([hidden.tolist()]), seen)
-        rows = oracle.logits(heads, features, embedding)[:, 0]
+        yield oracle.logits(heads, features, embedding)[:, 0], root, draft
+
+
+def check_against_oracle(path: Path, kept: Kept) -> None:
+    """Static trees whose nodes have the tokens that the slow heads give them, one by one."""
+    heads = in_float32(path)
+    differs = 0
+    for rows, root, draft in with_logits(heads, kept):
         paths = rank_paths(draft.parents)
         assert draft.tokens == oracle.draft(heads, rows, root, paths)
         best = rows.topk(16).indices
@@ -103,7 +115,7 @@ def test_static_trees(
     prompts: list[str], reference: list[list[int]], tmp_path: Path, kind: str
 ) -> None:
     path = write_seeing_heads(tmp_path / "heads", **KINDS[kind])
-    kept: list[tuple[torch.Tensor, int, Any]] = []
+    kept: Kept = []
     spec = {"method": "medusa", "model": str(path), "tree": "cpu-16"}
     with demo_engine(speculative_config=spec) as llm:
         draft_with(llm, lambda runner: Recorder(kept, runner))
@@ -113,21 +125,48 @@ def test_static_trees(
     check_against_oracle(path, kept)
 
 
-def test_dynamic_trees_of_a_selector_are_refused(tmp_path: Path) -> None:
-    path = write_seeing_heads(tmp_path / "heads")
-    spec = {"method": "medusa", "model": str(path), "tree": "dynamic"}
-    with (
-        pytest.raises(UserError, match=r"tree='dynamic' is for dynamic trees, which heads with .*"),
-        demo_engine(speculative_config=spec),
-    ):
-        pass
-
-
-def test_dynamic_trees_of_root_aware_heads(
-    prompts: list[str], reference: list[list[int]], tmp_path: Path
+@pytest.mark.parametrize("kind", ["root-aware", "both"])
+def test_dynamic_trees(
+    prompts: list[str], reference: list[list[int]], tmp_path: Path, kind: str
 ) -> None:
-    path = write_seeing_heads(tmp_path / "heads", has_selector=False)
-    spec = {"method": "medusa", "model": str(path), "tree": "dynamic", "sources": ["heads"]}
+    """Dynamic trees, the default: with a selector too."""
+    path = write_seeing_heads(tmp_path / "heads", **KINDS[kind])
+    kept: Kept = []
+    bounds = {"sources": ["heads"], "measure_costs": False}
+    spec = {"method": "medusa", "model": str(path), **bounds}
     with demo_engine(speculative_config=spec) as llm:
+        draft_with(llm, lambda runner: Recorder(kept, runner))
         assert greedy(llm, prompts, MAX_TOKENS) == reference
-        assert spec_metrics(llm)["num_accepted_tokens"] > 10
+        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
+        assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 4
+    check_nodes_against_oracle(path, kept)
+
+
+def check_nodes_against_oracle(path: Path, kept: Kept) -> None:
+    """Dynamic trees: a node's children have the tokens that the slow heads rank first below it."""
+    heads = in_float32(path)
+    differs = 0
+    for rows, root, draft in with_logits(heads, kept):
+        tokens, depths, children = [root, *draft.tokens], [0], defaultdict(set)
+        for token, parent in zip(draft.tokens, draft.parents, strict=True):
+            depths.append(depths[parent] + 1)
+            children[parent].add(token)
+        for parent, found in children.items():
+            head = depths[parent]
+            best = oracle.ranking(heads, head, rows[head], tokens[parent])
+            assert found == set(best[: len(found)])
+            differs += found != set(rows[head].topk(len(found)).indices.tolist())
+    assert (differs > 5) == (heads.spec.selector_rank is not None)
+
+
+@pytest.mark.parametrize("values", [{"tree": "dynamic"}, {"max_nodes": 9}])
+def test_dynamic_trees_of_a_selector_are_refused_on_v2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    path = write_seeing_heads(tmp_path / "heads")
+    # vLLM itself takes V1 where there is no Triton.
+    monkeypatch.setattr(vllm, "HAS_TRITON", True)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    message = "is for dynamic trees, which heads with a selector do not have on Model Runner V2"
+    with pytest.raises(UserError, match=message):
+        engine_config(DEMO_MODEL, {"method": "medusa", "model": str(path), **values})

@@ -75,6 +75,18 @@ def ranking(heads: HeadsCheckpoint, head: int, row: Tensor, parent: int) -> list
     return sorted(score, key=lambda token: -score[token]) + tokens[NUM_CANDIDATES:]
 
 
+def below(heads: HeadsCheckpoint, head: int, row: Tensor, parent: int) -> dict[int, float]:
+    """Log-probability of each token below one parent, in the selector's order."""
+    by_draft_id = heads.tensors.get("token_map", torch.arange(len(row))).tolist()
+    logits = {t: float(row[i]) * heads.spec.logit_scale for i, t in enumerate(by_draft_id)}
+    order = ranking(heads, head, row, parent)
+    if heads.spec.selector_rank is not None:
+        for token in order[:NUM_CANDIDATES]:
+            logits[token] += term(heads.tensors, head, parent, token)
+    total = torch.tensor(list(logits.values()), dtype=torch.float64).logsumexp(0)
+    return {token: logits[token] - float(total) for token in order}
+
+
 def draft(heads: HeadsCheckpoint, rows: Tensor, root: int, paths: Sequence[TreePath]) -> list[int]:
     """The token of each node of a tree, by the heads' logits [K, V] for one request."""
     found: dict[TreePath, int] = {(): root}

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import draft_oracle as oracle
 from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
+from vllm_medusa.draft.learning import LogisticCurve, Recorder
 from vllm_medusa.draft.merge import Nodes, join, merge
+from vllm_medusa.draft.sources.heads import HeadsSource
 from vllm_medusa.draft.superset import Superset
-from vllm_medusa.draft.types import Drafts
+from vllm_medusa.draft.types import Drafts, Emitted
 
 
 def superset_of(case: oracle.Case) -> Superset:
     if case.guesses is None:
         return Superset.from_paths(case.rank_paths, 9, 9)
-    return Superset.from_paths(case.rank_paths, *case.guesses.tokens.shape[1:])
+    num_guesses = case.guesses.tokens.shape[2]
+    if case.by_parent:
+        # Heads that no path uses do no harm.
+        return Superset.from_paths(case.rank_paths, 3, num_guesses).by_parent()
+    return Superset.from_paths(case.rank_paths, case.guesses.tokens.shape[1], num_guesses)
 
 
 def nodes_of(case: oracle.Case, pool: int = UNLIMITED) -> Nodes:
@@ -101,6 +107,33 @@ def test_leaves_are_bounded(case: oracle.Case, max_leaves: int) -> None:
         ]
         assert oracle.paths_of(draft) == expected
         assert oracle.num_forks(expected) < max_leaves
+
+
+@given(
+    oracle.cases(num_requests=2),
+    st.lists(st.lists(st.integers(0, oracle.NUM_TOKENS - 1), min_size=4, max_size=4), min_size=2),
+    st.lists(st.integers(0, 4), min_size=2, max_size=2),
+)
+def test_heads_learn_from_the_guesses_along_the_text(
+    case: oracle.Case, texts: list[list[int]], counts: list[int]
+) -> None:
+    """Of each depth the guesses below the text so far, as long as the superset holds it."""
+    assume(case.guesses is not None)
+    assert case.guesses is not None
+    superset, recorder = superset_of(case), Recorder()
+    groups = np.zeros(len(superset.heads) * 10)
+    source = HeadsSource(LogisticCurve(np.ones(1), groups), recorder, superset)
+    source.guess(case.guesses.tokens, case.guesses.probability)
+    source.learn(Emitted(np.array(texts[:2]), np.array(counts)))
+    expected = [
+        (case.guesses.probability[b, table, rank], token == texts[b][depth])
+        for b in range(2)
+        for depth, table in enumerate(oracle.tables_along(case, b, texts[b][: counts[b]]))
+        for rank, token in enumerate(case.guesses.tokens[b, table])
+    ]
+    _, _, predicted, right = recorder.observations()
+    np.testing.assert_allclose(predicted, [p for p, _ in expected], atol=1e-3)
+    assert right.tolist() == [is_right for _, is_right in expected]
 
 
 @given(oracle.cases(num_requests=2), st.floats(0, 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.checkpoints import (
@@ -18,12 +18,18 @@ from tests.checkpoints import (
     write_native,
     write_vllm,
 )
+from tests.draft_oracle import parents_of, rank_paths
+from tests.oracles.heads import below as slow_below
+from tests.oracles.heads import draft as slow_draft
 from tests.oracles.heads import features as slow_features
 from tests.oracles.heads import logits as slow_logits
 from tests.unit.test_heads_module import fast_logits
+from vllm_medusa.draft.superset import Superset
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads, load_heads
 from vllm_medusa.heads.io.write import save_heads
+from vllm_medusa.heads.selector import Selector, SelectorTree
+from vllm_medusa.tree.layout import levels_of
 
 OPTIONS = {
     "num_heads": st.integers(1, 5),
@@ -61,6 +67,42 @@ def test_module_equals_the_oracle(heads: HeadsCheckpoint, batch: int, seed: int)
     if heads.spec.lm_head != "target" and batch:
         logits = fast_logits(heads, features)
         torch.testing.assert_close(logits, slow_logits(heads, features), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    heads=any_heads(num_heads=3, selector_rank=2, vocab_size=20, dtype=torch.float32),
+    paths=rank_paths(num_heads=3, num_guesses=5),
+    top_k=st.sampled_from([16, 18]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_guesses_along_a_tree(
+    heads: HeadsCheckpoint, paths: list[tuple[int, ...]], top_k: int, seed: int
+) -> None:
+    """Tokens and probabilities below every node of a superset, one node at a time."""
+    num_tokens = heads.spec.draft_vocab_size or 20
+    paths = [path for path in paths if max(path) < num_tokens]
+    assume(paths)
+    rows = torch.randn(3, 2, num_tokens, generator=torch.Generator().manual_seed(seed))
+    roots = torch.tensor([4, 11])
+    scaled = rows * heads.spec.logit_scale
+    best = scaled.topk(min(top_k, num_tokens), dim=-1)
+    tokens = heads.tensors.get("token_map", torch.arange(20))[best.indices]
+    superset = Superset.from_paths(paths, 3, 5).by_parent()
+    selector = Selector.from_tensors(heads.tensors, torch.float32)
+    tree = SelectorTree(selector, levels_of(*map(torch.from_numpy, superset.as_nodes())))
+    drafted = tree.draft(best.values, tokens, roots)
+    log_probs = best.values - scaled.logsumexp(dim=-1, keepdim=True)
+    found_log_probs, found_tokens = tree.probable(log_probs, tokens, roots)
+    for b, root in enumerate(roots.tolist()):
+        assert drafted[b].tolist() == slow_draft(heads, rows[:, b], root, superset.paths())
+        token_of = dict(zip(superset.paths(), drafted[b].tolist(), strict=True)) | {(): root}
+        for table, parent in enumerate(parents_of(paths)):
+            expected = slow_below(heads, len(parent), rows[len(parent), b], token_of[parent])
+            count = found_tokens.shape[-1]
+            assert found_tokens[table, b].tolist() == list(expected)[:count]
+            values = torch.tensor(list(expected.values())[:count])
+            torch.testing.assert_close(found_log_probs[table, b], values, rtol=1e-3, atol=1e-3)
 
 
 @given(heads=any_heads())

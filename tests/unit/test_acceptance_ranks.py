@@ -116,6 +116,29 @@ def test_ranks_are_those_of_sorting(
     assert any((continuation.ranks < RANK_CAP).any() for continuation in found)
 
 
+def test_probabilities_are_those_of_scaled_logits(
+    target: FrozenTarget, checkpoint: HeadsCheckpoint
+) -> None:
+    """Of lm_heads twice as large with half the scale they are the same."""
+    plain = with_lm_heads(checkpoint, target, "own")
+    scaled = replace(
+        plain,
+        spec=replace(plain.spec, logit_scale=0.5),
+        tensors=plain.tensors | {"lm_head.weight": 2 * plain.tensors["lm_head.weight"]},
+    )
+    one, other = (
+        RankMeter(target, StoredHeads(heads, target), num_guesses=4).measure(
+            texts(), lambda _: None
+        )
+        for heads in (plain, scaled)
+    )
+    for left, right in zip(one, other, strict=True):
+        assert left.guessed is not None
+        assert right.guessed is not None
+        np.testing.assert_array_equal(left.guessed.guesses, right.guessed.guesses)
+        np.testing.assert_allclose(left.guessed.probability, right.guessed.probability, rtol=1e-4)
+
+
 def measured(target: FrozenTarget, heads: Heads, given: Sequence[Text]) -> list[list[list[int]]]:
     meter = RankMeter(target, heads)
     return [item.ranks.tolist() for item in meter.measure(given, lambda _: None)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from vllm_medusa.acceptance.ranks import Continuation, Guessed
 from vllm_medusa.acceptance.statistics import RANK_CAP
@@ -11,6 +14,7 @@ from vllm_medusa.acceptance.texts import counted_positions, loop_start
 from vllm_medusa.calibration import dynamic
 from vllm_medusa.calibration.dynamic import guessed_text, measure_dynamic, reliability
 from vllm_medusa.calibration.estimates import NUM_FOLDS, deal
+from vllm_medusa.heads.selector import Selector
 from vllm_medusa.tree.draft_tree import DraftTree
 
 NUM_HEADS, NUM_GUESSES, VOCAB = 3, 4, 50
@@ -80,8 +84,8 @@ def test_each_fold_is_judged_by_curves_of_the_others(monkeypatch: pytest.MonkeyP
     real_fit, real_drafter = dynamic.fit_probabilities, dynamic.Drafter
     by_curves: dict[int, int] = {}
 
-    def fit(given, tree):  # type: ignore[no-untyped-def]
-        probabilities = real_fit(given, tree)
+    def fit(given, tree, selector):  # type: ignore[no-untyped-def]
+        probabilities = real_fit(given, tree, selector)
         by_curves[id(probabilities)] = len(fitted_to)
         fitted_to.append({item.prompt_id for item in given})
         kept.append(probabilities)
@@ -104,9 +108,9 @@ def test_each_fold_is_judged_by_curves_of_the_others(monkeypatch: pytest.MonkeyP
 
     used: list[int] = []
 
-    def drafter(settings, probabilities, *rest):  # type: ignore[no-untyped-def]
+    def drafter(settings, probabilities, *rest, **named):  # type: ignore[no-untyped-def]
         used.append(id(probabilities))
-        return real_drafter(settings, probabilities, *rest)
+        return real_drafter(settings, probabilities, *rest, **named)
 
     real_replay = dynamic.replay
     monkeypatch.setattr(dynamic, "fit_probabilities", fit)
@@ -116,6 +120,52 @@ def test_each_fold_is_judged_by_curves_of_the_others(monkeypatch: pytest.MonkeyP
     assert len(fitted_to) == NUM_FOLDS + 1
     assert set.union(*scored) == {item.prompt_id for item in items}
     assert len(scored) == NUM_FOLDS * 2 * len(dynamic.SIZES)
+
+
+def test_selector_that_changes_nothing_changes_nothing() -> None:
+    items = made_up(5, num_prompts=10, length=40)
+    selector = Selector(torch.ones(VOCAB + NUM_GUESSES, 3), NUM_HEADS)
+    without = measure_dynamic(items, folds_of(items), TREE, lambda _: None)
+    found = measure_dynamic(items, folds_of(items), TREE, lambda _: None, selector)
+    for one, other in zip(found.accepted, without.accepted, strict=True):
+        assert one.with_loops == pytest.approx(other.with_loops, rel=0.02)
+
+
+def test_selector_that_knows_the_next_token() -> None:
+    """It finds the right one of guesses that the heads hold for equally likely."""
+    rng = np.random.default_rng(6)
+    following = rng.permutation(VOCAB)
+    items = []
+    for item in made_up(7, num_prompts=10, length=40):
+        assert item.guessed is not None
+        tokens = [int(rng.integers(VOCAB))]
+        while len(tokens) < 50:
+            # Not always, or the text itself would say what follows.
+            others = rng.integers(VOCAB)
+            tokens.append(int(following[tokens[-1]] if rng.random() < 0.8 else others))
+        shape = item.guessed.guesses.shape[:2]
+        guesses = np.stack(
+            [[rng.permutation(VOCAB)[:16] for _ in range(shape[1])] for _ in range(shape[0])]
+        ).astype(np.int32)
+        for place, head in np.ndindex(*shape):
+            right = int(following[tokens[min(10 + place + head, 49)]])
+            if right not in guesses[place, head]:
+                guesses[place, head, rng.integers(16)] = right
+        given = replace(
+            item.guessed,
+            tokens=np.array(tokens),
+            guesses=guesses,
+            probability=np.full(guesses.shape, 0.05, dtype=np.float32),
+        )
+        items.append(replace(item, guessed=given))
+    selector = Selector(8 * torch.eye(VOCAB)[following], NUM_HEADS)
+    selector.child.data.copy_(torch.eye(VOCAB))
+    lengths = [
+        measure_dynamic(items, folds_of(items), TREE, lambda _: None, s).accepted[0].without_loops
+        for s in (None, selector)
+    ]
+    assert lengths[0] < 1.6
+    assert lengths[1] > 2.2
 
 
 @pytest.mark.parametrize("has_ended", [True, False])

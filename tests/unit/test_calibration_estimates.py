@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vllm_medusa.acceptance.intervals import Estimate, ratio, resample
 from vllm_medusa.acceptance.ranks import Continuation
 from vllm_medusa.acceptance.statistics import RANK_CAP, head_accuracy, simulate
 from vllm_medusa.acceptance.trees import path_probabilities, product_paths, step_paths
 from vllm_medusa.calibration.check import Checked, steps_of
 from vllm_medusa.calibration.choice import Candidate, choose
 from vllm_medusa.calibration.dynamic import Accepted, Bin, DynamicFindings
-from vllm_medusa.calibration.estimates import CrossFit, Estimate, ratio, resample
+from vllm_medusa.calibration.estimates import CrossFit
 from vllm_medusa.calibration.report import Findings, Section, summary, write_report
 from vllm_medusa.calibration.settings import CalibrateSettings
 from vllm_medusa.draft.probability import Probabilities

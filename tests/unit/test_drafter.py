@@ -185,7 +185,8 @@ def test_accepted_nodes() -> None:
 
 CALLED_BY_LOOPS = {
     *("along_paths", "build_trie", "match_lengths", "predict", "text_features"),
-    *("_choose", "_hash", "_largest", "_likely", "_outcomes", "_walk", "_within_bounds"),
+    *("_choose", "_hash", "_largest", "_likely", "_outcomes", "_tables_along", "_walk"),
+    "_within_bounds",
 }
 
 

@@ -66,7 +66,12 @@ def slow_losses(
     return torch.stack(sums)
 
 
-KINDS = {"kl": {}, "ce": {"loss": "ce"}, "sharpened": {"kl_temperature": 0.5, "decay": 0.5}}
+KINDS = {
+    "kl": {},
+    "lk": {"loss": "lk"},
+    "ce": {"loss": "ce"},
+    "sharpened": {"kl_temperature": 0.5, "decay": 0.5},
+}
 
 
 @pytest.mark.parametrize("is_alone", [True, False])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_medusa.plugin.worker import timers
+from vllm_medusa.stepcost.stages import _exclusive
 
 
 class Sleeper:
@@ -20,12 +21,13 @@ class Sleeper:
             setattr(self, name, lambda value, ms=ms: (time.sleep(ms / 1000), value)[1])
 
 
-def make_runner(with_forks: bool) -> Any:
+def make_runner(with_forks: bool, with_selector: bool = False) -> Any:
     runner = Sleeper(_prepare_inputs=1, _model_forward=2)
     layer = SimpleNamespace(impl=Sleeper(forward=1, do_kv_cache_update=1))
     runner.device = torch.device("cpu")
     runner.rejection_sampler = Sleeper(forward=1)
     runner.drafter = Sleeper(propose=1, probable_guesses=1)
+    runner.drafter.selector_tree = Sleeper(draft=2, probable=3) if with_selector else None
     runner.tree_drafter = Sleeper(draft=1)
     runner.forks = Sleeper(begin_step=1, commit=1) if with_forks else None
     context = {"layer": layer, "other": SimpleNamespace()}
@@ -66,6 +68,25 @@ def test_stages_by_step(with_forks: bool) -> None:
     assert last["draft"] >= 1.0
     assert last["heads"] >= 1.0
     assert found.take() == []
+
+
+def test_selector() -> None:
+    runner = make_runner(with_forks=False, with_selector=True)
+    found = timers.StepTimers(runner)
+    runner.execute_model(0)
+    runner.drafter.selector_tree.draft(0)
+    runner.execute_model(0)
+    runner.drafter.selector_tree.probable(0)
+    static, dynamic = found.take()
+    assert static["selector"] >= 2.0
+    assert dynamic["selector"] >= 3.0
+
+
+def test_parts_of_parts() -> None:
+    times = {"draft": 9.0, "heads": 7.0, "selector": 3.0, "forward": 5.0, "attention": 2.0}
+    own = _exclusive(times)
+    assert (own["draft"], own["heads"], own["selector"]) == (2.0, 4.0, 3.0)
+    assert sum(own.values()) == 14.0
 
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

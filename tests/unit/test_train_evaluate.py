@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from tests.training import document, make_settings, make_target, random_documents
-from vllm_medusa.acceptance.ranks import RankMeter
+from vllm_medusa.acceptance.ranks import Continuation, RankMeter
 from vllm_medusa.acceptance.statistics import RANK_CAP
 from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.errors import UserError
@@ -84,3 +85,22 @@ def test_rows_on_which_nothing_can_be_measured_are_refused() -> None:
     assert len(held_out_texts(short, {5}, 3)) == 2
     with pytest.raises(UserError, match=r"none of the 2 held-out answers.*takes 5 tokens"):
         held_out_texts(short, {7}, 3)
+
+
+def test_spread_is_that_of_prompts() -> None:
+    """Of answers, all of one prompt, there is no telling; of unlike prompts it is wide."""
+    accepted = np.zeros((30, 3), dtype=np.int16)
+    missed = np.full((30, 3), RANK_CAP, dtype=np.int16)
+    tables = [accepted, missed] * 10
+    found = {}
+    for kind, names in (("one", ["p"] * 20), ("unlike", [f"p{i}" for i in range(20)])):
+        items = [Continuation(n, 0.0, table, 30) for n, table in zip(names, tables, strict=True)]
+        figures = summary(items, [(0,)])["with_loops"]
+        assert figures["interval"].keys() == figures["acceptance_length"].keys() == {"chain of 3"}
+        found[kind] = figures["interval"]["chain of 3"]
+        # 8 steps of 4 tokens, and 30 of 1.
+        assert figures["acceptance_length"]["chain of 3"] == round(62 / 38, 4)
+    assert found["one"] == [round(62 / 38, 4)] * 2
+    low, high = found["unlike"]
+    assert 1.2 < low < 1.5
+    assert 1.8 < high < 2.4

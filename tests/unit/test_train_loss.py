@@ -12,7 +12,12 @@ from torch import Tensor
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
 from vllm_medusa.data.rows import Row
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
-from vllm_medusa.training.loss import accumulate_gradients, draw_learnt
+from vllm_medusa.training.loss import (
+    _into_gradient,
+    _into_gradient_of_acceptance,
+    accumulate_gradients,
+    draw_learnt,
+)
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import build_batch
 from vllm_medusa.training.settings import TrainSettings
@@ -46,10 +51,13 @@ def slow_losses(
                     continue
                 feature = heads.features(hidden[t][None], tokens[t + 1][None])[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
+                wanted = F.softmax(own[predicted - 1] / settings.kl_temperature, dim=-1)
                 if settings.loss == "ce":
                     sums[k] = sums[k] - log_q[tokens[predicted]]
+                elif settings.loss == "lk":
+                    accepted = [torch.min(p, q) for p, q in zip(wanted, log_q.exp(), strict=True)]
+                    sums[k] = sums[k] - torch.stack(accepted).sum().log()
                 else:
-                    wanted = F.softmax(own[predicted - 1] / settings.kl_temperature, dim=-1)
                     sums[k] = sums[k] - (wanted * log_q).sum()
     return torch.stack(sums)
 
@@ -58,6 +66,9 @@ CASES = {
     "kl": {},
     "ce": {"loss": "ce"},
     "sharpened kl": {"kl_temperature": 0.5},
+    "lk": {"loss": "lk"},
+    "sharpened lk": {"loss": "lk", "kl_temperature": 0.5},
+    "own lk": {"lm_head": "own", "loss": "lk"},
     "own": {"lm_head": "own", "num_layers": 2},
     "own ce": {"lm_head": "own", "loss": "ce"},
     "low-rank": {"lm_head": "low-rank", "rank": 8, "decay": 0.5},
@@ -127,6 +138,26 @@ def test_unlikely_label_has_finite_loss() -> None:
     assert losses.isfinite().all()
     assert losses[0] > 100
     torch.testing.assert_close(losses, slow.detach() / len(batch.learnt), rtol=1e-4, atol=1e-3)
+
+
+def test_acceptance_of_heads_that_are_the_target_is_certain() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    gradient = logits.clone()
+    loss = _into_gradient_of_acceptance(gradient, logits.softmax(dim=-1), 1.0)
+    assert loss.abs() < 1e-5
+    # One alone of the target's tokens is what cross entropy would learn.
+    label = torch.tensor([2, 5, 0])
+    by_label, by_acceptance = logits.clone(), logits.clone()
+    loss = _into_gradient_of_acceptance(by_acceptance, F.one_hot(label, 7).float(), 0.5)
+    torch.testing.assert_close(loss, _into_gradient(by_label, label, None, 0.5))
+    torch.testing.assert_close(by_acceptance, by_label)
+
+
+def test_acceptance_that_underflows_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[0.0, 500.0, 0.0]])
+    loss = _into_gradient_of_acceptance(logits, torch.tensor([[1.0, 0.0, 0.0]]), 1.0)
+    assert loss > 50
+    assert logits.isfinite().all()
 
 
 def test_never_holds_the_whole_batchs_logits(monkeypatch: pytest.MonkeyPatch) -> None:

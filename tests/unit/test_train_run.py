@@ -98,15 +98,23 @@ def test_kinds_of_heads_are_written_and_load(
     assert (spec.num_heads, spec.num_layers) == (3, settings.num_layers)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "muon"},
+        {"root_aware": True, "selector": True, "selector_rank": 4},
+    ],
+    ids=str,
+)
 def test_run_cut_anywhere_ends_as_if_it_had_not_been(
     inputs: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    optimizer: str,
+    kind: dict[str, Any],
 ) -> None:
     """Die at every write in turn, before and after it, and go on each time."""
-    settings = settings_of(inputs, optimizer=optimizer, steps=8, grad_accumulation=2)
+    settings = settings_of(inputs, steps=8, grad_accumulation=2, **kind)
     train(settings, tmp_path / "undisturbed", save_every=1)
     write, deaths = run_directory.write_atomically, iter(range(100))
     fatal, num_writes = 0, 0
@@ -151,6 +159,43 @@ def test_resumed_run_does_not_start_anew(
         train(settings, tmp_path / "heads", save_every=3)
     train(settings, tmp_path / "heads", save_every=3)
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
+
+
+def test_selector_alone_by_the_command_line(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """For heads of a published format, which stay as they are; cut short, the run goes on."""
+    train(settings_of(inputs, steps=2, lm_head="own"), tmp_path / "heads")
+    command = ["train", "--model", inputs["model"], "--data", inputs["data"], "--selector-only"]
+    command += ["--heads", str(tmp_path / "heads"), "--selector-rank", "4", "--lr", "0.02"]
+    command += ["--steps", "4", "--batch-tokens", "96", "--dtype", "float32", "--save-every", "1"]
+    step = Training._step
+
+    def dies_once(self: Training, number: int, *arguments: Any) -> Any:
+        if number == 2 and dying.pop():
+            raise Killed
+        return step(self, number, *arguments)
+
+    reports = {}
+    for name, dying in (("undisturbed", [False]), ("killed", [False, True])):
+        out = tmp_path / name
+        monkeypatch.setattr(Training, "_step", dies_once)
+        if len(dying) > 1:
+            with pytest.raises(Killed):
+                cli.main([*command, "--out", str(out)])
+        assert cli.main([*command, "--out", str(out)]) == 0
+        assert f"wrote heads to {out}" in capsys.readouterr().out
+        reports[name] = result(out)
+    assert reports["killed"] == reports["undisturbed"]
+    spec = load_heads(tmp_path / "killed").spec
+    assert (spec.selector_rank, spec.num_heads, spec.lm_head) == (4, 3, "own")
+    tensors = load_heads(tmp_path / "killed").tensors
+    assert tensors["selector.child"].abs().max() > 0
+    kept = load_heads(tmp_path / "heads").tensors
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
 
 
 def test_second_run_on_the_same_directory_is_refused(

@@ -217,8 +217,9 @@ class RankMeter:
             for head in range(self._heads.num_heads):
                 logits = self._heads.logits(features[head, chunk], head)
                 if self._num_guesses:
-                    best = logits.float().topk(self._num_guesses, dim=-1)
-                    totals = logits.float().logsumexp(dim=-1, keepdim=True)
+                    scaled = logits.float() * scale
+                    best = scaled.topk(self._num_guesses, dim=-1)
+                    totals = scaled.logsumexp(dim=-1, keepdim=True)
                     guesses[chunk, head] = best.indices.to(torch.int32)
                     probability[chunk, head] = (best.values - totals).exp()
                 if selector is not None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_medusa.acceptance.intervals import Estimate, ratio, resample
 from vllm_medusa.acceptance.texts import counted_positions
-from vllm_medusa.calibration.estimates import Estimate, ratio, resample
 from vllm_medusa.calibration.texts import Request, batches
 from vllm_medusa.engines.engine import Run, start_engine
 from vllm_medusa.reporting.progress import Progress

@@ -7,23 +7,26 @@ the prompts is drafted with curves and rank paths from the other folds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vllm_medusa.acceptance.ranks import Continuation
 from vllm_medusa.acceptance.texts import counted_positions
 from vllm_medusa.calibration.estimates import NUM_FOLDS
 from vllm_medusa.draft.drafter import Drafter, DraftSettings
-from vllm_medusa.draft.learning import Recorder, fit
+from vllm_medusa.draft.learning import Observer, Recorder, fit
 from vllm_medusa.draft.probability import Probabilities
-from vllm_medusa.draft.replay import GuessedText, Replayed, replay
+from vllm_medusa.draft.replay import GuessedText, Replayed, Tables, replay
 from vllm_medusa.draft.superset import Superset
-from vllm_medusa.draft.types import Source
+from vllm_medusa.draft.types import Floats, Ints, Source
+from vllm_medusa.heads.selector import Selector, SelectorTree
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.tree.draft_tree import DraftTree
+from vllm_medusa.tree.layout import levels_of
 from vllm_medusa.tree.limits import DynamicTrees
 
 SIZES = (4, 8, 16)
@@ -85,6 +88,7 @@ def measure_dynamic(
     folds: NDArray[np.int64],
     tree: DraftTree,
     progress: Progress,
+    selector: Selector | None = None,
 ) -> DynamicFindings:
     """Fit curves, and say how far they hold.
 
@@ -93,6 +97,7 @@ def measure_dynamic(
         folds: [continuations] of each.
         tree: the static tree beside the heads: the engine asks the heads for its depth and ranks.
         progress: counts folds.
+        selector: of the heads, if they have one.
 
     """
     recorders = {source: Recorder() for source in SOURCES}
@@ -100,15 +105,18 @@ def measure_dynamic(
     for fold in range(NUM_FOLDS):
         inside = [continuations[i] for i in np.flatnonzero(folds == fold)]
         outside = [continuations[i] for i in np.flatnonzero(folds != fold)]
-        probabilities = fit_probabilities(outside, tree)
+        probabilities = fit_probabilities(outside, tree, selector)
         for (size, loops), total in replays.items():
-            texts = [guessed_text(item, tree, with_loops=loops) for item in inside]
+            texts = [
+                guessed_text(item, tree, with_loops=loops, all_guesses=selector is not None)
+                for item in inside
+            ]
             observers = recorders if loops and size == max(SIZES) else {}
-            replayed = replay(texts, Drafter(_settings(size), probabilities, None, observers))
+            replayed = _replay(texts, size, probabilities, observers, selector)
             total.num_tokens += replayed.num_tokens
             total.num_requests += replayed.num_requests
         progress(1)
-    fitted = fit_probabilities(continuations, tree)
+    fitted = fit_probabilities(continuations, tree, selector)
     progress(1)
     return DynamicFindings(
         probabilities=fitted,
@@ -126,15 +134,20 @@ def measure_dynamic(
     )
 
 
-def fit_probabilities(continuations: Sequence[Continuation], tree: DraftTree) -> Probabilities:
+def fit_probabilities(
+    continuations: Sequence[Continuation], tree: DraftTree, selector: Selector | None = None
+) -> Probabilities:
     """Fit the curves of all sources to what became of their candidates along the texts."""
     ranks = np.concatenate([item.ranks[:, : tree.depth] for item in continuations])
     shares = np.stack([(ranks == rank).mean(axis=0) for rank in range(tree.top_k)], axis=1)
     default = Probabilities.default(tree.depth, tree.top_k)
     probabilities = Probabilities(default.curves, Superset.from_product(shares))
     recorders = {source: Recorder() for source in SOURCES}
-    texts = [guessed_text(item, tree, with_loops=True) for item in continuations]
-    replay(texts, Drafter(_settings(max(SIZES)), probabilities, None, recorders))
+    texts = [
+        guessed_text(item, tree, with_loops=True, all_guesses=selector is not None)
+        for item in continuations
+    ]
+    _replay(texts, max(SIZES), probabilities, recorders, selector)
     for source, recorder in recorders.items():
         if len(recorder):
             features, groups, _, right = recorder.observations()
@@ -142,8 +155,10 @@ def fit_probabilities(continuations: Sequence[Continuation], tree: DraftTree) ->
     return probabilities
 
 
-def guessed_text(item: Continuation, tree: DraftTree, *, with_loops: bool) -> GuessedText:
-    """Return an answer to draft along.
+def guessed_text(
+    item: Continuation, tree: DraftTree, *, with_loops: bool, all_guesses: bool = False
+) -> GuessedText:
+    """Return an answer to draft along, with as many guesses as the tree has ranks or all.
 
     Steps begin where they are known to end before a cut, as docs/acceptance.md says, but dynamic
     trees go deeper than the heads. An answer's last token is left out: the step that reaches it
@@ -154,7 +169,7 @@ def guessed_text(item: Continuation, tree: DraftTree, *, with_loops: bool) -> Gu
         raise ValueError("the ranks were measured without the heads' guesses")
     answer = guessed.tokens[guessed.num_prompt_tokens :].tolist()
     counted = counted_positions(answer, guessed.has_ended, _BOUNDS.max_depth)
-    kept = slice(None), slice(tree.depth), slice(tree.top_k)
+    kept = slice(None), slice(tree.depth), slice(None if all_guesses else tree.top_k)
     return GuessedText(
         tokens=guessed.tokens[:-1],
         num_prompt_tokens=guessed.num_prompt_tokens,
@@ -162,6 +177,26 @@ def guessed_text(item: Continuation, tree: DraftTree, *, with_loops: bool) -> Gu
         guessed_probability=guessed.probability[kept].astype(np.float64),
         num_positions=counted.total if with_loops else min(counted.total, counted.before_loop),
     )
+
+
+def tables_of(selector: Selector, superset: Superset) -> Tables:
+    """Return what the engine does to guesses that a selector ranks again below every parent."""
+    levels = levels_of(*map(torch.from_numpy, superset.as_nodes()))
+    tree = SelectorTree(selector, levels)
+
+    @torch.inference_mode()
+    def make(tokens: Ints, probability: Floats, roots: Ints) -> tuple[Ints, Floats]:
+        log_probs, found = tree.probable(
+            torch.from_numpy(probability).float().log().transpose(0, 1),
+            torch.from_numpy(tokens).transpose(0, 1),
+            torch.from_numpy(roots),
+        )
+        return (
+            found.transpose(0, 1)[..., : superset.num_guesses].numpy(),
+            log_probs.transpose(0, 1)[..., : superset.num_guesses].double().exp().numpy(),
+        )
+
+    return make
 
 
 def reliability(predicted: NDArray[np.float64], right: NDArray[np.bool_]) -> list[Bin]:
@@ -173,6 +208,21 @@ def reliability(predicted: NDArray[np.float64], right: NDArray[np.bool_]) -> lis
         Bin(int(counts[i]), float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i]))
         for i in np.flatnonzero(counts)
     ]
+
+
+def _replay(
+    texts: Sequence[GuessedText],
+    size: int,
+    probabilities: Probabilities,
+    observers: Mapping[Source, Observer],
+    selector: Selector | None,
+) -> Replayed:
+    settings, by_parent = _settings(size), selector is not None
+    drafter = Drafter(settings, probabilities, None, observers, by_parent=by_parent)
+    if selector is None:
+        return replay(texts, drafter)
+    superset = probabilities.superset.cut_to_depth(settings.max_depth)
+    return replay(texts, drafter, tables=tables_of(selector, superset))
 
 
 def _settings(size: int) -> DraftSettings:

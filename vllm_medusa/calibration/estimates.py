@@ -2,39 +2,27 @@
 
 A tree scored on the texts that it was counted from looks better than it is. So prompts are dealt
 into folds; each fold is scored with the trees of the others, and the steps of all folds are added
-up. That is what the report calls the prediction. Intervals are those of a bootstrap over prompts:
-the positions of one text depend on each other, prompts do not.
+up. That is what the report calls the prediction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_medusa.acceptance.intervals import Estimate, by_prompt, difference, ratio, resample
 from vllm_medusa.acceptance.ranks import Continuation
 from vllm_medusa.acceptance.statistics import Ranks, position_average, simulate, step_counts
 from vllm_medusa.acceptance.trees import product_paths, step_paths
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 NUM_FOLDS = 5
-_NUM_RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)
 
 FindPaths = Callable[[Sequence[Ranks], int], list[TreePath]]
 METHODS: dict[str, FindPaths] = {"joint": step_paths, "product": product_paths}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with the 95 % interval of a bootstrap over prompts."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -90,11 +78,9 @@ class CrossFit:
 
     def __init__(self, continuations: Sequence[Continuation], max_size: int, seed: int) -> None:
         self._continuations = continuations
-        prompts = sorted({item.prompt_id for item in continuations})
-        place = {prompt: index for index, prompt in enumerate(prompts)}
-        self._prompt = np.array([place[item.prompt_id] for item in continuations])
-        self.folds = deal([item.prompt_id for item in continuations], seed)
-        self._resamples = resample(len(prompts), seed)
+        self._prompt_ids = [item.prompt_id for item in continuations]
+        self.folds = deal(self._prompt_ids, seed)
+        self._resamples = resample(len(set(self._prompt_ids)), seed)
         everything = [item.ranks for item in continuations]
         self.paths = {name: find(everything, max_size) for name, find in METHODS.items()}
         self._fold_paths = {
@@ -156,18 +142,15 @@ class CrossFit:
             counts[inside] = step_counts([scored[i] for i in inside], paths[:size])
         return counts
 
-    def _by_prompt(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        by_prompt = np.zeros((self._resamples.shape[1], 2))
-        np.add.at(by_prompt, self._prompt, counts)
-        return by_prompt
-
     def _ratio(self, counts: NDArray[np.int64]) -> Estimate:
-        return ratio(self._by_prompt(counts), self._resamples)
+        return ratio(by_prompt(counts, self._prompt_ids), self._resamples)
 
     def _difference(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> Estimate:
-        a, resampled_a = _ratios(self._by_prompt(first), self._resamples)
-        b, resampled_b = _ratios(self._by_prompt(second), self._resamples)
-        return Estimate(a - b, *np.percentile(resampled_a - resampled_b, _INTERVAL).tolist())
+        return difference(
+            by_prompt(first, self._prompt_ids),
+            by_prompt(second, self._prompt_ids),
+            self._resamples,
+        )
 
 
 def deal(prompt_ids: Sequence[str], seed: int) -> NDArray[np.int64]:
@@ -176,34 +159,3 @@ def deal(prompt_ids: Sequence[str], seed: int) -> NDArray[np.int64]:
     rng = np.random.default_rng(seed)
     folds: NDArray[np.int64] = rng.permutation(np.arange(len(prompts)) % NUM_FOLDS)[place]
     return folds
-
-
-def resample(num_prompts: int, seed: int) -> NDArray[np.float64]:
-    """Return [resamples, prompts]: how often each prompt is drawn."""
-    shares = np.full(num_prompts, 1 / num_prompts)
-    draws = np.random.default_rng(seed).multinomial(num_prompts, shares, _NUM_RESAMPLES)
-    return draws.astype(np.float64)
-
-
-def ratio(by_prompt: NDArray[Any], resamples: NDArray[np.float64]) -> Estimate:
-    """Return tokens per step with its interval.
-
-    Args:
-        by_prompt: [prompts, 2] tokens and steps.
-        resamples: as `resample` returns.
-
-    """
-    value, resampled = _ratios(by_prompt, resamples)
-    return Estimate(value, *np.percentile(resampled, _INTERVAL).tolist())
-
-
-def _ratios(
-    by_prompt: NDArray[Any], resamples: NDArray[np.float64]
-) -> tuple[float, NDArray[np.float64]]:
-    """Tokens per step, and that of every resample; 1 without a step."""
-    tokens, steps = (resamples @ by_prompt).T
-    total_tokens, total_steps = by_prompt.sum(axis=0)
-    if not total_steps:
-        return 1.0, np.ones(1)
-    drawn = steps > 0
-    return float(total_tokens / total_steps), tokens[drawn] / steps[drawn]

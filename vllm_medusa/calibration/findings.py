@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_medusa.acceptance.intervals import Estimate
 from vllm_medusa.calibration.check import Checked
 from vllm_medusa.calibration.choice import Choice
 from vllm_medusa.calibration.dynamic import DynamicFindings
-from vllm_medusa.calibration.estimates import Curve, Estimate
+from vllm_medusa.calibration.estimates import Curve
 from vllm_medusa.calibration.settings import CalibrateSettings
 from vllm_medusa.stepcost.costs import StepCosts
 from vllm_medusa.tree.draft_tree import TreePath

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_medusa.acceptance.intervals import Estimate
 from vllm_medusa.acceptance.texts import LOOP_TOKENS
 from vllm_medusa.calibration.choice import Choice
-from vllm_medusa.calibration.estimates import NUM_FOLDS, Estimate, SizeEstimate
+from vllm_medusa.calibration.estimates import NUM_FOLDS, SizeEstimate
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.plots import draw_acceptance, draw_reliability, draw_speedup, draw_tree
 from vllm_medusa.reporting.tables import Table

@@ -28,6 +28,7 @@ from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
 from vllm_medusa.files import write_bytes
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE
+from vllm_medusa.heads.selector import Selector
 from vllm_medusa.reporting.plots import check_matplotlib
 from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.reporting.provenance import provenance
@@ -76,7 +77,7 @@ def _find(settings: CalibrateSettings, inputs: Inputs, costs: StepCosts | None) 
     continuations = measure_ranks(settings, inputs)
     fit = _fit(settings, continuations)
     sections = _sections(settings, fit, continuations)
-    dynamic = _dynamic(fit, continuations)
+    dynamic = _dynamic(fit, continuations, inputs)
     if settings.with_step_costs and costs is None:
         costs = _measure_costs(settings, inputs, fit)
     return Findings(
@@ -144,10 +145,15 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
     return fit
 
 
-def _dynamic(fit: CrossFit, continuations: Sequence[Continuation]) -> DynamicFindings:
+def _dynamic(
+    fit: CrossFit, continuations: Sequence[Continuation], inputs: Inputs
+) -> DynamicFindings:
+    selector = None
+    if inputs.checkpoint.spec.selector_rank is not None:
+        selector = Selector.from_tensors(inputs.checkpoint.tensors, torch.float32)
     tree = DraftTree.from_paths(fit.paths["joint"][:MAX_DRAFT_TOKENS])
     with Bar("dynamic trees", "folds", NUM_FOLDS + 1) as bar:
-        return measure_dynamic(continuations, fit.folds, tree, bar.advance)
+        return measure_dynamic(continuations, fit.folds, tree, bar.advance, selector)
 
 
 def _sections(

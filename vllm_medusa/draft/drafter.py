@@ -67,6 +67,7 @@ class Drafter:
         costs: of a step, to choose the nodes that pay; None is to draft as many as may be.
         observers: is shown, by source, what became of its candidates; None is that the curves
             learn, if they are to.
+        by_parent: whether the heads' guesses depend on the token above (`Superset.by_parent`).
 
     """
 
@@ -76,17 +77,19 @@ class Drafter:
         probabilities: Probabilities,
         costs: CostCurve | None = None,
         observers: Mapping[Source, Observer] | None = None,
+        *,
+        by_parent: bool = False,
     ) -> None:
         self._settings = settings
         self._costs = costs
-        self._superset = probabilities.superset.cut_to_depth(settings.max_depth)
+        superset = probabilities.superset.cut_to_depth(settings.max_depth)
+        self._superset = superset.by_parent() if by_parent else superset
         if observers is None:
             observers = probabilities.learners() if settings.learn else {}
         self._heads = HeadsSource(
             probabilities.curves[Source.HEADS],
             observers.get(Source.HEADS),
-            num_heads=self._superset.num_heads,
-            num_guesses=self._superset.num_guesses,
+            self._superset,
         )
         self._proposers = _proposers(settings, probabilities, observers)
         self._pacer = Pacer()
@@ -106,8 +109,8 @@ class Drafter:
 
         Args:
             requests: those that sampled a token in this step.
-            guessed: of the heads, [B, K, k] tokens, the likeliest first, and the probabilities
-                that they give them; None if they did not run.
+            guessed: of the heads, [B, T, k] tokens, the likeliest first, and the probabilities
+                that they give them, in the tables of the superset; None if they did not run.
 
         """
         self._learn(requests)

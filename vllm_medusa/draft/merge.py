@@ -63,7 +63,8 @@ def merge(
         return _without_heads(others)
     return Nodes(
         *_merged(
-            *(superset.parents, superset.children, superset.cells, superset.depths),
+            *(superset.parents, superset.children, superset.tables, superset.cells),
+            superset.depths,
             guesses.tokens,
             guesses.probability,
             *(others.request, others.parents, others.tokens),
@@ -120,6 +121,7 @@ def join(proposals: Sequence[Candidates]) -> Candidates:
 def _merged(
     parents: Ints,
     children: Ints,
+    tables: Ints,
     cells: Ints,
     superset_depths: Ints,
     guesses: Ints,
@@ -134,8 +136,8 @@ def _merged(
     """Return the arrays of `Nodes` of heads and other sources.
 
     Args:
-        parents, children, cells, superset_depths: of the superset.
-        guesses, guessed: [B, K, k] tokens of the heads and their probabilities.
+        parents, children, tables, cells, superset_depths: of the superset.
+        guesses, guessed: [B, T, k] tokens of the heads and their probabilities.
         request, other_parents, other_tokens, other_given, other_source: of `Candidates`.
         pool: as `merge` has it.
 
@@ -147,7 +149,7 @@ def _merged(
         for place, cell in enumerate(cells):
             paths[row, place] = guessed[row, cell // num_guesses, cell % num_guesses]
     hosts, other_paths, other_depths = _walk(
-        *(parents, children, guesses, paths, source),
+        *(parents, children, tables, guesses, paths, source),
         *(request, other_parents, other_tokens, other_given, other_source),
     )
     rows, columns, new, ids, above = _choose(
@@ -176,6 +178,7 @@ def _merged(
 def _walk(
     parents: Ints,
     children: Ints,
+    tables: Ints,
     guesses: Ints,
     paths: Floats,
     source: Ints,
@@ -188,8 +191,8 @@ def _walk(
     """Walk the superset [S] with the n candidates of the other sources.
 
     Args:
-        parents, children: of the superset.
-        guesses: [B, K, k] tokens of the heads.
+        parents, children, tables: of the superset.
+        guesses: [B, T, k] tokens of the heads.
         paths: [B, S + 1] of each path the probability given its parent; becomes that of the path.
         source: [B, S] of each path; gets the candidates' added.
         request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
@@ -200,7 +203,7 @@ def _walk(
 
     """
     size, num_others = len(parents), len(request)
-    num_requests, num_heads, num_guesses = guesses.shape
+    num_requests, _, num_guesses = guesses.shape
     hosts = np.full(num_others, -1)
     depths = np.ones(num_others, dtype=np.int64)
     for node in range(num_others):
@@ -208,10 +211,13 @@ def _walk(
         if above >= 0:
             depths[node] = depths[above] + 1
         host = hosts[above] if above >= 0 else size
-        if host < 0 or depths[node] > num_heads:
+        if host < 0 or depths[node] > len(tables):
+            continue
+        table = tables[depths[node] - 1, host]
+        if table < 0:
             continue
         for rank in range(num_guesses):
-            if guesses[row, depths[node] - 1, rank] == other_tokens[node]:
+            if guesses[row, table, rank] == other_tokens[node]:
                 hosts[node] = host = children[host, rank]
                 if host >= 0:
                     paths[row, host] = max(paths[row, host], other_given[node])

@@ -84,7 +84,7 @@ class Probabilities:
                 f"{PROBABILITIES_FORMAT!r}; calibrate again"
             )
         given, paths = values.get("curves"), values.get("paths")
-        if not isinstance(given, dict) or not isinstance(paths, list):
+        if not isinstance(given, dict) or not isinstance(paths, list) or not paths:
             raise UserError("the probabilities hold no curves or no list of paths; calibrate again")
         curves = dict(cls.default(num_heads, num_guesses).curves)
         for source in _DEFAULTS:

@@ -6,14 +6,19 @@ one token more, and the next step begins behind them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_medusa.draft.drafter import Drafter
-from vllm_medusa.draft.types import Draft, Request
+from vllm_medusa.draft.types import Draft, Floats, Ints, Request
+
+#: Makes of [B, K, k] guesses, their probabilities and the roots [B] the tables that a drafter reads
+#: whose guesses depend on the parent.
+Tables: TypeAlias = Callable[[Ints, Floats, Ints], tuple[Ints, Floats]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,16 @@ class Replayed:
         return self.num_tokens / self.num_requests if self.num_requests else 1.0
 
 
-def replay(texts: Sequence[GuessedText], drafter: Drafter, batch_size: int = 32) -> Replayed:
-    """Draft along texts, ``batch_size`` of them at a time, each as a request."""
+def replay(
+    texts: Sequence[GuessedText],
+    drafter: Drafter,
+    batch_size: int = 32,
+    tables: Tables | None = None,
+) -> Replayed:
+    """Draft along texts, ``batch_size`` of them at a time, each as a request.
+
+    With ``tables`` the drafter gets what they make of the texts' guesses.
+    """
     result = Replayed()
     waiting = [index for index, text in enumerate(texts) if text.num_positions > 0][::-1]
     position: dict[int, int] = {}
@@ -76,6 +89,8 @@ def replay(texts: Sequence[GuessedText], drafter: Drafter, batch_size: int = 32)
                 np.stack([text.guessed_tokens[place] for text, place in at]),
                 np.stack([text.guessed_probability[place] for text, place in at]),
             )
+            if tables is not None:
+                guessed = tables(*guessed, np.array([request.tokens[-1] for request in requests]))
         drafts = drafter.propose(requests, guessed)
         num_forks = 0
         for index, draft in zip(running, drafts, strict=True):

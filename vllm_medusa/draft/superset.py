@@ -8,7 +8,7 @@ So each step works on the same paths: every probability is a gather, and no loop
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,9 +24,15 @@ MAX_PATHS = 256
 class Superset:
     """S rank paths of up to K heads with k guesses each, in the order of their depths.
 
+    The guesses come in T tables of k each. Medusa heads have one table each, whatever the path;
+    heads with a selector have one for each path that has children (`by_parent`).
+
     Attributes:
         parents: [S] place of each path's parent; S is the root.
-        cells: [S] place of each path's last guess in a [K, k] table of guesses.
+        cells: [S] place of each path's last guess in the [T, k] guesses.
+        tables: [K, S + 2] table of the guesses at depth 1, 2, ... below each place; -1 is none. The
+            places are those of `children`.
+        heads: [T] head of each table.
         depths: [S] from 1.
         levels: [K + 1] where the paths of depth 1, 2, ... begin; the last is S.
         children: [S + 2, k] place of each path's child by rank, -1 for none; row S is the root's,
@@ -36,6 +42,8 @@ class Superset:
 
     parents: Ints
     cells: Ints
+    tables: Ints
+    heads: Ints
     depths: Ints
     levels: Ints
     children: Ints
@@ -70,10 +78,13 @@ class Superset:
         for path in ordered:
             children[place[path[:-1]], path[-1]] = place[path]
         depths = np.array([len(path) for path in ordered], dtype=np.int64)
+        heads = np.arange(num_heads)
         cells = [num_guesses * (len(path) - 1) + path[-1] for path in ordered]
         return cls(
             parents=np.array([place[path[:-1]] for path in ordered], dtype=np.int64),
             cells=np.array(cells, dtype=np.int64),
+            tables=np.repeat(heads[:, None], len(children), axis=1),
+            heads=heads,
             depths=depths,
             levels=np.searchsorted(depths, np.arange(1, num_heads + 2)),
             children=children,
@@ -109,6 +120,24 @@ class Superset:
         """Return the superset without the paths deeper than ``depth``."""
         paths = [path for path in self.paths() if len(path) <= depth]
         return Superset.from_paths(paths, self.num_heads, self.num_guesses)
+
+    def by_parent(self) -> Superset:
+        """Return the superset for guesses that depend on the path above: a table for each parent.
+
+        The root's table is the first; the others follow in the order of their places.
+        """
+        parents, ranks = self.as_nodes()
+        numbers, table = np.unique(parents, return_inverse=True)
+        places = (numbers - 1) % (len(self) + 1)
+        heads = np.append(self.depths, 0)[places]
+        tables = np.full_like(self.tables, -1)
+        tables[heads, places] = np.arange(len(places))
+        cells = self.num_guesses * table + ranks
+        return replace(self, cells=cells, tables=tables, heads=heads)
+
+    def as_nodes(self) -> tuple[Ints, Ints]:
+        """Return [S] the parents as a draft has them, where 0 is the root, and [S] the ranks."""
+        return (self.parents + 1) % (len(self) + 1), self.cells % self.num_guesses
 
     def __len__(self) -> int:
         return len(self.parents)

@@ -136,11 +136,11 @@ class Drafts(Sequence[Draft]):
 
 @dataclass(frozen=True)
 class Guesses:
-    """What K heads guess for B requests, k tokens each, the likeliest first.
+    """What heads guess for B requests: T tables of k tokens each (`Superset`), likeliest first.
 
     Attributes:
-        tokens: [B, K, k]; those of one head are all different.
-        probability: [B, K, k] of each guess, given that its parent is right, in (0, 1).
+        tokens: [B, T, k], contiguous; those of one table are all different.
+        probability: [B, T, k] of each guess, given that its parent is right, in (0, 1).
 
     """
 

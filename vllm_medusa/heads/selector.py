@@ -9,12 +9,13 @@ a node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.layout import Level
 
 #: A head's guesses that are ranked again; those behind them stay where they are.
 NUM_CANDIDATES = 16
@@ -93,42 +94,107 @@ class Selector(nn.Module):
         """
         values, tokens = logits.topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
         terms = self.terms(parents.clamp(min=0)[:, None], tokens, head).squeeze(1)
-        order = best_first(values.float() * scale + terms)
+        _, order = best_first(values.float() * scale + terms)
         return logits.scatter(1, tokens.gather(1, order), values)
 
 
-def best_first(scores: Tensor) -> Tensor:
-    """Return the order of scores [..., C] from the largest on; of equal ones the first is first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices
+def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores [..., C] from the largest on, and their order; equal ones stay in theirs."""
+    return scores.sort(dim=-1, descending=True, stable=True)
 
 
-def draft_tokens(
-    selector: Selector, layout: TreeLayout, logits: Tensor, tokens: Tensor, roots: Tensor
-) -> Tensor:
-    """Place the heads' guesses on a tree, each below the parent that it follows.
+@dataclass(frozen=True)
+class Below:
+    """What one head guesses below M parents of each of B requests: C tokens each.
+
+    Attributes:
+        tokens: [B, M, C] int64 of the target's vocabulary, the best first.
+        scores: [B, M, C] float32, the head's logits with the selector's terms.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+
+
+def guess_below(
+    selector: Selector, head: int, logits: Tensor, tokens: Tensor, parents: Tensor
+) -> Below:
+    """Rank a head's guesses again below each of several parents.
+
+    Args:
+        selector: of the heads.
+        head: k.
+        logits: [B, C] of the head's guesses, the best first, scaled.
+        tokens: [B, C] int64 tokens of the target's vocabulary.
+        parents: [B, M] int64.
+    """
+    size = min(NUM_CANDIDATES, tokens.shape[1])
+    terms = selector.terms(parents, tokens[:, :size], head)
+    scores, order = best_first(logits[:, None, :size] + terms)
+    ranked = tokens[:, None, :size].expand_as(order).gather(2, order)
+    if size < tokens.shape[1]:
+        behind = (-1, parents.shape[1], -1)
+        ranked = torch.cat((ranked, tokens[:, None, size:].expand(behind)), dim=2)
+        scores = torch.cat((scores, logits[:, None, size:].expand(behind)), dim=2)
+    return Below(ranked, scores)
+
+
+@dataclass
+class SelectorTree:
+    """A tree of N draft nodes on which heads' guesses are placed, each below its parent's token.
 
     Goes from depth to depth, each at once for all nodes and requests: a node's rank is its place
     among the guesses as they are ranked below its parent's token.
 
-    Args:
+    Attributes:
         selector: of the heads.
-        layout: of the tree, N draft nodes.
-        logits: [K, B, C] of each head's guesses, the best first, scaled.
-        tokens: [K, B, C] int64 tokens of the target's vocabulary.
-        roots: [B] int64.
-
-    Returns:
-        [B, N] int64 token of each draft node.
+        levels: of the tree.
     """
-    size = min(NUM_CANDIDATES, tokens.shape[2])
-    drafted = tokens.new_empty(len(roots), len(layout.parents) + 1)
-    drafted[:, 0] = roots
-    for head, level in enumerate(layout.levels):
-        above = drafted[:, level.parents]
-        candidates = tokens[head, :, :size]
-        scores = logits[head, :, None, :size] + selector.terms(above, candidates, head)
-        ranked = candidates[:, None].expand_as(scores).gather(2, best_first(scores))
-        behind = tokens[head, :, None, size:].expand(-1, len(level.parents), -1)
-        ranked = torch.cat((ranked, behind), dim=2)
-        drafted[:, level.nodes] = ranked[:, level.parent_places, level.ranks]
-    return drafted[:, 1:]
+
+    selector: Selector
+    levels: Sequence[Level]
+
+    def draft(self, logits: Tensor, tokens: Tensor, roots: Tensor) -> Tensor:
+        """Return [B, N] int64, the token of each node.
+
+        Args:
+            logits: [K, B, C] of each head's guesses, the best first, scaled.
+            tokens: [K, B, C] int64 tokens of the target's vocabulary.
+            roots: [B] int64.
+        """
+        return self._place(logits, tokens, roots)[0]
+
+    def probable(self, log_probs: Tensor, tokens: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is guessed below each of the T nodes that have children, the root first.
+
+        A selector's terms make some guesses likelier. What the head gives to tokens that are none
+        of its best guesses stays, and all is divided by the new sum.
+
+        Args:
+            log_probs: [K, B, C] float32 of each head's guesses, the best first.
+            tokens, roots: as for `draft`.
+
+        Returns:
+            [T, B, C] float32 log-probabilities and [T, B, C] int64 tokens, in the selector's order
+        """
+        _, guessed = self._place(log_probs, tokens, roots)
+        rest = (1 - log_probs.exp().sum(dim=-1)).clamp(min=0).log()  # [K, B]
+        num_tables = [len(level.parents) for level in self.levels]
+        rest = torch.cat([row.expand(num, -1) for row, num in zip(rest, num_tables, strict=False)])
+        scores = torch.cat([below.scores for below in guessed], dim=1).transpose(0, 1)
+        totals = torch.logaddexp(scores.logsumexp(dim=-1), rest)
+        below_all = torch.cat([below.tokens for below in guessed], dim=1)
+        return scores - totals[..., None], below_all.transpose(0, 1)
+
+    def _place(self, logits: Tensor, tokens: Tensor, roots: Tensor) -> tuple[Tensor, list[Below]]:
+        """Return the nodes' tokens, and by level what is guessed below its parents."""
+        num_nodes = sum(len(level.nodes) for level in self.levels)
+        drafted = tokens.new_empty(len(roots), 1 + num_nodes)
+        drafted[:, 0] = roots
+        guessed = []
+        for head, level in enumerate(self.levels):
+            above = drafted[:, level.parents]
+            below = guess_below(self.selector, head, logits[head], tokens[head], above)
+            drafted[:, level.nodes] = below.tokens[:, level.parent_places, level.ranks]
+            guessed.append(below)
+        return drafted[:, 1:], guessed

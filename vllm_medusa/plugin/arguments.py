@@ -33,9 +33,9 @@ _STATIC_ON_V2 = (
     "use tree='dynamic'",
 )
 _STATIC_WITH_SELECTOR = (
-    "for heads with a selector: dynamic trees give a guess one probability, whatever its parent",
-    "which heads with a selector do not have",
-    "use heads without a selector",
+    "on Model Runner V2",
+    "which heads with a selector do not have on Model Runner V2",
+    "use V1 with VLLM_USE_V2_MODEL_RUNNER=0, or heads without a selector",
 )
 
 logger = plugin_logger(__name__)
@@ -76,12 +76,12 @@ def wrap_create_engine_config(original: Any) -> Any:
         check_before(self, WORKER_CLASS)
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
-        if config.dynamic and heads.spec.selector_rank is not None:
-            request = _static(request, *_STATIC_WITH_SELECTOR)
-            config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
-        if request.tree == AUTO and config.dynamic and vllm_config.use_v2_model_runner:
-            config = _resolve(self, _static(request, *_STATIC_ON_V2), heads)
+        has_selector = heads.spec.selector_rank is not None
+        is_dynamic_on_v2 = config.dynamic and vllm_config.use_v2_model_runner
+        if is_dynamic_on_v2 and (request.tree == AUTO or has_selector):
+            reasons = _STATIC_WITH_SELECTOR if has_selector else _STATIC_ON_V2
+            config = _resolve(self, _static(request, *reasons), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         if config.typical:
             logger.warning(

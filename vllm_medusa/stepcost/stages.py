@@ -14,8 +14,15 @@ from vllm_medusa.stepcost.measure import MAX_TOKENS, cut_prompts, with_tree
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 TIMERS = {"VLLM_MEDUSA_TIMERS": "1"}
-#: Stages of `plugin.worker.timers` that are parts of another one, and of which.
-_PARTS = {"plan": "prepare", "attention": "forward", "write": "forward", "heads": "draft"}
+#: Stages of `plugin.worker.timers` that are parts of another one, and of which; a part of a part
+#: comes behind it.
+_PARTS = {
+    "plan": "prepare",
+    "attention": "forward",
+    "write": "forward",
+    "heads": "draft",
+    "selector": "heads",
+}
 #: What a table calls the stages, in the order of a step. What a stage's parts take is not in it.
 STAGES = {
     "prepare": "inputs",
@@ -26,6 +33,7 @@ STAGES = {
     "sample": "sampling",
     "commit": "commit",
     "heads": "heads",
+    "selector": "selector",
     "draft": "trees",
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from vllm_medusa.acceptance.intervals import by_prompt, ratio, resample
 from vllm_medusa.acceptance.ranks import Continuation
-from vllm_medusa.acceptance.statistics import Ranks, head_accuracy, position_average, simulate
+from vllm_medusa.acceptance.statistics import Ranks, head_accuracy, position_average, step_counts
 from vllm_medusa.acceptance.texts import Text, counted_positions, text_of_row
 from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.data.rows import Row
@@ -46,27 +47,41 @@ def expected_acceptance(continuations: Sequence[Continuation]) -> float:
 
 
 def summary(continuations: Sequence[Continuation], paths: Sequence[TreePath]) -> dict[str, Any]:
-    """Return accuracy and acceptance lengths, with and without looping text.
+    """Return accuracy and acceptance lengths with their intervals, with and without looping text.
 
     Args:
         continuations: the held-out answers.
         paths: the most probable paths, most probable first.
     """
+    prompt_ids = [item.prompt_id for item in continuations]
     return {
-        name: _figures([item.ranks_of(with_loops=with_loops) for item in continuations], paths)
+        name: _figures(
+            [item.ranks_of(with_loops=with_loops) for item in continuations], prompt_ids, paths
+        )
         for name, with_loops in (("with_loops", True), ("without_loops", False))
     }
 
 
-def _figures(ranks: list[Ranks], paths: Sequence[TreePath]) -> dict[str, Any]:
+def _figures(
+    ranks: list[Ranks], prompt_ids: Sequence[str], paths: Sequence[TreePath]
+) -> dict[str, Any]:
     num_heads = ranks[0].shape[1]
-    lengths = {f"chain of {num_heads}": simulate(ranks, DraftTree.chain(num_heads).paths)}
-    for size in TREE_SIZES:
-        if size <= len(paths):  # so many were ever right
-            lengths[f"tree of {size}"] = simulate(ranks, paths[:size])
+    trees: dict[str, Sequence[TreePath]] = {
+        f"chain of {num_heads}": DraftTree.chain(num_heads).paths
+    }
+    # No more than were ever right.
+    trees |= {f"tree of {size}": paths[:size] for size in TREE_SIZES if size <= len(paths)}
+    resamples = resample(len(set(prompt_ids)), seed=0)
+    lengths = {
+        name: ratio(by_prompt(step_counts(ranks, tree), prompt_ids), resamples)
+        for name, tree in trees.items()
+    }
     accuracy = head_accuracy(ranks)
     return {
         "positions": sum(map(len, ranks)),
         "accuracy": {f"top-{top}": [round(x, 4) for x in accuracy[top]] for top in accuracy},
-        "acceptance_length": {name: round(length, 4) for name, length in lengths.items()},
+        "acceptance_length": {name: round(found.value, 4) for name, found in lengths.items()},
+        "interval": {
+            name: [round(found.low, 4), round(found.high, 4)] for name, found in lengths.items()
+        },
     }

@@ -105,7 +105,7 @@ class Training:
             dtype=getattr(torch, settings.dtype),
             device=device,
         )
-        self.target.check(needs_distribution=settings.loss == "kl")
+        self.target.check(needs_distribution=settings.loss != "ce")
         self.dataset: Dataset = load_dataset(
             Path(settings.data),
             vocab_size=self.target.vocab_size,

@@ -22,6 +22,9 @@ from vllm_medusa.training.packing import Batch
 from vllm_medusa.training.selector_loss import SelectorLoss
 from vllm_medusa.training.settings import TrainSettings
 
+#: The two distributions of one token are taken to have no less in common.
+_MIN_ACCEPTANCE = 1e-30
+
 
 def accumulate_gradients(
     heads: TrainedHeads,
@@ -65,7 +68,9 @@ def accumulate_gradients(
             _add_guesses(selector_loss, k, heads.logits(rows.features, k), rows)
             continue
         weight = scale * settings.decay**k
-        loss, gradient[k, position] = _head_backward(heads, k, rows, weight, selector_loss)
+        loss, gradient[k, position] = _head_backward(
+            heads, k, rows, weight, selector_loss, maximizes_acceptance=settings.loss == "lk"
+        )
         losses[k] += loss * scale
     if gradient is not None:
         torch.autograd.backward(features, gradient)
@@ -83,7 +88,7 @@ class _Rows:
         features: [C, H] of the positions that predict.
         parents: [C] int64 tokens before the predicted ones.
         labels: [C] int64 tokens to predict.
-        wanted: [C, V] float32, the target's distribution, for KL; None for cross entropy.
+        wanted: [C, V] float32, the target's distribution; None for cross entropy.
     """
 
     features: Tensor
@@ -107,7 +112,7 @@ def _chunks(
     chunks = zip(torch.split(batch.learnt, size), torch.split(batch.depth, size), strict=True)
     for learnt, depth in chunks:
         wanted = None
-        if settings.loss == "kl":
+        if settings.loss != "ce":
             wanted = _softmax(target.logits(hidden[learnt]) / settings.kl_temperature)
         for k in range(heads.num_heads):
             known = depth > k
@@ -127,7 +132,13 @@ def _add_guesses(loss: SelectorLoss | None, head: int, logits: Tensor, rows: _Ro
 
 
 def _head_backward(
-    heads: TrainedHeads, head: int, rows: _Rows, weight: float, selector_loss: SelectorLoss | None
+    heads: TrainedHeads,
+    head: int,
+    rows: _Rows,
+    weight: float,
+    selector_loss: SelectorLoss | None,
+    *,
+    maximizes_acceptance: bool,
 ) -> tuple[Tensor, Tensor]:
     """Go forward and back through one head's lm_head for one chunk of predicted tokens.
 
@@ -137,6 +148,7 @@ def _head_backward(
         rows: what to predict, from which features.
         weight: factor on the gradient.
         selector_loss: takes the head's guesses, if there is a selector.
+        maximizes_acceptance: whether the loss is LK, not the cross entropy.
 
     Returns:
         the summed loss (a scalar), and the gradient [C, H] of ``weight * loss`` by the features.
@@ -144,7 +156,11 @@ def _head_backward(
     rows.features.requires_grad_(True)
     logits = heads.logits(rows.features, head)
     _add_guesses(selector_loss, head, logits.detach(), rows)
-    loss = _into_gradient(logits.detach(), rows.labels, rows.wanted, weight)
+    if maximizes_acceptance:
+        assert rows.wanted is not None
+        loss = _into_gradient_of_acceptance(logits.detach(), rows.wanted, weight)
+    else:
+        loss = _into_gradient(logits.detach(), rows.labels, rows.wanted, weight)
     torch.autograd.backward(logits, logits.detach())
     assert rows.features.grad is not None
     return loss, rows.features.grad
@@ -177,6 +193,23 @@ def _into_gradient(logits: Tensor, labels: Tensor, wanted: Tensor | None, weight
         softmax.sub_(wanted)
     torch.mul(softmax, weight, out=logits)
     return loss
+
+
+@torch.no_grad()
+def _into_gradient_of_acceptance(logits: Tensor, wanted: Tensor, weight: float) -> Tensor:
+    """Replace logits by the gradient of ``weight * LK``; return LK, summed.
+
+    LK is ``-log(sum of min(p, q))`` of the target's distribution p and the head's q: the sum is how
+    often the target accepts a token that is drawn from q (arXiv 2602.23881, the loss that has no
+    hyper-parameter). A guess counts in the gradient where q is below p.
+    """
+    softmax = _softmax(logits)
+    acceptance = torch.minimum(softmax, wanted).sum(dim=-1, keepdim=True)
+    acceptance.clamp_(min=_MIN_ACCEPTANCE)
+    below = softmax * (softmax < wanted)
+    softmax.mul_(below.sum(dim=-1, keepdim=True)).sub_(below).div_(acceptance)
+    torch.mul(softmax, weight, out=logits)
+    return -acceptance.log().sum()
 
 
 def _softmax(logits: Tensor) -> Tensor:

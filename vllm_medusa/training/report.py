@@ -106,11 +106,16 @@ def markdown(model: str, report: Mapping[str, Any]) -> str:
         cells = [" / ".join(f"{x:.3f}" for x in column["accuracy"][name]) for column in columns]
         lines.append(f"| {name} accuracy, head by head | " + " | ".join(cells) + " |")
     for name in columns[0]["acceptance_length"]:
-        cells = [f"{column['acceptance_length'][name]:.3f}" for column in columns]
+        cells = [
+            f"{column['acceptance_length'][name]:.3f} ({low:.2f} to {high:.2f})"
+            for column in columns
+            for low, high in [column["interval"][name]]
+        ]
         lines.append(f"| tokens per step, {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Tokens per step are simulated exactly along the held-out answers, with the trees of "
+        "Tokens per step, with the 95 % interval of a bootstrap over the prompts, are simulated "
+        "exactly along the held-out answers, with the trees of "
         "`medusa_tree.json`, which come from the same answers: `vllm-medusa calibrate` measures "
         "trees on others.",
         "",

@@ -44,8 +44,9 @@ class TrainSettings:
     """Of the selector's tables."""
     heads: str | None = None
     """Heads that stay as they are; for --selector-only."""
-    loss: Literal["kl", "ce"] = "kl"
-    """Learn the target's distribution (kl) or the rows' tokens (ce)."""
+    loss: Literal["kl", "lk", "ce"] = "kl"
+    """Learn the target's distribution (kl), how to have samples accepted by it (lk), or the rows'
+    tokens (ce)."""
     kl_temperature: PositiveFloat = 1.0
     """Of the target's distribution; below 1 sharpens it towards its argmax."""
     decay: Annotated[Share, Field(gt=0)] = 0.8

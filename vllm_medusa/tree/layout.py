@@ -30,6 +30,23 @@ class Level:
     ranks: Tensor
 
 
+def levels_of(parents: Tensor, ranks: Tensor) -> tuple[Level, ...]:
+    """Return the nodes of a tree by depth, from 1.
+
+    Args:
+        parents: [N] int64, parent of each draft node, which comes before it; 0 is the root.
+        ranks: [N] int64.
+
+    """
+    levels = []
+    above = torch.zeros(1, dtype=torch.int64, device=parents.device)
+    while len(places := torch.isin(parents, above).nonzero().flatten()):
+        found, parent_places = torch.unique(parents[places], return_inverse=True)
+        levels.append(Level(places + 1, found, parent_places, ranks[places]))
+        above = places + 1
+    return tuple(levels)
+
+
 @dataclass(frozen=True)
 class TreeLayout:
     """A tree of N draft nodes.
@@ -64,13 +81,7 @@ class TreeLayout:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The nodes by depth, from 1."""
-        above = torch.tensor(self.parents, device=self.ranks.device)
-        levels = []
-        for head in range(self.tree.depth):
-            places = (self.heads == head).nonzero().flatten()
-            parents, parent_places = torch.unique(above[places], return_inverse=True)
-            levels.append(Level(places + 1, parents, parent_places, self.ranks[places]))
-        return tuple(levels)
+        return levels_of(torch.tensor(self.parents, device=self.ranks.device), self.ranks)
 
     @property
     def num_paths(self) -> int:

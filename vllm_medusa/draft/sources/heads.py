@@ -1,4 +1,7 @@
-"""What the Medusa heads guess: per depth, whatever the path (arXiv 2401.10774, section 2.1)."""
+"""What the heads guess: per depth, whatever the path (arXiv 2401.10774, section 2.1).
+
+With a selector a head guesses something else below every parent.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import numpy as np
 from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.learning import LogisticCurve, Observer
 from vllm_medusa.draft.probability import head_features, head_groups
+from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Bools, Emitted, Floats, Guesses, Ints
 
 
@@ -16,25 +20,23 @@ class HeadsSource:
     Args:
         curve: gives them, by a guess's own probability, depth and rank.
         observer: is shown what became of the candidates; None is nobody.
-        num_heads: K.
-        num_guesses: of each head, k.
+        superset: says which guesses there are.
 
     """
 
-    def __init__(
-        self, curve: LogisticCurve, observer: Observer | None, *, num_heads: int, num_guesses: int
-    ) -> None:
+    def __init__(self, curve: LogisticCurve, observer: Observer | None, superset: Superset) -> None:
         self._curve = curve
         self._observer = observer
-        self._groups = head_groups(num_heads, num_guesses)
+        self._superset = superset
+        self._groups = head_groups(superset.num_heads, superset.num_guesses)[superset.heads]
         self._last: tuple[Guesses, Floats] | None = None
 
     def guess(self, tokens: Ints, probability: Floats) -> Guesses:
         """Return the guesses with the probability that each is right.
 
         Args:
-            tokens: [B, K, k] guesses of each head, the likeliest first.
-            probability: [B, K, k] that the head gives them.
+            tokens: [B, T, k] guesses of the superset's tables, the likeliest first.
+            probability: [B, T, k] that the head gives them.
 
         """
         features = head_features(probability)
@@ -54,6 +56,7 @@ class HeadsSource:
         self._last = None
         self._observer.observe(
             *_observations(
+                *(self._superset.children, self._superset.tables),
                 *(guesses.tokens, features, self._groups, guesses.probability),
                 *(emitted.tokens, emitted.counts),
             )
@@ -63,29 +66,62 @@ class HeadsSource:
 
 @compiled
 def _observations(
-    tokens: Ints, features: Floats, groups: Ints, probability: Floats, emitted: Ints, counts: Ints
+    children: Ints,
+    tables: Ints,
+    tokens: Ints,
+    features: Floats,
+    groups: Ints,
+    probability: Floats,
+    emitted: Ints,
+    counts: Ints,
 ) -> tuple[Floats, Ints, Floats, Bools]:
-    """Return what an `Observer` is shown of guesses [B, K, k] whose parents were right.
+    """Return what an `Observer` is shown of guesses [B, T, k] whose parents were right.
 
     Args:
+        children, tables: of the superset.
         tokens, probability: of `Guesses`.
-        features: [B, K, k, 1].
-        groups: [K, k].
+        features: [B, T, k, 1].
+        groups: [T, k].
         emitted, counts: of `Emitted`.
 
     """
-    num_requests, num_heads, num_guesses = tokens.shape
-    known = np.minimum(counts[:num_requests], min(num_heads, emitted.shape[1]))
-    size = num_guesses * known.sum()
+    num_requests, _, num_guesses = tokens.shape
+    along = _tables_along(children, tables, tokens, emitted, counts)
+    size = num_guesses * (along >= 0).sum()
     seen_features, seen_groups = np.empty((size, 1)), np.empty(size, np.int64)
     predicted, right = np.empty(size), np.empty(size, np.bool_)
     place = 0
     for row in range(num_requests):
-        for head in range(known[row]):
+        for depth, table in enumerate(along[row]):
+            if table < 0:
+                break
             for rank in range(num_guesses):
-                seen_features[place, 0] = features[row, head, rank, 0]
-                seen_groups[place] = groups[head, rank]
-                predicted[place] = probability[row, head, rank]
-                right[place] = tokens[row, head, rank] == emitted[row, head]
+                seen_features[place, 0] = features[row, table, rank, 0]
+                seen_groups[place] = groups[table, rank]
+                predicted[place] = probability[row, table, rank]
+                right[place] = tokens[row, table, rank] == emitted[row, depth]
                 place += 1
     return seen_features, seen_groups, predicted, right
+
+
+@compiled
+def _tables_along(children: Ints, tables: Ints, tokens: Ints, emitted: Ints, counts: Ints) -> Ints:
+    """Return [B, K] the table of guesses below each depth of the text, -1 where there is none.
+
+    The arguments are those of `_observations`.
+    """
+    root, nobody = len(children) - 2, -1
+    num_heads = min(len(tables), emitted.shape[1])
+    along = np.full((len(tokens), num_heads), -1)
+    for row in range(len(tokens)):
+        place = root
+        for depth in range(min(counts[row], num_heads)):
+            table = along[row, depth] = tables[depth, place]
+            if table < 0:
+                break
+            above, place = place, nobody
+            for rank in range(tokens.shape[2]):
+                if tokens[row, table, rank] == emitted[row, depth]:
+                    place = children[above, rank]
+                    break
+    return along

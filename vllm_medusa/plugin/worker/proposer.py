@@ -21,11 +21,12 @@ from vllm.distributed import (
 )
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
+from vllm_medusa.draft.probability import probabilities_of_heads
 from vllm_medusa.heads import HeadsReader, MedusaHeads
-from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, draft_tokens
+from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
 
 #: [B] the token that the target sampled last for each request; goes to the device if needed.
 Roots: TypeAlias = NDArray[np.int64] | Tensor
@@ -49,7 +50,8 @@ class MedusaProposer:
         self._lm_heads: LmHeads
         self._token_map: Tensor | None = None
         self._embed: Callable[[Tensor], Tensor] | None = None
-        self._selector: Selector | None = None
+        #: Of heads with a selector: the nodes whose tokens depend on their parents'.
+        self.selector_tree: SelectorTree | None = None
         self._num_guesses = self.config.tree.top_k
 
     def load_model(self, target: nn.Module) -> None:
@@ -92,9 +94,20 @@ class MedusaProposer:
             self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
         if spec.selector_rank is not None:
             tensors = reader.read_selector(self.config.tree.depth)
-            self._selector = Selector.from_tensors(tensors, dtype, self._device)
+            selector = Selector.from_tensors(tensors, dtype, self._device)
+            self.selector_tree = SelectorTree(selector, self._levels())
             num_tokens = spec.draft_vocab_size or vocab_size
             self._num_guesses = max(self._num_guesses, min(NUM_CANDIDATES, num_tokens))
+
+    def _levels(self) -> tuple[Level, ...]:
+        """Return the levels of the static tree, or of the rank paths that dynamic ones hold."""
+        config = self.config
+        if config.dynamic is None:
+            return self._layout.levels
+        probabilities = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
+        superset = probabilities.superset.cut_to_depth(config.dynamic.max_depth)
+        parents, ranks = map(torch.from_numpy, superset.as_nodes())
+        return levels_of(parents.to(self._device), ranks.to(self._device))
 
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, roots: Roots) -> Tensor:
@@ -110,9 +123,9 @@ class MedusaProposer:
 
         """
         logits, tokens = self.guesses(hidden_states, roots)
-        if self._selector is None:
+        if self.selector_tree is None:
             return self._layout.draft_tokens(tokens)
-        return draft_tokens(self._selector, self._layout, logits, tokens, self._on_device(roots))
+        return self.selector_tree.draft(logits, tokens, self._on_device(roots))
 
     def guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
         """Return the best guesses of each head, the best first.
@@ -132,9 +145,19 @@ class MedusaProposer:
 
     @torch.inference_mode()
     def probable_guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
-        """Return the best guesses as `guesses`, with their log-probabilities in place of logits.
+        """Return what the heads guess, and how likely they hold it to be.
 
         With a draft vocabulary these are probabilities within it.
+
+        Args:
+            hidden_states: as for `propose`.
+            roots: as for `propose`.
+
+        Returns:
+            [T, B, k] float32 log-probabilities and [T, B, k] int64 tokens of the target's
+            vocabulary, in the tables that a `Superset` reads: T is the number of heads, or with a
+            selector that of the paths that have children.
+
         """
         parts = self._lm_heads.logits(self._features(hidden_states, roots))
         values, tokens = self._best(parts)
@@ -143,7 +166,12 @@ class MedusaProposer:
         if get_tensor_model_parallel_world_size() > 1:
             totals = tensor_model_parallel_all_gather(totals, dim=-1)
             totals = totals.logsumexp(dim=-1, keepdim=True)
-        return values.float() - totals, tokens
+        log_probs = values.float() - totals
+        if self.selector_tree is None:
+            return log_probs, tokens
+        top_k = self.config.tree.top_k
+        log_probs, tokens = self.selector_tree.probable(log_probs, tokens, self._on_device(roots))
+        return log_probs[..., :top_k], tokens[..., :top_k]
 
     def _features(self, hidden_states: Tensor, roots: Roots) -> Tensor:
         """[K, B, H] that the lm_heads read."""

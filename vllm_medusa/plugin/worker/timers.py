@@ -27,8 +27,8 @@ class StepTimers:
     """Times the stages of a runner's steps.
 
     Stages that lie within others count there too: the plan of the forks is a part of preparing,
-    attention and the K/V writes (with those to the forks) are parts of the forward pass, and the
-    heads are a part of drafting.
+    attention and the K/V writes (with those to the forks) are parts of the forward pass, the heads
+    are a part of drafting, and the selector is a part of the heads.
 
     Args:
         runner: a `MedusaRunnerMixin` whose KV cache exists.
@@ -45,6 +45,9 @@ class StepTimers:
         self._wrap(runner.tree_drafter, "draft", "draft")
         self._wrap(runner.drafter, "propose", "heads")
         self._wrap(runner.drafter, "probable_guesses", "heads")
+        if runner.drafter.selector_tree is not None:
+            self._wrap(runner.drafter.selector_tree, "draft", "selector")
+            self._wrap(runner.drafter.selector_tree, "probable", "selector")
         if runner.forks is not None:
             self._wrap(runner.forks, "begin_step", "plan")
             self._wrap(runner.forks, "commit", "commit")

@@ -52,7 +52,8 @@ class DynamicDrafter:
         self._counters = counters
         tree = proposer.config.tree
         probabilities = probabilities_of_heads(proposer.config.heads, tree.depth, tree.top_k)
-        self._drafter = Drafter(settings, probabilities, costs)
+        by_parent = proposer.selector_tree is not None
+        self._drafter = Drafter(settings, probabilities, costs, by_parent=by_parent)
         # What each request drafted last: the drafts of that step, and its place in them.
         self._drafted: dict[str, tuple[Drafts, int]] = {}
 
