@@ -52,9 +52,10 @@ def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"acceptance": "typical"}, "acceptance='typical' is not supported; use 'lossless'"),
+        ({"acceptance": "fast"}, "acceptance='fast' is not supported; use 'lossless'"),
         ({"acceptance": "greedy"}, "acceptance='greedy' is not supported"),
-        ({"posterior_threshold": 0.1}, "'posterior_threshold', which method 'medusa' does not"),
+        ({"posterior_threshold": 0.1}, "posterior_threshold=0.1 is for acceptance='typical'"),
+        ({"posterior_beta": 0.1}, "'posterior_beta', which method 'medusa' does not"),
         ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
         (
             {"tree": "mc_sim_8b_63"},

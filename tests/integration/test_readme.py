@@ -97,6 +97,51 @@ def test_programs(program: str, tmp_path: Path) -> None:
     assert run.stdout.strip()
 
 
+TOOLS_ON_THE_DEMO = {"inspect", "convert", "trees", "bench"}
+#: The others, in `test_readme_tools.py`.
+NEW_HEADS = {"distill", "train", "calibrate"}
+EAGER = ["--llm-options", '{"enforce_eager": true}']
+#: What makes the tools' commands quick: less work, the same path through the program.
+QUICKER = {
+    "distill": ["--llm-options", '{"enforce_eager": true, "dtype": "float32"}'],
+    "train": ["--steps", "5"],
+    "calibrate": [
+        *(*EAGER, "--dtype", "float32"),
+        *("--sizes", "4,8", "--cost-sizes", "8", "--batch-sizes", "1", "--rounds", "1"),
+    ],
+    "trees": ["--dtype", "float32", "--steps", "1"],
+    "bench": [
+        *(*EAGER, "--dtype", "float32"),
+        *("--variants", "tree", "--batch-sizes", "1", "--rounds", "1", "--max-tokens", "16"),
+        *("--out", "results"),
+    ],
+}
+
+
+def run_tools(names: set[str], folder: Path) -> set[str]:
+    """Run the commands of these names in a folder; return what is in it then."""
+    (folder / "demo").symlink_to(ROOT / "demo")
+    for command in by_program("vllm-medusa"):
+        if command[1] in names:
+            subprocess.run(
+                [*command, *QUICKER.get(command[1], [])],
+                cwd=folder,
+                check=True,
+                env=ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+            )
+    return {path.name for path in folder.iterdir()} - {"demo"}
+
+
+def test_tools_on_the_demo(tmp_path: Path) -> None:
+    written = run_tools(TOOLS_ON_THE_DEMO, tmp_path)
+    assert written == {"converted-heads", "results", "trees.svg"}
+
+
+def test_all_tools_are_run() -> None:
+    assert {command[1] for command in by_program("vllm-medusa")} == TOOLS_ON_THE_DEMO | NEW_HEADS
+
+
 def test_serving(tmp_path: Path) -> None:
     """As in the README, but for the port."""
     (command,) = by_program("vllm")

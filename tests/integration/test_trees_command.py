@@ -28,6 +28,7 @@ def draw(*arguments: Any, drafts: dict[str, Any] = DRAFTS) -> int:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_steps_of_a_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
