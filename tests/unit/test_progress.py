@@ -56,6 +56,17 @@ def test_time_left_is_that_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bar.seconds_left == 30
 
 
+def test_time_left_where_the_total_is_known_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    with Bar("bench", "turns", 0, console=console(False)) as bar:
+        monkeypatch.setattr(bar._bar, "get_time", lambda: now)
+        bar.advance(0, "starting")
+        bar.set_total(10)
+        for now in (0.0, 5.0, 10.0, 15.0):  # noqa: B007
+            bar.advance()
+        assert bar.seconds_left == 30
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_hidden_bar_says_nothing(is_terminal: bool) -> None:
     with Bar("training", "tokens", 2, is_shown=False, console=console(is_terminal)) as bar:

@@ -82,7 +82,10 @@ class Bar(AbstractContextManager["Bar"]):
     def set_total(self, total: int) -> None:
         """Say anew how many there will be."""
         # `update` would forget the rate so far.
-        self._bar.tasks[0].total = total
+        task = self._bar.tasks[0]
+        task.total = total
+        if task.completed < total:
+            task.finished_time = None
 
     @property
     def done(self) -> int:
