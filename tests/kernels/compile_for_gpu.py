@@ -24,6 +24,7 @@ from vllm_medusa.kernels.best_first import RankPaths, best_first
 from vllm_medusa.kernels.compact import CacheGroup, compact
 from vllm_medusa.kernels.constraints import apply_bad_words, apply_penalties
 from vllm_medusa.kernels.trees import plant
+from vllm_medusa.kernels.typical import take_typical
 
 TARGETS = [GPUTarget("cuda", int(capability), 32) for capability in sys.argv[1:]]
 TYPES = {
@@ -31,6 +32,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.bool: "i1",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
@@ -85,6 +87,10 @@ def compile_small_kernels(case: Case) -> None:
     for drafts in (tokens, tokens.int()):
         path, _, length = accept(
             case.parents, case.idx_mapping, case.base, drafts, tokens, case.cu_num_logits, 4
+        )
+        take_typical(
+            *(tokens, (case.parents, case.depths, case.ancestors), case.idx_mapping, case.base),
+            *(drafts, torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), case.cu_num_logits),
         )
     for dtype, content in ((torch.bfloat16, 64), (torch.int8, 33)):
         groups = CacheGroup.build([torch.zeros(4, 2, 16, content, dtype=dtype)], [0])

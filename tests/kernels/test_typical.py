@@ -19,12 +19,15 @@ VOCAB_SIZE = 6
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 16, 63]), st.integers(1, 5))
 def test_against_the_oracle(seed: int, num_drafts: int, num_reqs: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)
-    case.parents[:, 1:][torch.rand(case.parents[:, 1:].shape) < 0.1] = -1
+    generator = torch.Generator().manual_seed(seed)
+    is_never = torch.rand(case.parents[:, 1:].shape, generator=generator) < 0.1
+    case.parents[:, 1:][is_never.to(DEVICE)] = -1
     case.prepare()
     rows = sum(case.num_logits)
     rng = random.Random(seed)
     threshold, alpha = rng.choice([0.05, 0.2, 1.0]), rng.choice([0.1, 0.5, 1.0])
-    logprobs = (3 * torch.randn(rows, VOCAB_SIZE, dtype=torch.float64)).log_softmax(dim=-1)
+    logits = torch.randn(rows, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    logprobs = (3 * logits).log_softmax(dim=-1)
     drafts = [rng.randrange(VOCAB_SIZE) for _ in range(rows)]
     targets = [rng.randrange(VOCAB_SIZE) for _ in range(rows)]
     likelihoods, is_typical, wanted = torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), []

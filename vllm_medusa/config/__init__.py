@@ -7,6 +7,7 @@ from vllm_medusa.config.options import (
     MedusaOptions,
     check_posterior,
     is_acceptance,
+    typical_rule,
     with_underscores,
 )
 from vllm_medusa.config.resolved import CONFIG_KEY, MedusaConfig
@@ -21,5 +22,6 @@ __all__ = [
     "check_posterior",
     "is_acceptance",
     "resolve_tree",
+    "typical_rule",
     "with_underscores",
 ]

@@ -87,7 +87,7 @@ class MedusaOptions:
                 f"acceptance={shown(self.acceptance)} is not supported; use 'lossless', which "
                 "keeps the target model's output distribution, or 'typical', which does not"
             )
-        check_posterior(self.acceptance, self.posterior_values)
+        check_posterior(self.acceptance, _given(self, POSTERIOR_KEYS))
         for key in ("model", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
@@ -115,16 +115,6 @@ class MedusaOptions:
                 f"tree={shown(self.tree)} must be 'auto', a tree's name, a tree file or a list of "
                 "paths"
             )
-
-    @property
-    def posterior_values(self) -> dict[str, Any]:
-        """The values of typical acceptance that are given."""
-        return _given(self, POSTERIOR_KEYS)
-
-    @property
-    def typical(self) -> TypicalRule | None:
-        """The rule of typical acceptance; None: acceptance is lossless."""
-        return TypicalRule(**self.posterior_values) if self.acceptance == TYPICAL else None
 
     @property
     def is_sized(self) -> bool:
@@ -197,6 +187,13 @@ def check_posterior(acceptance: Any, values: Mapping[str, Any]) -> None:
             )
         if type(value) not in (int, float) or not 0 < value <= 1:
             raise UserError(f"{key}={shown(value)} must be a number over 0, and 1 at most")
+
+
+def typical_rule(options: Any) -> TypicalRule | None:
+    """Return the rule that an engine's or a request's options mean; None: lossless acceptance."""
+    if options.acceptance != TYPICAL:
+        return None
+    return TypicalRule(**_given(options, POSTERIOR_KEYS))
 
 
 def _given(options: Any, keys: Sequence[str]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class HeadsSpec:
     root_size: int | None = None
     selector_rank: int | None = None
 
+    @property
+    def sees_tokens(self) -> bool:
+        """Whether the heads are root-aware or have a selector: what only our format 2 holds."""
+        return self.root_size is not None or self.selector_rank is not None
+
 
 @dataclass(frozen=True)
 class HeadsCheckpoint:

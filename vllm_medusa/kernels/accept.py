@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_medusa.kernels import NO_TREE
-
-_NO_TREE = tl.constexpr(NO_TREE)
+from vllm_medusa.kernels.trees import draft_nodes
 
 
 @triton.jit
@@ -28,18 +26,15 @@ def _accept_kernel(
     BLOCK: tl.constexpr,
 ):
     req = tl.program_id(0)
-    start = tl.load(cu_num_logits_ptr + req)
-    num_nodes = tl.load(cu_num_logits_ptr + req + 1) - start
-    has_tree = tl.load(base_ptr + req) != _NO_TREE
-    node = tl.arange(0, BLOCK)
-    is_draft = (node > 0) & (node < num_nodes) & has_tree
-    state = tl.load(idx_mapping_ptr + req).to(tl.int64) * state_stride
+    start, state, node, is_draft = draft_nodes(
+        req, cu_num_logits_ptr, base_ptr, idx_mapping_ptr, state_stride, BLOCK
+    )
     parent = tl.load(state_parents_ptr + state + node, mask=is_draft, other=-1)
     draft = tl.load(draft_ptr + start + node, mask=is_draft, other=-1).to(tl.int64)
     row = req * (MAX_DEPTH + 1)
     at = tl.zeros((), dtype=tl.int32)
     length = tl.zeros((), dtype=tl.int32)
-    walks = has_tree
+    walks = start >= 0  # until no child agrees
     token = tl.load(target_ptr + start)
     tl.store(path_ptr + row, at)
     tl.store(tokens_ptr + row, token)

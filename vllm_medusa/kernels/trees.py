@@ -80,6 +80,19 @@ def plant(
 
 
 @triton.jit
+def draft_nodes(
+    req, cu_num_logits_ptr, base_ptr, idx_mapping_ptr, state_stride, BLOCK: tl.constexpr
+):
+    """First row of a request, its state's offset, the nodes, and which of them it verifies."""
+    start = tl.load(cu_num_logits_ptr + req)
+    num_nodes = tl.load(cu_num_logits_ptr + req + 1) - start
+    has_tree = tl.load(base_ptr + req) != _NO_TREE
+    node = tl.arange(0, BLOCK)
+    state = tl.load(idx_mapping_ptr + req).to(tl.int64) * state_stride
+    return start, state, node, (node > 0) & (node < num_nodes) & has_tree
+
+
+@triton.jit
 def _prepare_kernel(
     positions_ptr,
     ancestors_ptr,

@@ -6,13 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_medusa.kernels import NO_TREE
-
-_NO_TREE = tl.constexpr(NO_TREE)
+from vllm_medusa.kernels.trees import draft_nodes
 
 
 @triton.jit
-def _take_kernel(
+def _typical_kernel(
     target_ptr,
     state_parents_ptr,
     state_depths_ptr,
@@ -27,12 +25,9 @@ def _take_kernel(
     BLOCK: tl.constexpr,
 ):
     req = tl.program_id(0)
-    start = tl.load(cu_num_logits_ptr + req)
-    num_nodes = tl.load(cu_num_logits_ptr + req + 1) - start
-    has_tree = tl.load(base_ptr + req) != _NO_TREE
-    node = tl.arange(0, BLOCK)
-    is_draft = (node > 0) & (node < num_nodes) & has_tree
-    state = tl.load(idx_mapping_ptr + req).to(tl.int64) * state_stride
+    start, state, node, is_draft = draft_nodes(
+        req, cu_num_logits_ptr, base_ptr, idx_mapping_ptr, state_stride, BLOCK
+    )
     parent = tl.load(state_parents_ptr + state + node, mask=is_draft, other=-1)
     depth = tl.load(state_depths_ptr + state + node, mask=is_draft, other=0)
     seen = tl.load(state_ancestors_ptr + state + node, mask=is_draft, other=0)
@@ -83,7 +78,7 @@ def take_typical(
     num_reqs = idx_mapping.shape[0]
     if num_reqs:
         parents, depths, ancestors = states
-        _take_kernel[(num_reqs,)](
+        _typical_kernel[(num_reqs,)](
             target_tokens,
             parents,
             depths,

@@ -15,6 +15,7 @@ from vllm_medusa.config import (
     MedusaConfig,
     MedusaOptions,
     resolve_tree,
+    typical_rule,
     with_underscores,
 )
 from vllm_medusa.errors import UserError, shown
@@ -27,13 +28,9 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
-_STATIC_ON_V2 = (
-    "on Model Runner V2",
-    "but tree='auto' is 'static' on Model Runner V2",
-    "use tree='dynamic'",
-)
+#: Why `auto` is static on Model Runner V2, in an error, and how to have dynamic trees.
+_STATIC_ON_V2 = "but tree='auto' is 'static' on Model Runner V2", "use tree='dynamic'"
 _STATIC_WITH_SELECTOR = (
-    "on Model Runner V2",
     "which heads with a selector do not have on Model Runner V2",
     "use V1 with VLLM_USE_V2_MODEL_RUNNER=0, or heads without a selector",
 )
@@ -154,17 +151,16 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
         sizes_by_batch=choice.sizes_by_batch,
         dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
-        typical=request.typical,
+        typical=typical_rule(request),
     )
 
 
-def _static(request: MedusaOptions, where: str, but: str, remedy: str) -> MedusaOptions:
-    """Return what ``tree="auto"`` means where dynamic trees are not, or not the default.
+def _static(request: MedusaOptions, reason: str, remedy: str) -> MedusaOptions:
+    """Return what ``tree="auto"`` means on Model Runner V2.
 
     Args:
         request: that means dynamic trees.
-        where: that is.
-        but: the same as part of an error.
+        reason: why it does not there, for an error.
         remedy: to have dynamic trees.
 
     Raises:
@@ -176,9 +172,9 @@ def _static(request: MedusaOptions, where: str, but: str, remedy: str) -> Medusa
         given["tree"] = request.tree
     for key, value in given.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, {but}; leave {key} out, or {remedy}"
+            f"{key}={shown(value)} is for dynamic trees, {reason}; leave {key} out, or {remedy}"
         )
-    logger.info(f"Medusa: tree='auto' is 'static' {where}")
+    logger.info("Medusa: tree='auto' is 'static' on Model Runner V2")
     return dataclasses.replace(request, tree=STATIC)
 
 

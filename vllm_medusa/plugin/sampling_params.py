@@ -7,7 +7,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_medusa.config import POSTERIOR_KEYS, TYPICAL, check_posterior, is_acceptance
+from vllm_medusa.config import (
+    POSTERIOR_KEYS,
+    TYPICAL,
+    check_posterior,
+    is_acceptance,
+    typical_rule,
+)
 from vllm_medusa.errors import UserError, shown
 from vllm_medusa.plugin.identity import is_medusa
 from vllm_medusa.tree.typical import TypicalRule
@@ -42,12 +48,6 @@ class RequestOptions:
         given = _parsed(sampling_params.extra_args.get(EXTRA_ARGS_KEY))
         return _NOTHING_SAID if given is None else cls(**given)
 
-    @property
-    def posterior_values(self) -> dict[str, float]:
-        """The values of typical acceptance that are given."""
-        values = {key: getattr(self, key) for key in POSTERIOR_KEYS}
-        return {key: value for key, value in values.items() if value is not None}
-
 
 _NOTHING_SAID = RequestOptions()
 _KEYS = {field.name for field in dataclasses.fields(RequestOptions)}
@@ -64,9 +64,7 @@ def typical_rule_of(sampling_params: Any, default: TypicalRule | None) -> Typica
     if sampling_params is None or sampling_params.temperature < SAMPLING_EPS:
         return None
     options = RequestOptions.of(sampling_params)
-    if options.acceptance is None:
-        return default
-    return TypicalRule(**options.posterior_values) if options.acceptance == TYPICAL else None
+    return default if options.acceptance is None else typical_rule(options)
 
 
 def check_extra_args(sampling_params: Any) -> None:

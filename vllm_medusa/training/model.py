@@ -205,8 +205,7 @@ def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) 
 def write_format_of(checkpoint: HeadsCheckpoint) -> WriteFormat:
     """Return the published format where it can hold the heads, our own where it cannot."""
     spec = checkpoint.spec
-    sees_tokens = spec.root_size is not None or spec.selector_rank is not None
-    if sees_tokens or spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
+    if spec.sees_tokens or spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
         return "native"
     return "tgi"
 

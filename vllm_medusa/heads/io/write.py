@@ -230,9 +230,8 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
-    is_second = spec.root_size is not None or spec.selector_rank is not None
     return {
-        "format": NATIVE_FORMAT_2 if is_second else NATIVE_FORMAT,
+        "format": NATIVE_FORMAT_2 if spec.sees_tokens else NATIVE_FORMAT,
         "model_type": "medusa",
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,
