@@ -30,7 +30,7 @@ from vllm_medusa.heads.io.write import save_heads, with_target_lm_head
 from vllm_medusa.target.config import read_lm_head, read_target
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "heads"
+MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "medusa-heads"
 SIZES = (8, 16, 32)
 LM_HEADS = ("target", "own", "common", "low_rank")
 RANK = 64

@@ -19,6 +19,8 @@ from vllm_medusa.heads import load_heads
 REPO = Path(__file__).parents[2]
 DEMO_MODEL = REPO / "demo" / "model"
 DEMO_HEADS = REPO / "demo" / "heads"
+#: Plain ones: neither do they see the root nor have they a selector.
+MEDUSA_HEADS = REPO / "demo" / "medusa-heads"
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 

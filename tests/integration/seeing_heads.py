@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.integration.command_line import DEMO_HEADS
+from tests.integration.command_line import MEDUSA_HEADS
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
 from vllm_medusa.heads.io.write import save_heads
 
@@ -37,7 +37,7 @@ def write_seeing_heads(
     out: Path, *, has_root: bool = True, has_selector: bool = True, with_trees: bool = True
 ) -> Path:
     """Write the demo's heads with one of the two or both."""
-    demo = load_heads(DEMO_HEADS, target_vocab_size=4096)
+    demo = load_heads(MEDUSA_HEADS, target_vocab_size=4096)
     tensors = {
         name: tensor.to(demo.spec.dtype)
         for name, tensor in seeing_tensors(demo, 4096).items()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.seeing_heads import RANK, seeing_tensors
 from tests.training import make_settings
 from vllm_medusa.acceptance.texts import counted_positions
@@ -111,7 +111,7 @@ def trained(texts: Texts, heads: Path, sees_tokens: bool) -> Outcome:
         selector_rank=RANK,
     )
     training = Training(settings)
-    demo = load_heads(DEMO_HEADS)
+    demo = load_heads(MEDUSA_HEADS)
     state = {
         f"blocks.{name}": demo.tensors[f"blocks.{name}"].transpose(0, 1).float()
         for name in ("weight", "bias")

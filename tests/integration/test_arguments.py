@@ -15,6 +15,7 @@ from tests import tiny
 from tests.integration.command_line import (
     DEMO_HEADS,
     DEMO_MODEL,
+    MEDUSA_HEADS,
     engine_config,
     merge_heads,
     serve_arguments,
@@ -39,8 +40,8 @@ from vllm_medusa.tree.schedule import TreeSchedule, read_schedule_file, write_sc
 
 pytestmark = pytest.mark.engine
 
-H = str(DEMO_HEADS)
-DEMO_TREE = json.loads((DEMO_HEADS / "medusa_tree.json").read_text())["paths"]
+H = str(MEDUSA_HEADS)
+DEMO_TREE = json.loads((MEDUSA_HEADS / "medusa_tree.json").read_text())["paths"]
 PATHS = [[0], [1], [0, 0]]
 PROMPTS = random_prompts(3, seed=1)
 
@@ -67,7 +68,7 @@ def demo(**keys: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("merged") / "model"
-    return merge_heads(DEMO_MODEL, DEMO_HEADS, directory, "medusa_head.")
+    return merge_heads(DEMO_MODEL, MEDUSA_HEADS, directory, "medusa_head.")
 
 
 @pytest.mark.parametrize(
@@ -191,10 +192,10 @@ def test_tree_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_path_objects(tmp_path: Path) -> None:
     write_tree_file(tmp_path / "tree.json", PATHS)
-    spec = {"method": "medusa", "model": DEMO_HEADS, "tree": tmp_path / "tree.json"}
+    spec = {"method": "medusa", "model": MEDUSA_HEADS, "tree": tmp_path / "tree.json"}
     config = resolved(engine_config(DEMO_MODEL, spec))
     assert (config.heads, config.tree) == (H, DraftTree.from_paths(PATHS))
-    arguments = EngineArgs(model=str(DEMO_MODEL), spec_method="medusa", spec_model=DEMO_HEADS)
+    arguments = EngineArgs(model=str(DEMO_MODEL), spec_method="medusa", spec_model=MEDUSA_HEADS)
     assert resolved(arguments.create_engine_config()).heads == H
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, environment
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.engines.server import ServerProcess
 from vllm_medusa.stepcost.costs import read_step_costs
@@ -31,7 +31,7 @@ TIMEOUT_S = 600
 
 
 def bench_command(*arguments: str | Path) -> list[str]:
-    common = ["--model", DEMO_MODEL, "--heads", DEMO_HEADS, "--dtype", "float32"]
+    common = ["--model", DEMO_MODEL, "--heads", MEDUSA_HEADS, "--dtype", "float32"]
     options = ["--llm-options", json.dumps(OPTIONS)]
     return [
         *(sys.executable, "-m", "vllm_medusa.cli.main", "bench"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.conftest import open_engine
 from vllm_medusa.acceptance.ranks import RankMeter
 from vllm_medusa.acceptance.statistics import accepted_drafts
@@ -65,7 +65,7 @@ def write_rows(directory: Path, count: int, longest: int = 1000) -> Path:
     return directory
 
 
-def calibrate(*arguments: Any, heads: Path = DEMO_HEADS, model: Path = DEMO_MODEL) -> int:
+def calibrate(*arguments: Any, heads: Path = MEDUSA_HEADS, model: Path = DEMO_MODEL) -> int:
     options = [
         *("--model", model, "--dtype", "float32", "--sizes", "4,8"),
         *("--llm-options", json.dumps(ENGINE)),
@@ -148,7 +148,7 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in PROMPTS[:24]]
     requests = [Request(str(index), tokens) for index, tokens in enumerate(prompts)]
-    checkpoint = load_heads(DEMO_HEADS)
+    checkpoint = load_heads(MEDUSA_HEADS)
     max_tokens = 68
     with EngineProcess(options) as engine:
         engine.wait()
@@ -158,7 +158,7 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
     continuations = meter.measure(texts, lambda _: None)
     paths = best_paths([item.ranks for item in continuations], 16)
     tree = [list(path) for path in paths]
-    speculative = {"method": "medusa", "model": str(DEMO_HEADS), "tree": tree}
+    speculative = {"method": "medusa", "model": str(MEDUSA_HEADS), "tree": tree}
     with EngineProcess({**options, "speculative_config": speculative}) as engine:
         engine.wait()
         run = engine.run(prompts, max_tokens)

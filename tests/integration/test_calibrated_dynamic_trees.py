@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.conftest import open_engine, spec_metrics
 from tests.integration.seeing_heads import write_seeing_heads
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
@@ -78,7 +78,7 @@ def test_engine_accepts_what_is_simulated(
     """
     from transformers import AutoTokenizer
 
-    path = write_seeing_heads(tmp_path / "heads") if has_selector else DEMO_HEADS
+    path = write_seeing_heads(tmp_path / "heads") if has_selector else MEDUSA_HEADS
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     lines = (REPO / "demo" / "prompts.jsonl").read_text().splitlines()[:16]
     prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]

@@ -11,7 +11,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, run_python
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, run_python
 from vllm_medusa.plugin import register as plugin
 
 pytestmark = pytest.mark.engine
@@ -120,7 +120,7 @@ print("FOUND", json.dumps(found))
 
 
 def run(source: str, **env: str) -> Any:
-    constants = f"MODEL, HEADS = {str(DEMO_MODEL)!r}, {str(DEMO_HEADS)!r}\n"
+    constants = f"MODEL, HEADS = {str(DEMO_MODEL)!r}, {str(MEDUSA_HEADS)!r}\n"
     result = run_python(constants + source, VLLM_ENABLE_V1_MULTIPROCESSING="0", **env)
     assert result.returncode == 0, result.stderr[-3000:]
     line = next(line for line in result.stdout.splitlines() if line.startswith("FOUND "))

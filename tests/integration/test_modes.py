@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from tests import checkpoints
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, engine_config, run_python
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, engine_config, run_python
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
 from tests.integration.seeing_heads import write_seeing_heads
 from vllm_medusa.heads import load_heads
 
 pytestmark = pytest.mark.engine
 
-SPEC = {"method": "medusa", "model": str(DEMO_HEADS), "tree": "cpu-16"}
+SPEC = {"method": "medusa", "model": str(MEDUSA_HEADS), "tree": "cpu-16"}
 NUM_PROMPTS = 6
 MAX_TOKENS = 48
 
@@ -193,8 +193,8 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def own_lm_heads(directory: Path) -> Path:
     """Write the demo heads with lm_heads of their own, which are the target's."""
     directory.mkdir()
-    shutil.copy(DEMO_HEADS / "medusa_tree.json", directory)
-    tensors = checkpoints.sequential_tensors(load_heads(DEMO_HEADS))
+    shutil.copy(MEDUSA_HEADS / "medusa_tree.json", directory)
+    tensors = checkpoints.sequential_tensors(load_heads(MEDUSA_HEADS))
     num_layers = 1 + max(int(name.split(".")[1]) for name in tensors)
     embedding = load_file(DEMO_MODEL / "model.safetensors")["model.embed_tokens.weight"]
     for head in {name.split(".")[0] for name in tensors}:
@@ -212,7 +212,7 @@ def test_tensor_parallel(
     two_ranks: dict[str, Any],
     kind: str,
 ) -> None:
-    heads = DEMO_HEADS
+    heads = MEDUSA_HEADS
     if kind == "own":
         heads = own_lm_heads(tmp_path / "own")
     elif kind == "seeing":
@@ -236,7 +236,7 @@ def test_tensor_parallel_with_dynamic_trees(
 ) -> None:
     """Costs differ from rank to rank where they are measured, trees do not."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    spec = {"method": "medusa", "model": str(DEMO_HEADS)}
+    spec = {"method": "medusa", "model": str(MEDUSA_HEADS)}
     for _ in range(2):
         with demo_engine(**two_ranks, speculative_config=spec) as llm:
             assert greedy(llm, prompts, MAX_TOKENS) == reference

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.integration.command_line import (
-    DEMO_HEADS,
     DEMO_MODEL,
+    MEDUSA_HEADS,
     run_python,
     run_vllm,
     serve_arguments,
@@ -48,7 +48,7 @@ def test_serve_prints_one_line(tiny_heads: Path) -> None:
 
 
 def test_script_prints_one_line() -> None:
-    spec = medusa(DEMO_HEADS, tree=[[0], [1, 0]])
+    spec = medusa(MEDUSA_HEADS, tree=[[0], [1, 0]])
     result = run_python(f"import vllm; vllm.LLM({str(DEMO_MODEL)!r}, speculative_config={spec!r})")
     check_one_line(result, "tree path [1, 0] has no parent; add the path [1]")
     assert "Traceback" not in result.stdout + result.stderr
@@ -131,7 +131,7 @@ def check_last_line(result: Any, expected: str) -> None:
 def test_engine_process_prints_one_line() -> None:
     """A mistake that shows only when the memory is known, in the engine core's process."""
     options = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL_CACHE.items()]
-    spec = json.dumps(medusa(DEMO_HEADS, tree="cpu-16"))
+    spec = json.dumps(medusa(MEDUSA_HEADS, tree="cpu-16"))
     argv = ["--speculative-config", spec, "--dtype=float32", "--enforce-eager"]
     result = run_vllm("serve", str(DEMO_MODEL), *argv, *options)
     check_last_line(result, NO_ROOM)
@@ -151,7 +151,7 @@ if __name__ == "__main__":
 def test_script_says_what_its_engine_found(ranks: int, tmp_path: Path) -> None:
     """Heads that are not finite, which the workers find."""
     heads = tmp_path / "heads"
-    shutil.copytree(DEMO_HEADS, heads)
+    shutil.copytree(MEDUSA_HEADS, heads)
     weights = next(heads.glob("*.safetensors"))
     tensors = load_file(weights)
     next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[3] = math.nan

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
 from tests.integration.ray_on_cpu import ray_on_cpu
 from vllm_medusa.errors import UserError
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SCHEDULE = [[1, 2, 16], [3, 64, 12]]
 SPEC = {
     "method": "medusa",
-    "model": str(DEMO_HEADS),
+    "model": str(MEDUSA_HEADS),
     "num_speculative_tokens_per_batch_size": SCHEDULE,
 }
 NUM_PROMPTS = 4

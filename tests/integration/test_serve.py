@@ -24,6 +24,7 @@ import pytest
 from tests.integration.command_line import (
     DEMO_HEADS,
     DEMO_MODEL,
+    MEDUSA_HEADS,
     VLLM,
     environment,
     merge_heads,
@@ -137,7 +138,7 @@ def offline(prompts: Prompts) -> Texts:
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("merged") / "model"
-    return merge_heads(DEMO_MODEL, DEMO_HEADS, directory, "medusa_head.")
+    return merge_heads(DEMO_MODEL, MEDUSA_HEADS, directory, "medusa_head.")
 
 
 @pytest.fixture(scope="module")

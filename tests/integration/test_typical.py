@@ -11,7 +11,7 @@ import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from tests.integration.command_line import DEMO_MODEL
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
 from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
 from tests.oracles.typical import taken_tokens, typical_path
 from vllm_medusa.errors import UserError
@@ -21,7 +21,6 @@ from vllm_medusa.plugin.worker.v1 import sampler
 pytestmark = pytest.mark.engine
 
 NUM_PROMPTS, MAX_TOKENS = 6, 40
-DEMO_HEADS = DEMO_MODEL.parent / "heads"
 #: All but certain that a token counts.
 ANY_TOKEN = {"posterior_threshold": 1e-12}
 
@@ -37,7 +36,7 @@ def demo_engine(**speculative: Any) -> Any:
     if speculative:
         options["speculative_config"] = {
             "method": "medusa",
-            "model": str(DEMO_HEADS),
+            "model": str(MEDUSA_HEADS),
             **speculative,
         }
     return open_engine(DEMO_MODEL, **options)

@@ -149,9 +149,9 @@ def test_missing_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_heads_for_vllms_own_chain(tmp_path: Path) -> None:
-    _, variant = parse_variants(["vllm-chain"], "unused")
-    model, heads = str(ROOT / "demo" / "model"), str(ROOT / "demo" / "heads")
-    ready = with_built_in_heads(variant, heads, model, tmp_path)
+    model, heads = str(ROOT / "demo" / "model"), str(ROOT / "demo" / "medusa-heads")
+    _, variant = parse_variants(["vllm-chain"], heads)
+    ready = with_built_in_heads(variant, model, tmp_path)
     assert ready.environment == {"VLLM_PLUGINS": ""}
     assert ready.speculative == {
         "method": "medusa",
@@ -164,10 +164,17 @@ def test_heads_for_vllms_own_chain(tmp_path: Path) -> None:
     assert written == {**ready.speculative, "model": f"{heads}, converted"}
 
 
-def test_heads_that_are_not_there(tmp_path: Path) -> None:
-    _, variant = parse_variants(["vllm-chain"], None)
+def test_other_heads_for_vllms_own_chain() -> None:
+    _, variant = parse_variants(["vllm-chain=OTHER"], "HEADS")
+    assert variant.name == "vllm-chain"
+    assert variant.speculative == {"method": "medusa", "model": "OTHER"}
+
+
+@pytest.mark.parametrize("heads", ["none", "heads"])
+def test_heads_that_vllms_own_chain_cannot_have(heads: str, tmp_path: Path) -> None:
+    _, variant = parse_variants([f"vllm-chain={ROOT / 'demo' / heads}"], None)
     with pytest.raises(UnavailableError, match="cannot be converted"):
-        with_built_in_heads(variant, str(tmp_path), str(ROOT / "demo" / "model"), tmp_path)
+        with_built_in_heads(variant, str(ROOT / "demo" / "model"), tmp_path)
 
 
 def write(path: Path, text: str) -> Path:

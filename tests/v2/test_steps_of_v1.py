@@ -30,7 +30,7 @@ def tokens_of_steps() -> list[list[list[int]]]:
         ignore_eos=True,
         output_kind=RequestOutputKind.DELTA,
     )
-    spec = {"method": "medusa", "model": str(DEMO / "heads"), "tree": TREE}
+    spec = {"method": "medusa", "model": str(DEMO / "medusa-heads"), "tree": TREE}
     texts = []
     options: dict[str, Any] = {"skip_tokenizer_init": False, "speculative_config": spec}
     with open_engine(DEMO / "model", **options) as llm:

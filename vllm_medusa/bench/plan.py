@@ -78,8 +78,7 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
             if (reason := missing_requirement(variant, version)) is not None:
                 raise UnavailableError(reason)
             if variant.name == VLLM_CHAIN:
-                heads = settings.heads or settings.model
-                variant = with_built_in_heads(variant, heads, settings.model, folder)
+                variant = with_built_in_heads(variant, settings.model, folder)
         except UnavailableError as exc:
             unavailable[variant.name] = str(exc)
         ready.append(variant)

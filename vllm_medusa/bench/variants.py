@@ -28,8 +28,8 @@ _NGRAM = {
 }
 _WITH_PATH = ("draft_model", "eagle", "eagle3")
 _KINDS = (
-    "baseline, tree, tree=TREE, chain, vllm-chain, ngram, suffix, draft_model=PATH, eagle=PATH, "
-    "eagle3=PATH or 'name={JSON of a speculative config}'"
+    "baseline, tree, tree=TREE, chain, vllm-chain, vllm-chain=HEADS, ngram, suffix, "
+    "draft_model=PATH, eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}'"
 )
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NAME = re.compile(r"[\w.,+:@ -]{1,60}")
@@ -79,7 +79,8 @@ def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
 
     Args:
         texts: such as ``tree=cpu-16``.
-        heads: the Medusa heads of ``tree``, ``chain`` and ``vllm-chain``; None: the model's own.
+        heads: the Medusa heads of ``tree``, ``chain`` and ``vllm-chain``, if that names none; None:
+            the model's own.
 
     Raises:
         UserError: a variant that is none, or two of one name.
@@ -135,12 +136,11 @@ def missing_requirement(variant: Variant, vllm_version: str) -> str | None:
     return None
 
 
-def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) -> Variant:
+def with_built_in_heads(variant: Variant, model: str, folder: Path) -> Variant:
     """Complete ``vllm-chain``: write the heads as vLLM's own Medusa reads them.
 
     Args:
-        variant: the variant named `VLLM_CHAIN`.
-        heads: directory, file or hub name of the heads.
+        variant: the variant named `VLLM_CHAIN`; it names its heads, or the model's own are taken.
         model: the target model.
         folder: an existing directory to write into.
 
@@ -151,6 +151,7 @@ def with_built_in_heads(variant: Variant, heads: str, model: str, folder: Path) 
     from vllm_medusa.heads.io.write import needs_lm_head, save_heads, with_target_lm_head
     from vllm_medusa.target.config import read_lm_head, read_target
 
+    heads = str((variant.speculative or {}).get("model", model))
     try:
         target = read_target(model)
         checkpoint = load_heads(
@@ -186,13 +187,16 @@ def _parse(text: str, heads: str | None) -> Variant:
         if value.isdigit():
             tree = {"num_speculative_tokens": int(value)}
         return Variant(name=text, speculative=medusa | tree)
+    if kind == VLLM_CHAIN:
+        model = {"model": value} if has_value else {}
+        environment = {"VLLM_PLUGINS": ""}
+        return Variant(name=kind, speculative=medusa | model, environment=environment)
     if kind in _WITH_PATH and has_value:
         speculative = {"method": kind, "model": value, "num_speculative_tokens": NUM_DRAFTS}
         return Variant(name=kind, speculative=speculative)
     plain = {
         BASELINE: Variant(name=kind),
         "chain": Variant(name=kind, speculative=medusa | {"tree": "chain"}),
-        VLLM_CHAIN: Variant(name=kind, speculative=medusa, environment={"VLLM_PLUGINS": ""}),
         "ngram": Variant(name=kind, speculative=_NGRAM),
         "suffix": Variant(name=kind, speculative={"method": "suffix"}),
     }

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="V",
-        help="baseline, tree, tree=TREE, chain, vllm-chain, ngram, suffix, draft_model=PATH, "
-        "eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}' "
+        help="baseline, tree, tree=TREE, chain, vllm-chain, vllm-chain=HEADS, ngram, suffix, "
+        "draft_model=PATH, eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}' "
         "(baseline tree chain vllm-chain ngram)",
     )
     parser.add_argument(
