@@ -133,6 +133,23 @@ def test_every_variant_ran_and_drafted(results: dict[str, Any]) -> None:
     assert {row["category"] for row in results["categories"]} >= {"code", "writing"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
+def test_sampled(tmp_path: Path) -> None:
+    """Seeded requests: ours give the baseline's text, and vLLM's own are not compared."""
+    few = ["--batch-sizes", "2", "--rounds", "2", "--max-tokens", "20", "--strict"]
+    sampled = ["--temperature", "0.8", "--variants", "tree=cpu-8", "ngram"]
+    done = bench(*few, *sampled, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text())
+    (sameness,) = found["sameness"]
+    assert sameness["variant"] == "tree=cpu-8"
+    assert (sameness["num_compared"], sameness["num_mismatches"]) == (4, 0)
+    figures = {figure["variant"]: figure for figure in found["figures"]}
+    assert figures["tree=cpu-8"]["tokens_per_step"]["median"] > 1
+    assert "Sampled at temperature 0.8" in (tmp_path / "report.md").read_text()
+
+
 def test_files_of_a_run(offline: tuple[Path, Any], results: dict[str, Any]) -> None:
     out, run = offline
     assert {path.name for path in out.iterdir()} == {

@@ -175,8 +175,8 @@ class TestStepCosts:
             lambda text: "[]",
             lambda text: "{}",
             lambda text: text.replace('"points"', '"spots"'),
-            lambda text: text.replace('"heads_ms": ', '"heads_ms": -'),
-            lambda text: text.replace('"heads_ms": ', '"heads_ms": NaN, "more": '),
+            lambda text: text.replace('"fork_ms": ', '"fork_ms": -'),
+            lambda text: text.replace('"fork_ms": ', '"fork_ms": NaN, "more": '),
             lambda text: text.replace('"facts": {', '"facts": {"other": 1, '),
         ],
     )

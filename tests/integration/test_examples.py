@@ -144,3 +144,16 @@ def test_engines_on_ray(tmp_path: Path) -> None:
     assert "two over one: " in printed
     (speeds,) = json.loads((tmp_path / "ray.json").read_text())["tokens_per_second"]
     assert min(speeds["1"], speeds["2"]) > 0
+
+
+@pytest.mark.slow
+def test_load_steps(tmp_path: Path) -> None:
+    few = ["--parameters", "5e6", "--dtype", "float32", "--requests", 4, "--long", 60, "--short", 8]
+    files = ["--out", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
+    printed = run("bench_load_steps.py", *few, *files)
+    assert re.search(r"^alone +\d+ steps", printed, re.M)
+    assert re.search(r"^4 requests +\d+ steps", printed, re.M)
+    steps = json.loads((tmp_path / "sizes.json").read_text())["steps"]
+    assert {step["num_requests"] for step in steps} >= {1, 4}
+    assert sum(step["num_nodes"] for step in steps) > 20
+    assert (tmp_path / "sizes.png").stat().st_size > 1000

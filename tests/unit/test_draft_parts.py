@@ -85,10 +85,19 @@ def test_costs_are_monotone() -> None:
     np.testing.assert_allclose(costs.by_drafts(1, 5), [10, 10, 12, 12, 12, 12])
 
 
+def test_costs_of_heads_by_batch_size() -> None:
+    costs = CostCurve({1: [(1, 10)]}, heads=[(1, 2), (9, 4), (11, 8)])
+    assert [costs.heads_ms(size) for size in (1, 5, 9, 12)] == [2, 3, 4, 10]
+    assert CostCurve.from_dict(costs.to_dict()).heads_ms(5) == 3
+    assert CostCurve({1: [(1, 10)]}).heads_ms(5) == 0
+
+
 @pytest.mark.parametrize("points", [{}, {1: []}, {1: [(1, 0.0)]}, {1: [(0, 1.0)]}])
 def test_bad_costs(points: dict[int, list[tuple[int, float]]]) -> None:
     with pytest.raises(UserError, match="step costs must have"):
         CostCurve(points)
+    with pytest.raises(UserError, match="step costs must have"):
+        CostCurve({1: [(1, 10)]}, heads=[(1, -1.0)])
 
 
 def test_no_drafts() -> None:

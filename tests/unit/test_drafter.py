@@ -135,7 +135,7 @@ def test_sources_are_named() -> None:
 
 
 def test_nothing_is_drafted_where_nothing_pays() -> None:
-    dear = CostCurve({1: [(1, 10), (2, 30), (17, 300)]}, heads_ms=1.0)
+    dear = CostCurve({1: [(1, 10), (2, 30), (17, 300)]}, heads=[(1, 1.0)])
     made = drafter(dear, max_nodes=16)
     replayed = replay(TEXTS, made, batch_size=1)
     # But now and then, to see whether it would.

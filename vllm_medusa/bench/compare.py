@@ -13,7 +13,10 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.tables import Table, as_text
 
 #: What has to be equal for figures to mean the same.
-_SETTINGS = ("model", "heads", "prompts", "max_tokens", "dtype", "ignore_eos", "engine_options")
+_SETTINGS = (
+    *("model", "heads", "prompts", "max_tokens", "temperature", "dtype", "ignore_eos"),
+    "engine_options",
+)
 
 
 def compare_runs(first: Path, second: Path) -> str:

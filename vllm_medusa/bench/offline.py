@@ -16,7 +16,7 @@ from vllm_medusa.bench.prompts import BenchPrompt
 from vllm_medusa.bench.report import Findings, category_table, mismatch_table, sameness_table
 from vllm_medusa.bench.sameness import TIE_LOGPROB, Mismatch, Sameness, compare_outputs
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.variants import BASELINE, Variant
+from vllm_medusa.bench.variants import BASELINE, VLLM_CHAIN, Variant
 from vllm_medusa.engines.engine import EngineProcess, Run
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.reporting.tables import Table
@@ -129,7 +129,13 @@ class Offline:
     def _run(self, engine: EngineProcess, batch: Sequence[BenchPrompt]) -> Run:
         settings = self._plan.settings
         prompts = [prompt.token_ids for prompt in batch]
-        return engine.run(prompts, settings.max_tokens, ignore_eos=settings.ignore_eos)
+        return engine.run(
+            prompts,
+            settings.max_tokens,
+            seeds=[settings.seed + index for index in range(len(prompts))],
+            temperature=settings.temperature,
+            ignore_eos=settings.ignore_eos,
+        )
 
     def conclude(
         self, pool: EnginePool[EngineProcess], measurements: Sequence[BatchMeasurement]
@@ -139,12 +145,16 @@ class Offline:
         # The strictest for ``auto``.
         dtype = settings.dtype if settings.dtype in TIE_LOGPROB else "float32"
         sameness = [
-            explain(pool, measurements, found)
-            for found in compare(self._plan.variants, measurements)
+            explain(pool, measurements, found) for found in compare(self._compared(), measurements)
         ]
         categories = categories_of(measurements)
         lossy = [v.name for v in self._plan.variants if not v.is_lossless]
         notes = [f"Lossy, so their outputs were not compared: {', '.join(lossy)}."] if lossy else []
+        if settings.temperature:
+            notes.append(
+                f"Sampled at temperature {settings.temperature}, each request with a seed. vLLM's "
+                "own methods draw other random numbers, so their outputs were not compared."
+            )
         different = [found.in_words(dtype) for found in sameness if found.mismatches]
         return Findings(
             tables=[
@@ -163,6 +173,18 @@ class Offline:
             if different
             else None,
         )
+
+    def _compared(self) -> list[Variant]:
+        """Return the variants whose outputs have to be the baseline's."""
+        variants = [variant for variant in self._plan.variants if variant.is_lossless]
+        if not self._plan.settings.temperature:
+            return variants
+        # vLLM's samplers draw other numbers for the same seed as soon as there are drafts.
+        return [
+            variant
+            for variant in variants
+            if (variant.speculative or {}).get("method") == "medusa" and variant.name != VLLM_CHAIN
+        ]
 
 
 def source_table(measurements: Sequence[BatchMeasurement]) -> Table:
@@ -188,7 +210,7 @@ def source_table(measurements: Sequence[BatchMeasurement]) -> Table:
 def compare(
     variants: Sequence[Variant], measurements: Sequence[BatchMeasurement]
 ) -> list[Sameness]:
-    """Compare the outputs of each lossless variant that ran with the baseline's."""
+    """Compare the outputs of each variant that ran with the baseline's."""
     outputs: dict[str, dict[tuple[int, int, int], Any]] = defaultdict(dict)
     prompt_ids = {}
     for measurement in measurements:
@@ -201,7 +223,7 @@ def compare(
             variant.name, outputs[BASELINE], outputs[variant.name], lambda *key: prompt_ids[key]
         )
         for variant in variants
-        if variant.is_lossless and variant.name != BASELINE and variant.name in outputs
+        if variant.name != BASELINE and variant.name in outputs
     ]
 
 

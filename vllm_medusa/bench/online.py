@@ -221,7 +221,7 @@ def drive(
         *("--num-prompts", str(settings.num_requests), "--num-warmups", str(NUM_WARM_UPS)),
         *("--request-rate", str(load.request_rate), "--seed", str(settings.seed + number)),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "90,99"),
-        *("--temperature", "0", "--disable-tqdm", "--save-result"),
+        *("--temperature", str(settings.temperature), "--disable-tqdm", "--save-result"),
         *("--result-dir", str(folder), "--result-filename", file.name),
     ]
     if load.concurrency is not None:

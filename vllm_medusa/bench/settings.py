@@ -9,7 +9,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from vllm_medusa.bench.variants import Variant, variants_of_config
 from vllm_medusa.engines.engine import default_threads, has_accelerator, thread_environment
@@ -42,6 +42,8 @@ class Settings:
     """Tokens of a random prompt."""
     max_tokens: PositiveInt = 128
     """New tokens of a request, at most."""
+    temperature: NonNegativeFloat = 0.0
+    """Of sampling; 0 is greedy. Offline each request has a seed."""
     rounds: PositiveInt = 5
     """How often each variant has its turn."""
     ignore_eos: bool = False

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="variants and settings from a file"
     )
-    names = ("prompts", "random_len", "max_tokens", "rounds", "ignore_eos", "dtype", "llm_options")
-    add_settings(parser, Settings, *names)
+    add_settings(parser, Settings, "prompts", "random_len", "max_tokens", "temperature", "rounds")
+    add_settings(parser, Settings, "ignore_eos", "dtype", "llm_options")
     add_settings(parser, Settings, "threads", "alive", "seed", "strict", "out", "overwrite")
     offline = parser.add_argument_group("offline (default)")
     add_settings(offline, Settings, "batch_sizes", "min_prompts")

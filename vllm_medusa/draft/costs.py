@@ -28,7 +28,7 @@ class CostCurve:
             drafts among the tokens.
         fork_ms: what each path beyond the first of a request costs in addition. On vLLM's V1
             runner it is a pseudo-sequence that reads the request's context once more.
-        heads_ms: what running the heads costs.
+        heads: measured ``(requests, ms)`` of running the heads; none if they cost nothing.
 
     Raises:
         UserError: if there are no points, or one is not positive.
@@ -40,13 +40,15 @@ class CostCurve:
         points: Mapping[int, Sequence[tuple[int, float]]],
         *,
         fork_ms: float = 0.0,
-        heads_ms: float = 0.0,
+        heads: Sequence[tuple[int, float]] = (),
     ) -> None:
         curves = {size: np.array(sorted(points[size]), dtype=np.float64) for size in sorted(points)}
+        self._heads = np.array(sorted(heads), dtype=np.float64).reshape(-1, 2)
         if (
             not curves
             or any(not (curve.size and _all_positive(curve)) for curve in curves.values())
-            or not (math.isfinite(fork_ms + heads_ms) and min(fork_ms, heads_ms) >= 0)
+            or not _all_positive(self._heads)
+            or not (math.isfinite(fork_ms) and fork_ms >= 0)
         ):
             raise UserError(
                 "the step costs must have for some number of requests at least one point of a "
@@ -55,7 +57,6 @@ class CostCurve:
         self._sizes = list(curves)
         self._curves = list(curves.values())
         self.fork_ms = fork_ms
-        self.heads_ms = heads_ms
         self._table = lru_cache(_MAX_CURVES)(self._make_table)
 
     def __str__(self) -> str:
@@ -63,12 +64,12 @@ class CostCurve:
         curve = self._curves[0]
         shown = curve[[0, len(curve) // 2, -1]]
         steps = ", ".join(f"{tokens:.0f} tokens {ms:.1f} ms" for tokens, ms in shown.tolist())
-        return f"{steps}, heads {self.heads_ms:.1f} ms"
+        return f"{steps}, heads {self.heads_ms(1):.1f} ms"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` is the inverse."""
         points = zip(map(str, self._sizes), (curve.tolist() for curve in self._curves), strict=True)
-        return {"points": dict(points), "fork_ms": self.fork_ms, "heads_ms": self.heads_ms}
+        return {"points": dict(points), "fork_ms": self.fork_ms, "heads": self._heads.tolist()}
 
     @classmethod
     def from_dict(cls, values: Any) -> CostCurve:
@@ -83,15 +84,20 @@ class CostCurve:
                 int(size): [(int(tokens), float(ms)) for tokens, ms in curve]
                 for size, curve in values["points"].items()
             }
-            fork_ms, heads_ms = float(values["fork_ms"]), float(values["heads_ms"])
+            fork_ms = float(values["fork_ms"])
+            heads = [(int(requests), float(ms)) for requests, ms in values["heads"]]
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the step costs are damaged ({error!r}); measure again") from None
-        return cls(points, fork_ms=fork_ms, heads_ms=heads_ms)
+        return cls(points, fork_ms=fork_ms, heads=heads)
 
     def by_drafts(self, num_requests: int, max_drafts: int) -> Floats:
         """Return [max_drafts + 1]: the time of a step by its drafts, without forks and heads."""
         # Rounded up, so that few tables are made.
         return self._table(num_requests, -(-max_drafts // 64) * 64)[: max_drafts + 1]
+
+    def heads_ms(self, num_requests: int) -> float:
+        """Return what running the heads for so many requests costs."""
+        return float(_curve_at(self._heads, np.array(num_requests))) if len(self._heads) else 0.0
 
     def _make_table(self, num_requests: int, max_drafts: int) -> Floats:
         drafts = np.arange(max_drafts + 1)

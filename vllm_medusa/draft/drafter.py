@@ -136,7 +136,7 @@ class Drafter:
         num_requests = len(ranked.drafts)
         if self._costs is None:
             return ranked.drafts
-        heads_ms = 0.0 if guesses is None else self._costs.heads_ms
+        heads_ms = 0.0 if guesses is None else self._costs.heads_ms(num_requests)
         size, rates = best_size(ranked, num_requests, self._costs, heads_ms)
         if guesses is not None:
             others = ranked.drafts.source[ranked.order] & _OTHERS != 0

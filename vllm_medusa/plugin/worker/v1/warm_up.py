@@ -6,11 +6,10 @@ rank's times, because ranks with other costs would draft other trees.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,11 +21,17 @@ from vllm_medusa.plugin.worker.v1.cost_file import CostFile
 
 logger = plugin_logger(__name__)
 
+#: What is timed, "step" or "heads", and its tokens or requests.
+_Task: TypeAlias = tuple[str, int]
 #: Tokens of the steps that are timed.
 _SIZES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
-_ROUNDS = 3
-#: No further size is begun after so long: the curve goes on at its last slope.
-_LIMIT_S = 3.0
+#: Requests that the heads are timed with.
+_BATCH_SIZES = (1, 8, 32)
+_ROUNDS = 5
+#: No further round is begun after so long.
+_LIMIT_S = 2.5
+#: In the first round no further size is begun after so long: the curve goes on at its last slope.
+_FIRST_ROUND_S = 1.0
 #: What a path beyond the first costs, as a share of a step of one token: it reads the request's
 #: context once more.
 _FORK_SHARE = 0.01
@@ -69,22 +74,24 @@ def _measure(runner: Any, may_end_early: bool) -> CostCurve:
 
     Attention is left out: what its context costs is paid without drafts too.
     """
-    begin = time.perf_counter()
-    points = []
-    for size in _sizes(runner):
-        points.append((size, _median_ms(runner, partial(_step, runner, size))))
-        if may_end_early and _agreed(time.perf_counter() - begin > _LIMIT_S):
-            break
-    hidden = torch.zeros(
-        1, runner.model_config.get_hidden_size(), dtype=runner.dtype, device=runner.device
+    tasks = {
+        **{("step", size): partial(_step, runner, size) for size in _within(runner, _SIZES)},
+        **{
+            ("heads", size): partial(_heads, runner, size) for size in _within(runner, _BATCH_SIZES)
+        },
+    }
+    ms = _interleaved_ms(runner, tasks, may_end_early)
+    points = {
+        kind: [(size, value) for (name, size), value in ms.items() if name == kind]
+        for kind in ("step", "heads")
+    }
+    return CostCurve(
+        {1: points["step"]}, fork_ms=_FORK_SHARE * points["step"][0][1], heads=points["heads"]
     )
-    roots = np.zeros(1, dtype=np.int64)
-    heads_ms = _median_ms(runner, partial(runner.drafter.probable_guesses, hidden, roots))
-    return CostCurve({1: points}, fork_ms=_FORK_SHARE * points[0][1], heads_ms=heads_ms)
 
 
-def _sizes(runner: Any) -> Iterator[int]:
-    return (size for size in _SIZES if size <= runner.max_num_tokens)
+def _within(runner: Any, sizes: Sequence[int]) -> list[int]:
+    return [size for size in sizes if size <= runner.max_num_tokens]
 
 
 def _step(runner: Any, num_tokens: int) -> None:
@@ -92,16 +99,49 @@ def _step(runner: Any, num_tokens: int) -> None:
     runner.model.compute_logits(hidden[:num_tokens])
 
 
-def _median_ms(runner: Any, run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(1 + _ROUNDS):
-        begin = time.perf_counter()
-        run()
-        if runner.device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(1000 * (time.perf_counter() - begin))
-    # The first one of a size is slower.
-    return statistics.median(times[1:])
+def _heads(runner: Any, num_requests: int) -> None:
+    hidden = torch.zeros(
+        num_requests,
+        runner.model_config.get_hidden_size(),
+        dtype=runner.dtype,
+        device=runner.device,
+    )
+    runner.drafter.probable_guesses(hidden, np.zeros(num_requests, dtype=np.int64))
+
+
+def _interleaved_ms(
+    runner: Any, tasks: Mapping[_Task, Callable[[], None]], may_end_early: bool
+) -> dict[_Task, float]:
+    """Time tasks in turns, because the speed of a machine changes; return their milliseconds.
+
+    A task's time is the median of its shares of the rounds' times. The first round is not counted:
+    everything is slower there. Of a kind of task at least the first size is timed.
+    """
+    begin = time.perf_counter()
+
+    def is_late(limit_s: float) -> bool:
+        return may_end_early and _agreed(time.perf_counter() - begin > limit_s)
+
+    kept: list[_Task] = []
+    for task, run in tasks.items():
+        if task[1] == 1 or not is_late(_FIRST_ROUND_S):
+            _timed_ms(runner, run)
+            kept.append(task)
+    rounds: list[list[float]] = []
+    while len(rounds) < _ROUNDS and not (rounds and is_late(_LIMIT_S)):
+        rounds.append([_timed_ms(runner, tasks[task]) for task in kept])
+    times = np.array(rounds)
+    totals = times.sum(axis=1, keepdims=True)
+    ms = np.median(times / totals, axis=0) * np.median(totals)
+    return dict(zip(kept, ms.tolist(), strict=True))
+
+
+def _timed_ms(runner: Any, run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    if runner.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def _agreed_costs(costs: CostCurve | None) -> CostCurve | None:
