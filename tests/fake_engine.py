@@ -38,6 +38,8 @@ def main(reply_fd: int) -> None:
         if conduct == "refuses":
             reply(error="no such\ndtype")
             return
+        if conduct == "starts slowly":
+            time.sleep(0.2)
         info = {"device": "cpu", "device_name": None}
         reply(value={**info, "peak_memory_bytes": 1, "private_memory_bytes": 1})
         for line in sys.stdin:

@@ -74,6 +74,11 @@ def test_engine_that_runs() -> None:
     assert told == [(2, 7)]
 
 
+def test_time_to_start() -> None:
+    with EngineProcess({"model": "starts slowly"}) as started:
+        assert started.wait().startup_s > 0.2
+
+
 def test_engine_that_refuses_says_why_itself() -> None:
     with pytest.raises(UserError, match=r"does not start with .*: no such dtype; correct"):
         start_engine({"model": "refuses"})

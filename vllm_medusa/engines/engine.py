@@ -192,7 +192,8 @@ class EngineProcess(WorkerProcess):
 
     def wait(self) -> EngineInfo:
         """Wait until the engine is up."""
-        return EngineInfo(startup_s=time.monotonic() - self.started, **self.receive()["value"])
+        told = self.receive()["value"]
+        return EngineInfo(startup_s=time.monotonic() - self.started, **told)
 
     def run(
         self,
