@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_directory(path.parent)
     except OSError as exc:
         raise UserError(
-            f"{path}: cannot be written ({exc.strerror or exc}); what was there is as it was"
+            f"{path}: cannot be written ({exc.strerror or exc}); an existing file is unchanged"
         ) from None
 
 
@@ -99,7 +99,7 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as exc:
-        raise UserError(f"{directory}: no directory that can be written ({exc.strerror})") from None
+        raise UserError(f"{directory}: cannot be written as a directory ({exc.strerror})") from None
     try:
         _lock(directory, descriptor, command)
         yield

@@ -240,7 +240,7 @@ def test_a_baseline_that_does_not_run(tmp_path: Path) -> None:
     run = bench("--variants", "chain", "--llm-options", json.dumps(options), "--out", tmp_path)
     assert run.returncode == 2
     (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
-    assert "the baseline does not run: " in error
+    assert "the baseline cannot run: " in error
     assert "max_model_len" in error
     assert list(tmp_path.iterdir()) == []
 

@@ -88,7 +88,7 @@ def _engines_at_once(plan: Plan, num_engines: int) -> int:
         try:
             info = engine.wait()
         except EngineProcessError as exc:
-            raise UserError(f"the baseline does not run: {exc.reason}") from None
+            raise UserError(f"the baseline cannot run: {exc.reason}") from None
     # That engine has ended: all of them have to fit into what is free now.
     return num_engines if has_room(info, num_engines) else 1
 
@@ -119,4 +119,4 @@ def cost_table(costs: StepCosts) -> Table:
 
 
 def _written(path: Path) -> str:
-    return f"written to {path}, which vllm-medusa calibrate takes as --step-costs"
+    return f"written to {path}, which vllm-medusa calibrate reads with --step-costs"

@@ -79,7 +79,8 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
     prompts, notes = [], []
     if tokenizer.chat_template is None:
         notes.append(
-            "The model has no chat template: of conversations the user's turn is given as it is."
+            "The model has no chat template: of a conversation the prompt is the text of the last "
+            "user turn."
         )
     has_chats = False
     for prompt in read_prompts(path):
@@ -136,6 +137,6 @@ def _random_prompts(tokenizer: Any, length: int, seed: int) -> PromptSet:
     )
     note = (
         f"Random prompts: {length} tokens each, drawn evenly from the vocabulary (seed {seed}), as "
-        "vLLM's random set is. Text that means nothing says little about acceptance."
+        "vLLM's random set is. Acceptance on such text says little about real text."
     )
     return PromptSet(RANDOM, prompts, (note,))

@@ -61,7 +61,7 @@ def speed_table(
 
 def absence_table(states: Mapping[str, VariantState]) -> Table:
     """The variants that did not run, or not to the end, and why."""
-    table = Table("Not measured, or not to the end", ("variant", "", "reason"))
+    table = Table("Not measured, or not completely", ("variant", "", "reason"))
     table.texts = table.columns
     for name, state in states.items():
         if state.reason is not None:
@@ -74,7 +74,7 @@ def depth_table(figures: Sequence[Figures]) -> Table:
     """Share of drafts accepted at least so deep."""
     depth = max((len(row.acceptance_by_depth) for row in figures), default=0)
     table = Table(
-        "Acceptance by depth: share of steps with drafts whose draft token there was accepted",
+        "Acceptance by depth: share of steps with drafts that accepted a draft token at this depth",
         ("variant", "load", *(str(number) for number in range(1, depth + 1))),
         texts=("variant", "load"),
     )

@@ -77,7 +77,7 @@ def run(settings: Settings) -> str:
                 return compare(plan, Online(plan, Path(folder)))
             return compare(plan, Offline(plan))
         except EngineProcessError as exc:
-            raise UserError(f"the baseline does not run: {exc.reason}") from None
+            raise UserError(f"the baseline cannot run: {exc.reason}") from None
 
 
 def compare(plan: Plan, mode: Mode[E, L, M]) -> str:

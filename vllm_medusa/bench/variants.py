@@ -201,7 +201,7 @@ def _parse(text: str, heads: str | None) -> Variant:
         "suffix": Variant(name=kind, speculative={"method": "suffix"}),
     }
     if has_value or kind not in plain:
-        raise UserError(f"variant {text!r} is none; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} is unknown; give one of {_KINDS}")
     return plain[kind]
 
 

@@ -131,8 +131,8 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
     if num_prompts < NUM_FOLDS:
         raise UserError(
             f"--prompts {settings.prompts}: {num_prompts} prompts ({num_positions} positions) are "
-            f"too few to check the trees against each other; give {NUM_FOLDS} at least, and "
-            "better a hundred"
+            f"too few to check trees on prompts that they were not made from; give at least "
+            f"{NUM_FOLDS}, better a hundred"
         )
     fit = CrossFit(continuations, max(settings.sizes), settings.seed)
     found = len(fit.paths["joint"])

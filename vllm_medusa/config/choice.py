@@ -85,8 +85,8 @@ def _sized_by_batch(
     else:
         raise UserError(
             f"num_speculative_tokens_per_batch_size={shown([list(size) for size in sizes])} needs "
-            f"tree='static' or 'chain', not {shown(request.tree)}, which has no order to cut its "
-            "nodes by"
+            f"tree='static' or 'chain', not {shown(request.tree)}, whose nodes cannot be cut "
+            "to a size"
         )
     tree = DraftTree.from_stages(stage.paths for stage in stages)
     return TreeChoice(tree, f"{name}, {counts} nodes by batch size", sizes)

@@ -186,7 +186,7 @@ def check_posterior(acceptance: Any, values: Mapping[str, Any]) -> None:
                 f"{shown(acceptance)}; leave {key} out"
             )
         if type(value) not in (int, float) or not 0 < value <= 1:
-            raise UserError(f"{key}={shown(value)} must be a number over 0, and 1 at most")
+            raise UserError(f"{key}={shown(value)} must be a number above 0 and at most 1")
 
 
 def typical_rule(options: Any) -> TypicalRule | None:
@@ -205,21 +205,21 @@ def with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a ``speculative_config`` with ``a_key`` for ``a-key``.
 
     Raises:
-        UserError: if a key is no string, or is given in both spellings.
+        UserError: if a key is not a string, or is given in both spellings.
 
     """
     spelled: dict[str, str] = {}
     for key in values:
         if not isinstance(key, str):
             raise UserError(
-                f"speculative_config has the key {shown(key)}, which is no string; "
+                f"speculative_config has the key {shown(key)}, which is not a string; "
                 f"use {', '.join(_keys())}"
             )
         name = key.replace("-", "_")
         if name in spelled:
             raise UserError(
-                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are one "
-                "key; remove one of them"
+                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are the "
+                "same key; remove one of them"
             )
         spelled[name] = key
     return {name: values[key] for name, key in spelled.items()}

@@ -121,7 +121,7 @@ def parse_prompts(path: str | Path) -> tuple[list[Prompt], list[BadLine]]:
             prompt = _parse_line(line, number)
             if prompt.id in prompts:
                 earlier = prompts[prompt.id].line
-                raise _UnusableError(f"id {prompt.id!r} is that of line {earlier} already")
+                raise _UnusableError(f"id {prompt.id!r} is already the id of line {earlier}")
         except _UnusableError as exc:
             bad.append(BadLine(number, str(exc)))
         else:

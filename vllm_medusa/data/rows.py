@@ -94,9 +94,9 @@ class Row:
                 "but both must be lists of one length, not empty"
             )
         if token_ids.dtype.kind != "i" or token_ids.min() < 0 or token_ids.max() > _MAX_INT32:
-            raise ValueError("token_ids holds other than int32 from 0 on")
+            raise ValueError("token_ids must hold int32 values from 0 on")
         if loss_mask.dtype != np.bool_:
-            raise ValueError("loss_mask holds other than true and false")
+            raise ValueError("loss_mask must hold true and false only")
         if not isinstance(record["id"], str):
             raise ValueError("id is not a string")
         return Row(record["id"], token_ids.astype(np.int32), loss_mask)
@@ -178,15 +178,15 @@ def _all_shards(directory: Path) -> list[Path]:
         try:
             wanted = int(json.loads(provenance.read_text(encoding="utf-8"))["num_shards"])
         except (ValueError, KeyError, TypeError) as exc:
-            raise UserError(f"{provenance}: says no number of shards ({exc!r})") from None
+            raise UserError(f"{provenance}: has no number of shards ({exc!r})") from None
     if not shards:
         raise UserError(f"{directory}: holds no shards; vllm-medusa distill makes them")
     wanted = max(wanted, max(shards) + 1)
     missing = [index for index in range(wanted) if index not in shards]
     if missing:
         raise UserError(
-            f"{directory}: {len(missing)} of {wanted} shards are missing, number {missing[0]} the "
-            "first; run the same distill command again to complete them"
+            f"{directory}: {len(missing)} of {wanted} shards are missing, the first is number "
+            f"{missing[0]}; run the same distill command again to complete them"
         )
     return list(shards.values())
 
@@ -214,7 +214,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            'Parquet needs pyarrow: pip install "vllm-medusa[train]", or take --format jsonl'
+            'Parquet needs pyarrow: pip install "vllm-medusa[train]", or use --format jsonl'
         ) from None
     return pyarrow, pyarrow.parquet
 

@@ -25,7 +25,7 @@ from vllm_medusa.target.text import AnsweringModel, load_answering_model
 #: shard is tried for as long as there are restarts: while the worker moves to another machine, Ray
 #: finds it "unavailable" any number of times.
 _RESTARTS = {"max_restarts": 3, "max_task_retries": -1}
-_KEPT = "finished shards are kept: run the same command again to go on"
+_KEPT = "finished shards are kept: run the same command again to continue"
 
 T = TypeVar("T")
 #: A shard's index and prompts.
@@ -115,7 +115,7 @@ def answer_locally(
         if exc.ending is None:
             raise _refused(settings, exc.reason) from None
         raise UserError(
-            f"vLLM failed on {settings.model}: the process {exc.ending}, its last words "
+            f"vLLM failed on {settings.model}: the process {exc.ending}; its last message: "
             f"{exc.reason!r}; {_KEPT}"
         ) from None
 

@@ -216,13 +216,15 @@ def _count(settings: DistillSettings, shards: Sequence[Shard], num_left_out: int
             if row.id in expected[len(seen) : len(seen) + 1]:
                 seen.append(row.id)
             elif not seen or not row.id.startswith(f"{seen[-1]}#"):
-                raise UserError(f"{path}: row {row.id!r} is out of place; remove it, and run again")
+                raise UserError(
+                    f"{path}: row {row.id!r} is not in order; remove the file and run again"
+                )
             num_rows += 1
             num_tokens += len(row.token_ids)
             num_answer_tokens += row.num_answer_tokens
             num_answers += row.num_answers
         if seen != expected:
-            raise UserError(f"{path}: lacks rows of its prompts; remove it, and run again")
+            raise UserError(f"{path}: lacks rows of its prompts; remove the file and run again")
     return Distilled(
         num_rows=num_rows,
         num_tokens=num_tokens,

@@ -50,7 +50,7 @@ def last_exception(log: str) -> str:
             return message
         if lines[index].startswith(_OUR_ERROR):
             return lines[index].removeprefix(_OUR_ERROR)
-    return lines[-1].strip() if lines else "it ended without a word"
+    return lines[-1].strip() if lines else "it ended without a message"
 
 
 class Process:

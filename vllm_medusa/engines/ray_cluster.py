@@ -59,7 +59,7 @@ def ray_cluster(address: str, num_engines: int, *, option: str = "--ray") -> Ite
         ray.init(**options)
     except (OSError, ValueError, RuntimeError) as exc:
         reason = str(exc).strip().splitlines()[0]
-        raise UserError(f"{option} {address}: no Ray cluster to be had there ({reason})") from None
+        raise UserError(f"{option} {address}: no Ray cluster found there ({reason})") from None
     try:
         yield ray
     finally:

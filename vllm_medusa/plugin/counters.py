@@ -11,13 +11,13 @@ DESCRIPTIONS = {
     "chain_fallbacks": "Drafts cut to the first path because no fork blocks were free.",
     "nodes_drafted": "Draft nodes of dynamic trees.",
     "heads_nodes": "Draft nodes of dynamic trees that the heads proposed.",
-    "text_nodes": "Draft nodes of dynamic trees that the text proposed.",
-    "shared_text_nodes": "Draft nodes of dynamic trees of other requests' outputs.",
+    "text_nodes": "Draft nodes of dynamic trees that the request's own text proposed.",
+    "shared_text_nodes": "Draft nodes of dynamic trees that other requests' texts proposed.",
     "heads_accepted": "Accepted nodes of dynamic trees that the heads proposed.",
-    "text_accepted": "Accepted nodes of dynamic trees that the text proposed.",
-    "shared_text_accepted": "Accepted nodes of dynamic trees of other requests' outputs.",
+    "text_accepted": "Accepted nodes of dynamic trees that the request's own text proposed.",
+    "shared_text_accepted": "Accepted nodes of dynamic trees that other requests' texts proposed.",
     "heads_runs": "Steps of dynamic trees that ran the heads.",
-    "steps_without_drafts": "Steps of dynamic trees in which no node was worth its cost.",
+    "steps_without_drafts": "Steps of dynamic trees without drafts, because no node would pay.",
 }
 
 #: Attribute of a step's ``ModelRunnerOutput`` that takes its counts to the engine core.

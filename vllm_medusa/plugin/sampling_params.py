@@ -99,7 +99,7 @@ def _check_options(values: Any, sampling_params: Any) -> None:
 
     """
     if not isinstance(values, dict) or not values or not values.keys() <= _KEYS:
-        raise UserError(f"it is not known; give a dictionary of some of {', '.join(sorted(_KEYS))}")
+        raise UserError(f"it is unknown; give a dictionary with some of {', '.join(sorted(_KEYS))}")
     nodes = values.get("max_nodes", 0)
     if type(nodes) is not int or nodes < 0:
         raise UserError(f"max_nodes={shown(nodes)} must be 0 (no drafts) or a larger integer")

@@ -89,7 +89,7 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "model",
             architectures,
             model.is_encoder_decoder,
-            "encoder-decoder models have no seam for it; serve without speculative_config",
+            "the plugin cannot draft for encoder-decoder models; serve without speculative_config",
         ),
         (
             "model",
@@ -101,7 +101,7 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "runner",
             model.runner_type,
             model.runner_type != "generate",
-            "there is nothing to draft for; leave speculative_config out",
+            "only models that generate text use drafts; leave speculative_config out",
         ),
         (
             "structured_outputs_config.backend",
@@ -123,7 +123,7 @@ def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, An
             "sources",
             sources,
             sources is not None and "heads" not in sources,
-            "the text is searched on the host, for which Model Runner V2 does not wait; add "
+            "the text is searched on the host, and Model Runner V2 does not wait for the host; add "
             "'heads', or use V1 with VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
@@ -143,19 +143,19 @@ def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, An
             "watermark_config",
             "given",
             getattr(vllm_config, "watermark_config", None) is not None,
-            "a watermark follows the drafts as a chain; leave it out",
+            "a watermark needs drafts that are a chain; leave it out",
         ),
         (
             "enable_batch_sharded_sampling",
             True,
             bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
-            "ranks would accept paths that the others do not know; leave it out",
+            "a rank would not know the paths that other ranks accept; leave it out",
         ),
         (
             "return_sampling_mask",
             True,
             bool(getattr(model, "return_sampling_mask", False)),
-            "masks are not returned by path yet; leave it out",
+            "masks for tree nodes are not returned yet; leave it out",
         ),
     ]
 
@@ -190,15 +190,16 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
         (
             "kv_offloading_size",
             offloading_size,
-            # vLLM makes a connector of it, which the user has never heard of.
+            # vLLM turns it into a connector, whose name the user does not know.
             offloading_size is not None,
-            "it saves blocks before the accepted path is in them; leave it out or use tree='chain'",
+            "it saves blocks before the accepted tokens are in them; leave it out or use "
+            "tree='chain'",
         ),
         (
             "model",
             architectures,
             model.use_mla,
-            "MLA caches have no attention to trees yet; use tree='chain'",
+            "attention to trees does not support MLA caches yet; use tree='chain'",
         ),
         (
             "model",
@@ -216,7 +217,7 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "kv_transfer_config.kv_connector",
             getattr(vllm_config.kv_transfer_config, "kv_connector", None),
             vllm_config.kv_transfer_config is not None,
-            "a connector saves blocks before the accepted path is in them; use tree='chain'",
+            "a connector saves blocks before the accepted tokens are in them; use tree='chain'",
         ),
         (
             "enable_dbo",

@@ -56,7 +56,7 @@ class RunDirectory:
             made = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.out}: is there and was not made by vllm-medusa train; {remedy}"
+                f"{self.out}: exists and was not made by vllm-medusa train; {remedy}"
             ) from None
         check_same(identity, made, str(self.out))
         return True

@@ -45,7 +45,7 @@ def resolve(
         at = "" if revision is None else f" at revision {shown(revision)}"
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
-            f"{what} {shown(name)}{at}: no such directory, and not to be had from the hub or its "
+            f"{what} {shown(name)}{at}: no such directory, and not found on the hub or in its "
             f"local cache ({type(exc).__name__}: {reason}); check the name, the network and "
             "HF_HUB_OFFLINE, or give a local directory"
         ) from None

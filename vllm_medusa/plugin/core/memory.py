@@ -19,7 +19,7 @@ from vllm_medusa.plugin.one_line_errors import exit_in_one_line
 
 logger = plugin_logger(__name__)
 
-#: Forks that the user asked for are said to be many from this share of the KV cache on.
+#: Share of the KV cache from which on forks that the user asked for cause a warning.
 _LARGE_SHARE = 1 / 2
 
 _vllm_config: ContextVar[Any] = ContextVar("vllm_config", default=None)
@@ -63,7 +63,7 @@ def wrap_get_kv_cache_configs(original: Any) -> Any:
         pool = plan_fork_pool(config.limits, cache, max_num_seqs, config.max_tree_requests)
         num_blocks = pool.first_block - len(cache.block_sizes)
         logger.info(
-            "Medusa: max_model_len is fitted into %d of %d KV blocks, the others are for forks",
+            "Medusa: max_model_len is fitted into %d of %d KV blocks; the others are for forks",
             num_blocks,
             cache.num_blocks,
         )
@@ -110,7 +110,8 @@ def _described(config: MedusaConfig) -> str:
     limits = config.limits
     return (
         f"heads {config.heads}, tree {config.tree_name} ({limits.max_nodes} nodes, "
-        f"{limits.max_paths} leaves, depth {limits.max_depth}), acceptance lossless"
+        f"{limits.max_paths} leaves, depth {limits.max_depth}), "
+        f"acceptance {'lossless' if config.typical is None else 'typical'}"
     )
 
 
@@ -149,5 +150,5 @@ def _warn_of_size(
         "One request's forks take more than the eighth of the cache that forks have by default: "
         "give vLLM more KV cache memory, a smaller block_size or a tree of fewer leaves."
         if wanted is None
-        else "Lower max_tree_requests for more of them.",
+        else "Lower max_tree_requests to leave more blocks.",
     )

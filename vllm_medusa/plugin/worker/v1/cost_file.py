@@ -67,7 +67,7 @@ class CostFile:
             return CostCurve.from_dict(values["costs"]) if values["facts"] == self.facts else None
         except (KeyError, UserError) as error:
             logger.warning(
-                "Medusa: step costs are measured anew: %s is damaged: %s", self.path, error
+                "Medusa: step costs are measured again: %s is damaged: %s", self.path, error
             )
             return None
 

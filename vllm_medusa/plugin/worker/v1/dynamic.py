@@ -143,7 +143,7 @@ class DynamicDrafter:
         self._counters.shared_text_nodes += by_shared_text
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
-                "Medusa: trees of %s nodes; %d of the heads, %d of the text, %d of shared text; "
+                "Medusa: trees of %s nodes; %d from the heads, %d from text, %d from shared text; "
                 "%.2f tokens expected",
                 drafts.num_nodes.tolist(),
                 by_heads,

@@ -306,8 +306,9 @@ class MedusaRunnerMixin(_Base):
             return True
         self.counters.chain_fallbacks += 1
         logger.warning_once(
-            "All %d requests' fork blocks are in use: further requests draft the tree's first "
-            "path only. Each unit more of max_tree_requests takes %d KV blocks from the scheduler.",
+            "The fork blocks of all %d requests are in use: other requests draft only the tree's "
+            "first path. Each additional one of max_tree_requests takes %d KV blocks from the "
+            "scheduler.",
             self.forks.grants.num_places,
             self.forks.pool.blocks_per_request,
         )

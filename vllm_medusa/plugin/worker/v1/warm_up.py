@@ -57,7 +57,7 @@ def step_costs(runner: Any) -> CostCurve | None:
     kept = _agreed_costs(file.read() if is_first and is_alone else None)
     if kept is not None:
         if is_first:
-            logger.info("Medusa: step costs as measured before, in %s: %s", file.path, kept)
+            logger.info("Medusa: step costs of an earlier start, from %s: %s", file.path, kept)
         return kept
     begin = time.perf_counter()
     costs = _agreed_costs(_measure(runner, is_alone))
