@@ -25,7 +25,7 @@ AUTO = "auto"
 #: Chance that head 0's guess of each rank is right: an assumption that gives sensible shapes, not a
 #: measurement. Heads that come with a calibrated tree do not use it.
 _RANK_PROBABILITIES = (0.60, 0.15, 0.07, 0.04, 0.025, 0.018, 0.013, 0.010, 0.008, 0.006)
-#: Factor by which each head is right less often than the head before.
+#: Factor on these chances for each further head.
 _DEPTH_DECAY = 0.75
 
 DEFAULT_NUM_DRAFT_TOKENS = 16
