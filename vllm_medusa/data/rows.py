@@ -1,4 +1,4 @@
-"""Rows of token ids with a loss mask, in shards: what `distill` writes, `train` and others read.
+"""Rows of token ids with a loss mask, in shards: `distill` writes them, other tools read them.
 
 A data set is a directory of shards `part-00000.parquet`, `part-00001.parquet`, ... or the same with
 `.jsonl`, of columns `id` (string), `token_ids` (list of int32) and `loss_mask` (list of bool), and
@@ -56,13 +56,13 @@ class Row:
 
     @property
     def num_learnt(self) -> int:
-        """Number of answer tokens that some position of the row can predict."""
+        """Number of answer tokens that a position of the row can predict."""
         return int(self.loss_mask[1:].sum())
 
     def answers(self) -> list[tuple[int, int]]:
         """Return the answers as ranges [start, stop) of tokens; a row of several turns has several.
 
-        An answer at the very start is cut by the token that no position predicts.
+        An answer at the start of the row loses its first token, which no position predicts.
         """
         flags = np.concatenate(([False], self.loss_mask, [False]))
         flags[1] = False
@@ -120,14 +120,14 @@ def list_shards(directory: Path) -> dict[int, Path]:
 
 
 def write_shard(path: Path, rows: Sequence[Row]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard completely or not at all.
 
     Args:
         path: ends in `.parquet` or `.jsonl`, which decides the format.
         rows: its rows, in order.
 
     Raises:
-        UserError: it cannot be written, on a full disk say.
+        UserError: it cannot be written, for instance on a full disk.
     """
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     write_atomically(path, lambda file: write(file, rows))
@@ -260,5 +260,5 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _array(scalar: Any) -> Any:
-    """The values of a list as an array, of which Python integers would take ten times the room."""
+    """The values of a list as an array: Python integers would take ten times the memory."""
     return scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None

@@ -1,4 +1,4 @@
-"""What `distill` is asked to do."""
+"""The settings of `distill`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_medusa.target.settings import AnswerSettings
 
 @settings
 class DistillSettings:
-    """What to distil."""
+    """The settings of one run of `distill`."""
 
     FLAGS: ClassVar[Mapping[str, str]] = {"shard_format": "--format", "ray_address": "--ray"}
 

@@ -1,4 +1,4 @@
-"""What decides the rows that `distill` makes, apart from the prompts and the weights."""
+"""The settings that decide the rows of `distill`, apart from the prompts and the weights."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ class AnswerSettings:
 
 
 def answer_seed(seed: int, prompt_id: str, turn: int) -> int:
-    """Return the seed of one answer, whatever batch or shard it is made in: 63 bits."""
+    """Return the seed (63 bits) of one answer, which does not depend on its batch or shard."""
     digest = hashlib.sha256(f"{seed}\n{turn}\n{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
