@@ -1,4 +1,4 @@
-"""The engine core's view of the KV cache: without the fork blocks."""
+"""The engine core's KV cache without the fork blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _vllm_config: ContextVar[Any] = ContextVar("vllm_config", default=None)
 
 
 def wrap_initialize_kv_caches(original: Any) -> Any:
-    """Have the functions that this method calls know the configuration."""
+    """Give the configuration to the functions that this method calls."""
 
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         token = _vllm_config.set(vllm_config)
@@ -40,10 +40,10 @@ def wrap_initialize_kv_caches(original: Any) -> Any:
 
 
 def wrap_get_kv_cache_configs(original: Any) -> Any:
-    """Fit ``max_model_len=auto`` into what forks leave of the KV cache.
+    """Fit ``max_model_len=auto`` into the KV cache without the fork blocks.
 
-    vLLM fits it into the whole cache, which then has no room for forks. So it is told once more, of
-    a cache of fewer blocks, what the longest sequence may be.
+    vLLM fits it into the whole cache, which then has no room for forks. So vLLM fits it once more,
+    into a cache with fewer blocks.
     """
 
     def get_kv_cache_configs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def wrap_get_kv_cache_configs(original: Any) -> Any:
 
 
 def wrap_generate_scheduler_kv_cache_config(original: Any) -> Any:
-    """Divide the KV cache: the workers are told, the scheduler sees its own part only."""
+    """Divide the KV cache: workers know all of it, the scheduler only its own part."""
 
     def generate_scheduler_kv_cache_config(kv_cache_configs: Any) -> Any:
         kv_cache_config = original(kv_cache_configs)
@@ -118,7 +118,7 @@ def _described(config: MedusaConfig) -> str:
 def _warn_of_size(
     config: MedusaConfig, pool: ForkPool, vllm_config: Any, cache: CacheShape
 ) -> None:
-    """Say what forks leave to the scheduler where that is little, or fewer than were asked for."""
+    """Warn if forks leave few blocks to the scheduler, or if fewer requests get them than asked."""
     wanted = config.max_tree_requests
     if not pool.num_blocks:
         return
