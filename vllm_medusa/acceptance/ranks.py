@@ -51,7 +51,7 @@ class Heads(Protocol):
         """
 
     def logits(self, features: Tensor, head: int) -> Tensor:
-        """Project one head's features: [N, H] to [N, V]; minus infinity is a token it has not."""
+        """Project one head's features: [N, H] to [N, V], minus infinity for unknown tokens."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ _BESIDE = {"xytext": (4, 4), "textcoords": "offset points", "size": 7}
 
 
 def plot(out: Path, figures: Sequence[Figures], kind: Kind) -> list[tuple[str, str]]:
-    """Draw what there is to draw; return file name and caption of each picture."""
+    """Draw all pictures that have data; return file name and caption of each."""
     variants: dict[str, list[Figures]] = defaultdict(list)
     for row in figures:
         variants[row.variant].append(row)

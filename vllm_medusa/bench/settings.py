@@ -28,7 +28,7 @@ _Rate = Annotated[PositiveFloat, Field(strict=False)]
 
 @settings
 class Settings:
-    """What to compare, on what, and how often."""
+    """The settings of a comparison."""
 
     model: str
     """The target model: directory or hub name."""
@@ -113,7 +113,7 @@ def settings_from(given: Mapping[str, Any], config_file: Path | None) -> Setting
         config_file: a YAML mapping by the same names, or None.
 
     Raises:
-        UserError: an unusable file, an unknown name, or a value that cannot be.
+        UserError: an unusable file, an unknown name, or a wrong value.
     """
     return Settings(**{**(_read_config(config_file) if config_file else {}), **given})
 
@@ -140,7 +140,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
 def engine_options(settings: Settings) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` common to all variants.
 
-    Prefix caching is off, so that a prompt that comes again costs the same again.
+    Prefix caching is off, so that a repeated prompt has the same cost.
     """
     options: dict[str, Any] = {
         "model": settings.model,

@@ -126,7 +126,7 @@ def tables(findings: Findings) -> list[Table]:
 
 
 def summary(findings: Findings, out: Path) -> str:
-    """Return what a terminal shows at the end."""
+    """Return the text for the terminal at the end."""
     shown = [table for table in tables(findings) if not table.title.startswith("Heads")]
     lines = [f"{table.title}\n\n{table.markdown()}\n" for table in shown]
     if findings.choice is None:
@@ -151,7 +151,7 @@ def _acceptance_table(section: Section) -> Table:
 
 
 def _dynamic_table(findings: Findings) -> Table:
-    """Dynamic trees beside static ones of the same size, on the text that trees are chosen by."""
+    """Dynamic trees beside static ones of the same size, on the text of the first section."""
     table = Table(
         "Tokens per step of dynamic trees (every allowed node drafted), predicted",
         ("nodes", "dynamic", "static", "dynamic without looping text", "static without"),

@@ -1,4 +1,4 @@
-"""What a calibration is asked to do."""
+"""The settings of a calibration."""
 
 from __future__ import annotations
 

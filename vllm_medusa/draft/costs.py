@@ -29,7 +29,7 @@ class CostCurve:
             drafts among the tokens.
         fork_ms: additional cost of each path of a request except the first. On vLLM's V1
             runner it is a pseudo-sequence that reads the request's context once more.
-        heads: measured ``(requests, ms)`` of running the heads; none if they cost nothing.
+        heads: measured ``(requests, ms)`` of running the heads; empty if they cost nothing.
 
     Raises:
         UserError: if there are no points, or if one is not positive.

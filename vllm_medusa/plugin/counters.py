@@ -1,4 +1,4 @@
-"""What the plugin counts besides vLLM's own speculative-decoding metrics."""
+"""The plugin's counters, beside vLLM's own speculative-decoding metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OUTPUT_ATTRIBUTE = "medusa_counters"
 
 @dataclass
 class Counters:
-    """Totals of one worker since it started; `DESCRIPTIONS` says what is counted."""
+    """Totals of one worker since it started; see `DESCRIPTIONS`."""
 
     forked_requests: int = 0
     fork_paths: int = 0
@@ -48,7 +48,7 @@ class Counters:
         return {name: getattr(self, name) for name in DESCRIPTIONS}
 
     def take_increase(self) -> dict[str, int]:
-        """Return what was counted since the last call, by name, without zeros."""
+        """Return the increase since the last call, by name, without zeros."""
         totals, taken = self.to_dict(), self._taken
         self._taken = totals
         return {

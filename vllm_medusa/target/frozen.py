@@ -42,8 +42,8 @@ class FrozenTarget:
         self._lm_head: nn.Linear | None = model.get_output_embeddings()
         if self._body is None or self._body is model or self._lm_head is None:
             raise UserError(
-                f"the target is a {type(model).__name__}, which does not show its decoder and its "
-                "lm_head; name a causal language model"
+                f"the target is a {type(model).__name__}, which does not expose its decoder and "
+                "its lm_head; name a causal language model"
             )
         self.weight: Tensor = self._lm_head.weight
         self.embedding: Tensor = model.get_input_embeddings().weight

@@ -1,7 +1,7 @@
 """Packing rows (here: documents) into sequences of equal length, and what the loss looks at.
 
-Which sequences a step sees follows from the seed and the step's number alone, so a run that was
-killed goes on with exactly the batches that it would have seen.
+The sequences of a step depend only on the seed and the step's number, so a run that was killed
+continues with exactly the batches that it would have had.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training run is asked to do; all of it decides the result, to the bit."""
+"""The settings of a training run, which decide the result bit for bit."""
 
 from __future__ import annotations
 
