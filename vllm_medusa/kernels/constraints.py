@@ -71,7 +71,7 @@ def apply_penalties(
         idx_mapping: [L] state index of each row's request.
         local_pos: [L] each row's node.
         token_ids: [L] token of each row's node.
-        state_ancestors: [R, N + 1] int64, as `trees.plant` writes them.
+        state_ancestors: [R, N + 1] int64, as `trees.set_trees` writes them.
         repetition: [R] by state index; 1: none.
         frequency: [R] likewise; 0: none.
         presence: [R] likewise.
@@ -158,7 +158,7 @@ def apply_bad_words(
         idx_mapping: [L] state index of each row's request.
         local_pos: [L] each row's node.
         token_ids: [L] token of each row's node.
-        state_ancestors: [R, N + 1] int64, as `trees.plant` writes them.
+        state_ancestors: [R, N + 1] int64, as `trees.set_trees` writes them.
         state_depths: [R, N + 1] int64, likewise.
         words: [R, tokens] int32, the tokens of all bad words of each state.
         offsets: [R, words + 1] int32, where each word begins.

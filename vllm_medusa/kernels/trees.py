@@ -12,7 +12,7 @@ _NO_TREE = tl.constexpr(NO_TREE)
 
 
 @triton.jit
-def _plant_kernel(
+def _set_trees_kernel(
     state_parents_ptr,
     state_depths_ptr,
     state_ancestors_ptr,
@@ -43,7 +43,7 @@ def _plant_kernel(
     tl.store(state_ancestors_ptr + state + node, seen, mask=is_node)
 
 
-def plant(
+def set_trees(
     state_parents: Tensor,
     state_depths: Tensor,
     state_ancestors: Tensor,
@@ -65,7 +65,7 @@ def plant(
     """
     num_reqs, width = parents.shape
     if num_reqs:
-        _plant_kernel[(num_reqs,)](
+        _set_trees_kernel[(num_reqs,)](
             state_parents,
             state_depths,
             state_ancestors,
@@ -148,7 +148,7 @@ def prepare(
         positions: [T] int64, position of each token; those of trees become ``base + depth``.
         ancestors: [T] int64, written for the tokens of trees.
         base: [max requests] int32, written as a whole.
-        state_depths: [R, N + 1] int64, as `plant` writes them.
+        state_depths: [R, N + 1] int64, as `set_trees` writes them.
         state_ancestors: [R, N + 1] int64, likewise.
         idx_mapping: [B] state index of each request.
         query_start_loc: [>= B + 1] int32, first token of each request.

@@ -66,7 +66,7 @@ def take_typical(
 
     Args:
         target_tokens: [L] int64, token sampled from the target at each row; changed in place.
-        states: [R, N + 1] int64 parents, depths and ancestors by state index, as `trees.plant`
+        states: [R, N + 1] int64 parents, depths and ancestors by state index, as `trees.set_trees`
             writes them.
         idx_mapping: [B] state index of each request.
         base: [>= B] int32, as `trees.prepare` writes it.

@@ -38,15 +38,15 @@ class TreeStates:
 
         return cls(zeros(), zeros(), zeros())
 
-    def plant(self, parents: Tensor, idx_mapping: Tensor) -> None:
-        """Give requests their next trees (`trees.plant`).
+    def set_trees(self, parents: Tensor, idx_mapping: Tensor) -> None:
+        """Give requests their next trees (`trees.set_trees`).
 
         Args:
             parents: [B, N + 1] parent of each node.
             idx_mapping: [B] state index of each request.
 
         """
-        trees.plant(self.parents, self.depths, self.ancestors, parents, idx_mapping)
+        trees.set_trees(self.parents, self.depths, self.ancestors, parents, idx_mapping)
 
 
 @dataclass
