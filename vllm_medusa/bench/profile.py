@@ -22,7 +22,7 @@ from vllm_medusa.stepcost.stages import measure_stages, stage_table
 from vllm_medusa.target.config import read_target
 from vllm_medusa.tree.named import default_paths
 
-#: Draft nodes of the trees whose steps are timed, as far as the heads' own tree has so many.
+#: Draft nodes of the trees whose steps are timed, if the heads' own tree has as many.
 SIZES = (4, 8, 16, 32, 64)
 
 

@@ -25,7 +25,7 @@ class CostCurve:
     slope.
 
     Args:
-        points: by number of requests, the measured ``(tokens, ms)`` of steps of so many requests,
+        points: by number of requests, the measured ``(tokens, ms)`` of its steps,
             drafts among the tokens.
         fork_ms: additional cost of each path of a request except the first. On vLLM's V1
             runner it is a pseudo-sequence that reads the request's context once more.
@@ -97,7 +97,7 @@ class CostCurve:
         return self._table(num_requests, -(-max_drafts // 64) * 64)[: max_drafts + 1]
 
     def heads_ms(self, num_requests: int) -> float:
-        """Return what running the heads for so many requests costs."""
+        """Return the milliseconds of running the heads for a number of requests."""
         return float(_curve_at(self._heads, np.array(num_requests))) if len(self._heads) else 0.0
 
     def _make_table(self, num_requests: int, max_drafts: int) -> Floats:

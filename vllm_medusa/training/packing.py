@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vllm_medusa.data.rows import Row
 
-# Documents are packed best-fit among so many at a time: enough for little padding, few enough that
-# the order stays random.
+# Number of documents that are packed (best fit) at a time: enough for little padding, few enough
+# that the order stays random.
 _WINDOW = 512
 
 

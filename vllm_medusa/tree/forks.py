@@ -46,7 +46,7 @@ class ForkGeometry:
 
     @classmethod
     def of(cls, max_paths: int, max_depth: int, block_size: int) -> ForkGeometry:
-        """Return the geometry for trees of so many fork paths and of such a depth."""
+        """Return the geometry for trees with at most these fork paths and this depth."""
         ring = (block_size - 1 + max_depth) // block_size + 1
         return cls(block_size=block_size, ring=ring, num_forks=max_paths - 1)
 

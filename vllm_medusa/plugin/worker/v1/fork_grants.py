@@ -67,7 +67,7 @@ class ForkGrants:
         return grant.num_mirrored if grant is not None and grant.num_tokens == num_tokens else 1
 
     def set_mirrored(self, req_id: str, num_tokens: int, num_mirrored: int) -> None:
-        """Note that so many fork paths hold the request's tail up to ``num_tokens``."""
+        """Record that this many fork paths hold the request's tail up to ``num_tokens``."""
         grant = self._grants.get(req_id)
         if grant is not None:
             grant.num_tokens, grant.num_mirrored = num_tokens, num_mirrored
