@@ -212,7 +212,7 @@ def answer(ray: Any, batch: Batch, prompts: Prompts) -> None:
     except RayError as exc:
         raise UserError(
             f"Ray failed: {str(exc).strip().splitlines()[-1]}; finished rows are kept: run the "
-            "same command again to go on"
+            "same command again to continue"
         ) from None
 
 

@@ -99,7 +99,7 @@ def small_kernels(shape: Shape, t: Tensors) -> dict[str, Callable[[], object]]:
         paths[:] = [path, length]
 
     return {
-        "plant": lambda: trees.plant(*t.states, t.parents, t.index),
+        "set_trees": lambda: trees.set_trees(*t.states, t.parents, t.index),
         "prepare": lambda: trees.prepare(
             t.positions,
             t.ancestors,
@@ -174,7 +174,7 @@ def main() -> None:
         run(Shape(2, 64, 16, 4, 2, 32, 2, device))
         return
     print(f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, microseconds")
-    names = ["plant", "prepare", "accept", "compact", "tree", "causal", "torch", "tree/causal"]
+    names = ["set_trees", "prepare", "accept", "compact", "tree", "causal", "torch", "tree/causal"]
     print(" batch  context  nodes", *(f"{name:>9}" for name in names))
     for nodes in args.nodes:
         for context in args.contexts:

@@ -18,26 +18,27 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "patches.md"
 _INTRODUCTION = """\
 # What is patched
 
-Made by `tools/patch_table.py` from `plugin/patches.py` and `plugin/overrides.py`: change those.
+`tools/patch_table.py` makes this page from `plugin/patches.py` and `plugin/overrides.py`. To change
+the page, change these two files.
 
-vLLM has no seam for a draft tree. So the plugin patches functions and overrides methods of vLLM,
-those in the two tables below and no others. Each is checked before it is used: if its first
+vLLM has no extension point for draft trees. So the plugin patches functions and overrides methods
+of vLLM. The two tables below list all of them. Each is checked before it is used: if its first
 parameters are not those that our code relies on, the plugin ends with one line that names the
-function and the versions of vLLM that it fits. Without Medusa in its configuration every patch
-calls vLLM's own code.
+function and the supported versions of vLLM. If the configuration does not ask for Medusa, every
+patch calls vLLM's own code.
 
 ## Patched functions
 
-*Process*: **all** is every process that loads the plugin; the front end is patched when an engine
-with Medusa is asked for, the engine core and the workers when they start. The last column is what
-would have to change upstream to make a patch unnecessary.
+*Process*: **all** is every process that loads the plugin. The front end is patched when the user
+asks for an engine with Medusa, the engine core and the workers when they start. The last column is
+the change in vLLM that would make the patch unnecessary.
 """
 
 _OVERRIDES = """\
 ## Overridden methods
 
-By subclasses and, where it says so, on objects. All of them live in workers. *V1* and *V2* are
-vLLM's model runners. The classes are below `vllm_medusa.plugin.worker`.
+They are overridden by subclasses or, where the table says so, on an object. All of this is in
+workers. *V1* and *V2* are vLLM's model runners. The classes are in `vllm_medusa.plugin.worker`.
 """
 
 

@@ -1,4 +1,4 @@
-"""What a user did wrong, and what to do about it."""
+"""Errors of the user: what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shown(value: object, longest: int = 120) -> str:
 
     Args:
         value: what the user gave.
-        longest: characters of the result.
+        longest: largest number of characters of the result.
 
     """
     shortener = reprlib.Repr()

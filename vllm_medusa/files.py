@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from vllm_medusa.errors import UserError
 
-#: Nobody else's, so that removing leftovers removes nothing of the user's.
+#: Suffix that nothing else uses, so that removing leftovers removes no file of the user.
 _TEMPORARY_SUFFIX = ".medusa-tmp"
 
 
@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: given the open file, writes its content.
 
     Raises:
-        UserError: it cannot be written, on a full disk say; nothing has changed.
+        UserError: it cannot be written, for instance on a full disk; nothing has changed.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
     try:
@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_directory(path.parent)
     except OSError as exc:
         raise UserError(
-            f"{path}: cannot be written ({exc.strerror or exc}); what was there is as it was"
+            f"{path}: cannot be written ({exc.strerror or exc}); an existing file is unchanged"
         ) from None
 
 
@@ -62,7 +62,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        what: that it ought to be, for the error.
+        what: what the file should be, for the error.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -99,7 +99,7 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as exc:
-        raise UserError(f"{directory}: no directory that can be written ({exc.strerror})") from None
+        raise UserError(f"{directory}: cannot be written as a directory ({exc.strerror})") from None
     try:
         _lock(directory, descriptor, command)
         yield
@@ -116,7 +116,7 @@ def _lock(directory: Path, descriptor: int, command: str) -> None:
                 f"{directory}: another {command} is writing it; wait for it or name another "
                 "directory"
             ) from None
-        # Some network file systems lock no directories; then keeping runs apart is the user's.
+        # Some network file systems cannot lock directories; there the user must keep runs apart.
 
 
 def _sync_directory(directory: Path) -> None:

@@ -58,11 +58,11 @@ def settings(cls: type[S]) -> type[S]:
     """Make a frozen data class that checks its values; its errors are one line.
 
     A field's docstring says what the setting is. ``FLAGS``, if the class has it, gives the command
-    line's options that are not called like their field. ``__post_init__`` checks what fields alone
-    cannot say.
+    line's options that are not named like their field. ``__post_init__`` checks what the fields
+    cannot express.
 
     Raises:
-        UserError: on creation: a value that cannot be, or a setting that is missing.
+        UserError: on creation: a wrong value, or a missing setting.
     """
     checked: Any = dataclass(cls, kw_only=True, frozen=True, config=_CONFIG)
     initialise: Callable[..., None] = checked.__init__
@@ -72,7 +72,7 @@ def settings(cls: type[S]) -> type[S]:
         try:
             initialise(self, **values)
         except ValidationError as exc:
-            # Of a name that is wrong, not of the right one that is therefore missing.
+            # The error of a wrong name, not that of the right name, which is missing because of it.
             first = min(exc.errors(), key=lambda error: error["type"] == "missing")
             raise UserError(_message(checked, first)) from None
 
@@ -93,7 +93,7 @@ def as_json(of: Any) -> dict[str, Any]:
 
 
 def refuse_own_options(options: Mapping[str, Any], own: Mapping[str, str]) -> None:
-    """Check that ``--llm-options`` leaves alone what a command sets itself.
+    """Check that ``--llm-options`` has no option that the command itself sets.
 
     Args:
         options: arguments of ``vllm.LLM`` that were given.

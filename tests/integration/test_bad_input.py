@@ -87,10 +87,10 @@ def medusa(heads: Path | str, **keys: Any) -> dict[str, Any]:
         ({"model": "x" * 256}, "no such file or directory; give an existing path"),
         ({"model": "x/" * 3000}, "no such file or directory; give an existing path"),
         ({"model": "~nobody-of-that-name/heads"}, "no such file or directory; give an existing"),
-        ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
+        ({3: "heads"}, "the key 3, which is not a string; use model, revision, tree"),
         (
             {"max-tree-requests": 3, "max_tree_requests": 3},
-            "'max-tree-requests' and 'max_tree_requests', which are one key; remove one",
+            "'max-tree-requests' and 'max_tree_requests', which are the same key; remove one",
         ),
         ({"tree": np.array([[0]])}, "tree=array([[0]]) must be 'auto', a tree's name"),
         ({"acceptance": np.array(["a", "b"])}, "is not supported; use 'lossless'"),
@@ -232,7 +232,7 @@ def test_no_heads(tiny_model: Path, tmp_path: Path) -> None:
     assert "no such file or directory; give an existing path" in refusal(
         tiny_model, medusa(tmp_path / "nothing")
     )
-    assert "not to be had from the hub" in refusal(tiny_model, medusa("nobody/nothing"))
+    assert "not found on the hub" in refusal(tiny_model, medusa("nobody/nothing"))
     assert "no weights file" in refusal(tiny_model, medusa(tmp_path))
     for bare in ("medusa", {"method": "medusa"}):
         assert 'holds no Medusa heads; name heads with "model": HEADS' in refusal(tiny_model, bare)
@@ -281,7 +281,7 @@ LONG_TREE = [[rank] for rank in range(64)]
         ({"tree": "dynamic"}, None),
         (
             {"tree": "dynamic", "sources": ["text"]},
-            "sources=.'text'. is not supported.*does not wait; add 'heads'",
+            "sources=.'text'. is not supported.*does not wait for the host; add 'heads'",
         ),
     ],
     ids=["tree", "too many nodes", "dynamic", "text alone"],
@@ -340,7 +340,7 @@ MLA: dict[str, Any] = {
     ("name", "sizes", "reason"),
     [
         ("Mamba", {"state_size": 16}, "recurrent (Mamba-like) states cannot be forked; serve"),
-        ("DeepseekV2", MLA, "MLA caches have no attention to trees yet; use tree='chain'"),
+        ("DeepseekV2", MLA, "attention to trees does not support MLA caches yet; use tree='chain'"),
     ],
 )
 def test_models(

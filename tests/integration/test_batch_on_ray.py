@@ -179,7 +179,7 @@ def refused(arguments: list[str]) -> str:
     [
         ('{"text": "a"}\n', [], "no column 'prompt', only ['text']"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', [], "the same id twice"),
-        ('{"prompt": "a"}\n', ["--ray", "127.0.0.1:1"], "no Ray cluster to be had there"),
+        ('{"prompt": "a"}\n', ["--ray", "127.0.0.1:1"], "no Ray cluster found there"),
         ('{"prompt": ', [], "cannot be read (Error creating dataset"),
         (None, [], "no such file"),
     ],

@@ -240,7 +240,7 @@ def test_a_baseline_that_does_not_run(tmp_path: Path) -> None:
     run = bench("--variants", "chain", "--llm-options", json.dumps(options), "--out", tmp_path)
     assert run.returncode == 2
     (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
-    assert "the baseline does not run: " in error
+    assert "the baseline cannot run: " in error
     assert "max_model_len" in error
     assert list(tmp_path.iterdir()) == []
 
@@ -319,7 +319,7 @@ def test_servers_end_with_a_run_that_is_stopped(tmp_path: Path) -> None:
 def test_profile_of_steps(tmp_path: Path) -> None:
     run = bench("--profile-steps", "--batch-sizes", "1", "--rounds", "1", "--out", tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "Where a step goes" in run.stdout
+    assert "Time of the stages of a step" in run.stdout
     costs = read_step_costs(tmp_path / "step_costs.json")
     rows = {(row.num_drafts, row.num_leaves): row.round_ms for row in costs.rows}
     # No speculation, the chain of 4, and trees of 4 to 64 nodes.

@@ -295,7 +295,7 @@ def test_engine_that_dies_is_one_line_and_the_run_goes_on_later(
         _, err = process.communicate()
     assert process.returncode == 2
     assert "the process was killed by signal 9" in err
-    assert "run the same command again to go on" in err
+    assert "run the same command again to continue" in err
     assert "Traceback" not in err
     assert finish(command(out, *SAMPLED))[0] == 0
     assert shards(out) == sampled
@@ -331,8 +331,8 @@ def no_context(model: Path) -> None:
         (None, ["--max-prompt-tokens", "20"], "line 1: 169 tokens, over the limit of 20; "),
         (None, ["--llm-options", '{"max_model_len": "2k"}'], "max_model_len is '2k'"),
         (None, ["--prompts", "absent.jsonl"], "prompts 'absent.jsonl': No such file"),
-        (None, ["--ray", "127.0.0.1:1"], "no Ray cluster to be had there"),
-        (None, ["--ray", "nowhere"], "no Ray cluster to be had there"),
+        (None, ["--ray", "127.0.0.1:1"], "no Ray cluster found there"),
+        (None, ["--ray", "nowhere"], "no Ray cluster found there"),
         (None, ["--shard-size", "0"], "--shard-size 0"),
     ],
 )

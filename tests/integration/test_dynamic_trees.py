@@ -239,7 +239,7 @@ def test_a_line_for_each_step(
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Medusa: trees")]
     assert len(lines) > 5
     assert re.fullmatch(
-        r"Medusa: trees of \[5, 5\] nodes; \d+ of the heads, \d+ of the text, 0 of shared text; "
+        r"Medusa: trees of \[5, 5\] nodes; \d+ from the heads, \d+ from text, 0 from shared text; "
         r"\d+\.\d\d tokens expected",
         lines[1],
     )

@@ -23,7 +23,7 @@ from vllm_medusa.kernels.attention import Features, Scales, Step, Workspace, tre
 from vllm_medusa.kernels.best_first import RankPaths, best_first
 from vllm_medusa.kernels.compact import CacheGroup, compact
 from vllm_medusa.kernels.constraints import apply_bad_words, apply_penalties
-from vllm_medusa.kernels.trees import plant
+from vllm_medusa.kernels.trees import set_trees
 from vllm_medusa.kernels.typical import take_typical
 
 TARGETS = [GPUTarget("cuda", int(capability), 32) for capability in sys.argv[1:]]
@@ -77,7 +77,7 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
 def compile_small_kernels(case: Case) -> None:
     rows = sum(case.num_logits)
     states = [case.parents, case.depths, case.ancestors]
-    plant(*states, case.parents, case.idx_mapping)
+    set_trees(*states, case.parents, case.idx_mapping)
     case.prepare()
     log_probs = torch.zeros(4, case.num_reqs, 10)
     for num_paths in (3, 256):

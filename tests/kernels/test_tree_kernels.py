@@ -14,21 +14,21 @@ from tests.kernels.cases import DEVICE, Case, numbers, random_case, random_paren
 from vllm_medusa.kernels import NO_TREE
 from vllm_medusa.kernels.accept import accept
 from vllm_medusa.kernels.compact import CacheGroup, compact
-from vllm_medusa.kernels.trees import plant
+from vllm_medusa.kernels.trees import set_trees
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from([1, 4, 8, 16, 31, 63])
 
 
 @given(seeds, sizes, st.integers(1, 5))
-def test_plant(seed: int, num_drafts: int, num_reqs: int) -> None:
+def test_set_trees(seed: int, num_drafts: int, num_reqs: int) -> None:
     rng = random.Random(seed)
     wanted = states_of(rng, num_reqs, num_drafts)
     index = numbers(rng.sample(range(num_reqs + 3), num_reqs))
     states = [torch.full((num_reqs + 3, num_drafts + 1), 77, device=DEVICE) for _ in range(3)]
     parents = wanted[0].clone()
     parents[:, 0] = rng.choice([-1, 0])
-    plant(*states, parents.to(rng.choice([torch.int32, torch.int64])), index)
+    set_trees(*states, parents.to(rng.choice([torch.int32, torch.int64])), index)
     for state, rows in zip(states, wanted, strict=True):
         assert torch.equal(state[index.long()], rows)
         untouched = torch.ones(len(state), dtype=torch.bool, device=DEVICE)
@@ -36,9 +36,9 @@ def test_plant(seed: int, num_drafts: int, num_reqs: int) -> None:
         assert (state[untouched] == 77).all()
 
 
-def test_plant_of_nodes_that_are_never_accepted() -> None:
+def test_set_trees_with_nodes_that_are_never_accepted() -> None:
     states = [torch.full((1, 5), 77, device=DEVICE) for _ in range(3)]
-    plant(*states, numbers([[0, 0, 1, -1, -1]]), numbers([0]))
+    set_trees(*states, numbers([[0, 0, 1, -1, -1]]), numbers([0]))
     parents, depths, ancestors = (state[0].tolist() for state in states)
     assert parents == [0, 0, 1, -1, -1]
     assert depths == [0, 1, 2, 1, 1]

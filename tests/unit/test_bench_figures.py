@@ -374,7 +374,7 @@ def test_compare_needs_runs_of_one_mode(tmp_path: Path) -> None:
         ),
         ("INFO a\nvllm_medusa: error: heads 'x': none\n", "heads 'x': none"),
         ("killed\n", "killed"),
-        ("", "it ended without a word"),
+        ("", "it ended without a message"),
     ],
 )
 def test_reason_of_a_log(log: str, reason: str) -> None:

@@ -68,10 +68,10 @@ def test_typical_acceptance_is_lossy() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["trees"], "'trees' is none; give one of baseline, tree"),
+        (["trees"], "'trees' is unknown; give one of baseline, tree"),
         (["tree="], "nothing after '='"),
-        (["eagle"], "'eagle' is none"),
-        (["chain=2"], "'chain=2' is none"),
+        (["eagle"], "'eagle' is unknown"),
+        (["chain=2"], "'chain=2' is unknown"),
         (["a={"], "'a': its JSON does not parse"),
         (["a={} b"], "does not parse"),
         (["tree", "tree"], "two variants are named 'tree'"),

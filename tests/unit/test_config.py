@@ -82,11 +82,11 @@ def test_keys_may_have_dashes_and_values_may_be_none() -> None:
         ({"num_speculative_tokens": 4, "max_depth": 3}, "max_depth=3 .* 'auto' with a number of"),
         ({"tree": "dynamic", "num_speculative_tokens": 4}, "sizes static trees.*with max_nodes"),
         ({"tree": "dynamic", "learn": "x" * 3000}, "learn='xx.*xx' must be true or false"),
-        ({3: "heads"}, "the key 3, which is no string; use model, revision, tree"),
-        ({None: "heads"}, "the key None, which is no string"),
+        ({3: "heads"}, "the key 3, which is not a string; use model, revision, tree"),
+        ({None: "heads"}, "the key None, which is not a string"),
         (
             {"max-tree-requests": 4, "max_tree_requests": 4},
-            "'max-tree-requests' and 'max_tree_requests', which are one key; remove one of them",
+            "'max-tree-requests' and 'max_tree_requests', which are the same key; remove one",
         ),
         *(
             (

@@ -55,14 +55,14 @@ def test_crash_is_one_line_with_the_last_words() -> None:
     with pytest.raises(UserError) as error:
         answer("crashes")
     assert str(error.value) == (
-        "vLLM failed on crashes: the process was killed by signal 9, its last words 'Fatal: out of "
-        "luck'; finished shards are kept: run the same command again to go on"
+        "vLLM failed on crashes: the process was killed by signal 9; its last message: "
+        "'Fatal: out of luck'; finished shards are kept: run the same command again to continue"
     )
 
 
 def test_module_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_WORKER", "tests.absent")
-    with pytest.raises(UserError, match=r"ended with status 1, its last words .*tests\.absent"):
+    with pytest.raises(UserError, match=r"ended with status 1; its last message: .*tests\.absent"):
         answer("answers")
 
 

@@ -209,7 +209,7 @@ def test_other_content_is_left_alone(tmp_path: Path, run: Run) -> None:
     (tmp_path / "out" / "distill.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         run()
-    with pytest.raises(UserError, match="no directory that can be written"):
+    with pytest.raises(UserError, match="cannot be written as a directory"):
         run(out="prompts.jsonl")
 
 
@@ -316,7 +316,7 @@ def test_shard_with_lost_or_doubled_rows_is_noticed(
     path.write_text("".join(lines))
     provenance = json.loads((tmp_path / "out" / "distill.json").read_text())
     (tmp_path / "out" / "distill.json").write_text(json.dumps(provenance | {"complete": False}))
-    with pytest.raises(UserError, match=r"part-00001.jsonl: .*remove it, and run again"):
+    with pytest.raises(UserError, match=r"part-00001.jsonl: .*remove the file and run again"):
         run(shard_format="jsonl")
 
 

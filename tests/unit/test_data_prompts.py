@@ -102,7 +102,7 @@ def test_demo_prompts() -> None:
         ),
         ({"turns": []}, "no user's turn"),
         ({"turns": ["a", ""]}, "a turn is an empty text"),
-        ({"prompt": "b", "id": "line-1"}, "id 'line-1' is that of line 1 already"),
+        ({"prompt": "b", "id": "line-1"}, "id 'line-1' is already the id of line 1"),
         ({"prompt": "b", "id": 1.5}, "id is 1.5"),
         ({"prompt": "b", "id": ""}, "id is an empty text"),
     ],

@@ -67,15 +67,15 @@ def test_incomplete_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no shards"):
         read_rows(tmp_path)
     write_shard(shard_path(tmp_path, 1, "jsonl"), [row("b")])
-    with pytest.raises(UserError, match="1 of 2 shards are missing, number 0 the first"):
+    with pytest.raises(UserError, match="1 of 2 shards are missing, the first is number 0"):
         read_rows(tmp_path)
     write_shard(shard_path(tmp_path, 0, "jsonl"), [row("a")])
     assert len(records(tmp_path)) == 2
     (tmp_path / "distill.json").write_text('{"num_shards": 4}')
-    with pytest.raises(UserError, match="2 of 4 shards are missing, number 2"):
+    with pytest.raises(UserError, match="2 of 4 shards are missing, the first is number 2"):
         read_rows(tmp_path)
     (tmp_path / "distill.json").write_text("[]")
-    with pytest.raises(UserError, match="says no number of shards"):
+    with pytest.raises(UserError, match="has no number of shards"):
         read_rows(tmp_path)
 
 
@@ -91,15 +91,15 @@ def test_two_files_of_one_shard_are_refused(tmp_path: Path) -> None:
     [
         ({"token_ids": None}, "lacks token_ids"),
         ({"id": 3}, "id is not a string"),
-        ({"token_ids": [1, -1]}, "other than int32"),
-        ({"token_ids": [1, 2**31]}, "other than int32"),
-        ({"token_ids": [1, 2.5]}, "other than int32"),
-        ({"token_ids": [1, "x"]}, "other than int32"),
+        ({"token_ids": [1, -1]}, "must hold int32"),
+        ({"token_ids": [1, 2**31]}, "must hold int32"),
+        ({"token_ids": [1, 2.5]}, "must hold int32"),
+        ({"token_ids": [1, "x"]}, "must hold int32"),
         ({"token_ids": [[1], [2]]}, r"shape \[2, 1\]"),
         ({"token_ids": [[1], 2]}, "inhomogeneous"),
         ({"token_ids": [1]}, r"shape \[1\], loss_mask \[2\]"),
         ({"token_ids": [], "loss_mask": []}, "not empty"),
-        ({"loss_mask": [0, 1]}, "other than true and false"),
+        ({"loss_mask": [0, 1]}, "must hold true and false"),
     ],
 )
 def test_malformed_row_is_named(tmp_path: Path, change: dict[str, Any], reason: str) -> None:

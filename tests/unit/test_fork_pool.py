@@ -7,11 +7,13 @@ import pytest
 
 from vllm_medusa.config import MedusaConfig
 from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.core import memory
 from vllm_medusa.plugin.fork_pool import CacheShape, divide, fork_pool_of, plan_fork_pool
 from vllm_medusa.plugin.worker.v1.fork_grants import ForkGrants
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.limits import TreeLimits
+from vllm_medusa.tree.typical import TypicalRule
 
 #: Three leaf paths, hence two forks; of two blocks each, since three nodes can straddle two.
 TREE = DraftTree.from_paths([[0], [1], [0, 0], [0, 1]])
@@ -134,3 +136,9 @@ def test_a_new_grant_has_nothing_mirrored() -> None:
     grants.release(["a"])
     grants.acquire("a")
     assert grants.num_mirrored("a", 7) == 1
+
+
+@pytest.mark.parametrize(("rule", "name"), [(None, "lossless"), (TypicalRule(), "typical")])
+def test_the_log_line_names_the_acceptance(rule: TypicalRule | None, name: str) -> None:
+    config = MedusaConfig(heads="h", revision=None, tree=TREE, tree_name="t", typical=rule)
+    assert memory._described(config).endswith(f"acceptance {name}")

@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_one_line(
 
 def test_offline_for_real() -> None:
     """conftest.py sets HF_HUB_OFFLINE: the real client, no network, no cache."""
-    with pytest.raises(UserError, match="no such directory, and not to be had from the hub"):
+    with pytest.raises(UserError, match="no such directory, and not found on the hub"):
         load_heads("nobody-has-this/repository")
 
 

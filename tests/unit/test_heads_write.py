@@ -151,7 +151,7 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
         ("fasterdecoding", {"num_layers": 2}, "the 2 different layers of each head would be lost"),
         ("fasterdecoding", {"base_model": None}, "must name the target; give --model"),
         ("tgi", {"base_model": None}, "must name the target; give --model"),
-        ("vllm", {"root_size": 8}, "the matrices by which these heads see the last token would be"),
+        ("vllm", {"root_size": 8}, "the matrices with which these heads read the last token"),
         ("tgi", {"root_size": 8}, "only the format of vllm_medusa holds them; keep the heads"),
         ("fasterdecoding", {"selector_rank": 2}, "the selector, which re-ranks these heads'"),
     ],

@@ -1,6 +1,6 @@
 """Who may import whom, and how long files and functions may be.
 
-`ROOMS` is the plan of the house: a room may import itself and the rooms named for it. Modules that
+`LAYERS` lists the layers: a layer may import itself and the layers named for it. Modules that
 are named in strings (a worker's entry point, a class that vLLM imports by name) count as imports.
 """
 
@@ -17,8 +17,8 @@ PACKAGE = "vllm_medusa"
 MAX_FILE_LINES = 399
 MAX_FUNCTION_LINES = 59
 
-# Room -> the other rooms it may import. Each stands below the line of those that may import it.
-ROOMS: dict[str, set[str]] = {
+# Layer -> the other layers it may import. Each stands below the line of those that may import it.
+LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "settings": {"errors"},
@@ -35,11 +35,11 @@ ROOMS: dict[str, set[str]] = {
     "engines": {"errors", "data", "target", "plugin"},
     "stepcost": {"errors", "files", "tree", "engines", "reporting"},
 }
-# The tools may use all the rooms above but the plugin; none imports another.
+# The tools may use all the layers above but the plugin; none imports another.
 TOOLS = {"distill", "training", "calibration", "bench"}
-BELOW_TOOLS = set(ROOMS) - {"plugin", "kernels"}
-ROOMS |= dict.fromkeys(TOOLS, BELOW_TOOLS)
-ROOMS["cli"] = BELOW_TOOLS | TOOLS
+BELOW_TOOLS = set(LAYERS) - {"plugin", "kernels"}
+LAYERS |= dict.fromkeys(TOOLS, BELOW_TOOLS)
+LAYERS["cli"] = BELOW_TOOLS | TOOLS
 
 IMPORTS_VLLM = {"plugin", "engines"}
 # Pure packages import neither vLLM nor anything that brings it; these they may.
@@ -86,18 +86,18 @@ def imported_names(
 
 
 def layering_offences(module: str, tree: ast.Module) -> list[str]:
-    room = [*module.split("."), ""][1]
+    layer = [*module.split("."), ""][1]
     offences = []
     for line, name in imported_names(module, tree):
         top, _, rest = name.partition(".")
-        if top == "vllm" and room not in IMPORTS_VLLM:
+        if top == "vllm" and layer not in IMPORTS_VLLM:
             offences.append(f"{module}:{line} imports {name}: only plugin and engines may")
         elif top == PACKAGE:
             target = rest.partition(".")[0]
-            if target in ROOMS and room and target not in {room, *ROOMS.get(room, set())}:
-                offences.append(f"{module}:{line} imports {name}: {room} may not")
-        elif room in PURE and top not in PURE[room] and not _is_standard(top):
-            offences.append(f"{module}:{line} imports {name}: {room} is pure")
+            if target in LAYERS and layer and target not in {layer, *LAYERS.get(layer, set())}:
+                offences.append(f"{module}:{line} imports {name}: {layer} may not")
+        elif layer in PURE and top not in PURE[layer] and not _is_standard(top):
+            offences.append(f"{module}:{line} imports {name}: {layer} is pure")
     return offences
 
 
@@ -142,18 +142,18 @@ def length_offences(name: str, source: str) -> list[str]:
     return offences
 
 
-def test_rooms() -> None:
+def test_layers() -> None:
     offences = [text for name, tree in modules() for text in layering_offences(name, tree)]
     assert not offences, "\n".join(offences)
 
 
-def test_every_module_has_a_room() -> None:
-    rooms = {[*name.split("."), ""][1] for name, _ in modules()} - {""}
-    assert rooms == set(ROOMS)
+def test_every_module_has_a_layer() -> None:
+    layers = {[*name.split("."), ""][1] for name, _ in modules()} - {""}
+    assert layers == set(LAYERS)
 
 
-def test_rooms_have_no_circle() -> None:
-    assert not circle(ROOMS)
+def test_layers_have_no_circle() -> None:
+    assert not circle(LAYERS)
 
 
 def test_modules_have_no_circle() -> None:

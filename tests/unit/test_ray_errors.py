@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.plugin.one_line_errors import said_by_ray_workers
+from vllm_medusa.plugin.one_line_errors import errors_of_ray_workers
 
 
 def as_ray_raises(cause: Exception) -> Exception:
@@ -29,7 +29,7 @@ def missing(module: str) -> Exception:
 
 
 def test_worker_without_the_plugin_is_named() -> None:
-    with pytest.raises(UserError) as caught, said_by_ray_workers():
+    with pytest.raises(UserError) as caught, errors_of_ray_workers():
         raise as_ray_raises(missing("vllm_medusa"))
     assert str(caught.value) == (
         "vllm_medusa is not installed on the Ray node 10.0.0.2, in the environment of its vLLM; "
@@ -38,7 +38,7 @@ def test_worker_without_the_plugin_is_named() -> None:
 
 
 def test_mistake_that_a_worker_finds_keeps_its_words() -> None:
-    with pytest.raises(UserError, match=r"^heads hold NaN$") as caught, said_by_ray_workers():
+    with pytest.raises(UserError, match=r"^heads hold NaN$") as caught, errors_of_ray_workers():
         raise as_ray_raises(UserError("heads hold NaN"))
     assert type(caught.value) is UserError
 
@@ -46,9 +46,9 @@ def test_mistake_that_a_worker_finds_keeps_its_words() -> None:
 @pytest.mark.parametrize("cause", [missing("flash_attn"), ValueError("vLLM's own")])
 def test_other_errors_are_left_alone(cause: Exception) -> None:
     error = as_ray_raises(cause)
-    with pytest.raises(type(cause)) as caught, said_by_ray_workers():
+    with pytest.raises(type(cause)) as caught, errors_of_ray_workers():
         raise error
     assert caught.value is error
-    with pytest.raises(type(cause)) as caught, said_by_ray_workers():
+    with pytest.raises(type(cause)) as caught, errors_of_ray_workers():
         raise cause
     assert caught.value is cause

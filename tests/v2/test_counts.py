@@ -142,7 +142,7 @@ def test_kernels_and_waits_of_a_step(
         with calls.kernels_counted():
             assert greedy(llm, prompts, 4) == wanted
     ours = ["_prepare_kernel", "attention_kernel", "_accept_kernel", "_compact_kernel"]
-    launched = {name: calls.kernels[name] / steps[0] for name in [*ours, "_plant_kernel"]}
+    launched = {name: calls.kernels[name] / steps[0] for name in [*ours, "_set_trees_kernel"]}
     per_step = sum(calls.operations.values()) / steps[0]
     print(f"\nbatch {num_reqs}, {steps[0]} steps: {launched}, {per_step:.1f} operations of torch")
     assert steps[0] > 1

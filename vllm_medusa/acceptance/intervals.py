@@ -1,4 +1,4 @@
-"""How far prompts decide a figure: intervals of a bootstrap over them.
+"""How much a figure depends on the prompts: bootstrap intervals over prompts.
 
 The positions of one text depend on each other, prompts do not.
 """

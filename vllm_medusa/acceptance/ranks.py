@@ -20,7 +20,7 @@ from vllm_medusa.heads.selector import Selector
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 
-#: Tokens of one forward pass, with the padding, where the caller has no wish.
+#: Default number of tokens of one forward pass, padding included.
 _BATCH_TOKENS = 8192
 
 
@@ -51,7 +51,7 @@ class Heads(Protocol):
         """
 
     def logits(self, features: Tensor, head: int) -> Tensor:
-        """Project one head's features: [N, H] to [N, V], minus infinity where it has no guess."""
+        """Project one head's features: [N, H] to [N, V], minus infinity for unknown tokens."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Continuation:
     Attributes:
         prompt_id: of its text.
         temperature: that it was sampled at; 0 is greedy.
-        ranks: [positions, heads] int16, as `statistics` says.
-        num_before_loop: the first so many positions lie before the answer begins to loop.
-        guessed: the heads' guesses themselves, where they were asked for.
+        ranks: [positions, heads] int16, as in `statistics`.
+        num_before_loop: number of positions before the answer begins to loop.
+        guessed: the heads' guesses, if the caller asked for them.
 
     """
 
@@ -104,8 +104,8 @@ class RankMeter:
     Args:
         target: in the dtype to compute in.
         heads: on its device.
-        batch_tokens: of one forward pass, with the padding; a longer text has one of its own.
-        num_guesses: of each head at each position, to keep with the ranks; 0 keeps none.
+        batch_tokens: tokens of one forward pass, padding included; a longer text is a batch alone.
+        num_guesses: guesses of each head to keep at each position; 0 keeps none.
 
     """
 
@@ -144,7 +144,7 @@ class RankMeter:
                 tokens = text.tokens_of(answer)
                 counted = counted_positions(tokens, answer.has_ended, num_heads)
                 answers.append(counted)
-                # The heads guess what follows a root from the state that the root came from.
+                # The heads guess the tokens after a root from the hidden state that gave the root.
                 states.append(row * length + answer.start - 1 + np.arange(counted.total))
                 wanted.append(wanted_tokens(tokens, counted.total, num_heads))
         at = torch.from_numpy(np.concatenate(states)).to(hidden.device)
@@ -177,7 +177,7 @@ class RankMeter:
         return Continuation(text.prompt_id, text.temperature, ranks, num_before_loop, guessed)
 
     def _padded(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Return [B, T]; what a shorter sequence is padded with comes behind it."""
+        """Return [B, T]; shorter sequences are padded at the end."""
         length = max(map(len, sequences))
         padded = [tokens + [0] * (length - len(tokens)) for tokens in sequences]
         return torch.tensor(padded, device=self._target.weight.device)
@@ -191,7 +191,7 @@ class RankMeter:
     def _rank(
         self, hidden: Tensor, roots: Tensor, wanted: NDArray[np.int64]
     ) -> tuple[Ranks, NDArray[np.int32], NDArray[np.float32]]:
-        """Look at the heads' logits.
+        """Find the ranks of tokens in the heads' logits.
 
         Args:
             hidden: [P, H] states that the heads guess from.
@@ -240,10 +240,10 @@ class RankMeter:
 
 
 def wanted_tokens(tokens: Sequence[int], num_positions: int, num_heads: int) -> NDArray[np.int64]:
-    """Return [positions, heads]: the tokens that guesses must be to make a step longer; -1 is none.
+    """Return [positions, heads]: the right tokens of the guesses; -1 is none.
 
-    Head k guesses token p + 1 + k at position p. The answer's last token is none of them: the step
-    that reaches it emits it whether it was guessed or not, and nothing follows it.
+    Head k guesses token p + 1 + k at position p. The answer's last token is not among them: the
+    step that reaches it emits it, guessed or not, and nothing follows it.
     """
     none = np.full(num_heads, -1)
     ahead = np.concatenate([np.array(tokens[1:-1], dtype=np.int64), none])
@@ -258,7 +258,7 @@ def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [N] int64; -1 is none.
 
     Returns:
-        [N] int64, at most `RANK_CAP`, which is also the rank of a label that is none or whose
+        [N] int64, at most `RANK_CAP`, which is also the rank of the label -1 and of a label whose
         logit is minus infinity.
     """
     value = logits.gather(-1, labels.clamp(min=0)[:, None])

@@ -1,8 +1,8 @@
-"""How many tokens steps emit along the target's answers, by the ranks that the heads gave them.
+"""How many tokens steps emit along the target's answers, given the ranks of the right tokens.
 
 The input everywhere is a list of rank tables, one for each answer. A table is an int array
 [positions, heads]: at every position of the answer that counts (`texts.counted_positions`), the
-rank that each head gave the token that then came. Position p's root is token p of the answer, and
+rank that each head gave to the right token. Position p's root is token p of the answer, and
 head k guesses token p + 1 + k. A rank of `RANK_CAP` or more is a miss.
 """
 
@@ -18,7 +18,7 @@ from vllm_medusa.tree.draft_tree import TreePath
 
 Ranks: TypeAlias = NDArray[np.integer[Any]]
 
-#: Ranks from here on are misses: no tree of 127 nodes has use for them.
+#: Ranks from this one on are misses: no tree of 127 nodes would use them.
 RANK_CAP = 32
 
 
@@ -27,7 +27,7 @@ def accepted_drafts(ranks: Ranks, paths: Sequence[TreePath]) -> NDArray[np.int64
 
     Args:
         ranks: [positions, heads].
-        paths: a draft tree's; may be empty.
+        paths: paths of a draft tree; may be empty.
 
     """
     children = _children(paths)
@@ -42,9 +42,9 @@ def accepted_drafts(ranks: Ranks, paths: Sequence[TreePath]) -> NDArray[np.int64
 def step_counts(tables: Sequence[Ranks], paths: Sequence[TreePath]) -> NDArray[np.int64]:
     """Return [answers, 2]: tokens emitted and steps taken along each answer.
 
-    This is what the engine does: the first step's root is token 0, which the prompt's own step
-    emits; a step emits its accepted drafts and one token more, and the last of them is the next
-    step's root. A step that begins at a position counts in full, even if it ends beyond the last.
+    As in the engine, the first step's root is token 0, which the prompt's own step emits. A step
+    emits its accepted drafts and one more token, and the last of them is the next step's root. A
+    step that begins at a position counts completely, even if it ends after the last position.
     """
     lengths = np.array([len(ranks) for ranks in tables], dtype=np.int64)
     counts = np.zeros((len(tables), 2), dtype=np.int64)
@@ -65,15 +65,15 @@ def step_counts(tables: Sequence[Ranks], paths: Sequence[TreePath]) -> NDArray[n
 def simulate(tables: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
     """Return the acceptance length, tokens per step, by exact simulation (see `step_counts`).
 
-    It differs from `position_average`: after a step that accepted much the next one begins further
-    on, so steps begin more often where little is accepted. Without any position it is 1.
+    It differs from `position_average`: after a step that accepts many tokens the next one begins
+    further on, so steps begin more often where few tokens are accepted. Without positions it is 1.
     """
     tokens, steps = step_counts(tables, paths).sum(axis=0).tolist()
     return float(tokens / steps) if steps else 1.0
 
 
 def position_average(tables: Sequence[Ranks], paths: Sequence[TreePath]) -> float:
-    """Return the acceptance length if steps began at all positions alike.
+    """Return the acceptance length if steps began equally often at all positions.
 
     It is one plus the sum of the nodes' probabilities, which `best_paths` maximises.
     """
@@ -84,10 +84,10 @@ def position_average(tables: Sequence[Ranks], paths: Sequence[TreePath]) -> floa
 def head_accuracy(
     tables: Sequence[Ranks], tops: Sequence[int] = (1, 2, 5, 10)
 ) -> dict[int, list[float]]:
-    """Return by top n the share of positions at which each head had the token among its first n.
+    """Return for each n the share of positions at which the token is among a head's first n.
 
-    Misses are not told apart: near the end of an answer there is nothing to guess for the last
-    heads, so short answers lower their share.
+    All misses count the same: near the end of an answer the last heads have nothing to guess, so
+    short answers lower their share.
     """
     ranks = joined(tables)
     shares = {top: (ranks < top).sum(axis=0) / max(1, len(ranks)) for top in tops}
@@ -102,8 +102,9 @@ def joined(tables: Sequence[Ranks]) -> Ranks:
 
 
 def _children(paths: Sequence[TreePath]) -> NDArray[np.int64]:
-    """Node reached from each node by each rank: [nodes + 1, RANK_CAP + 1]; -1, which is also the
-    last row, is the end of the walk, and so is the last column, a miss.
+    """Return [nodes + 1, RANK_CAP + 1]: the node reached from each node by each rank.
+
+    -1 is the end of the walk. It is also the index of the last row; the last column is a miss.
     """
     index = {path: node for node, path in enumerate(paths, start=1)} | {(): 0}
     children = np.full((len(index) + 1, RANK_CAP + 1), -1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Heads read from files, as `ranks` measures them."""
+"""Heads read from files, in the form that `ranks` measures."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StoredHeads:
 
     Args:
         checkpoint: the heads.
-        target: whose lm_head the heads use if they have none of their own, and whose embedding
-            they see the root by if they are root-aware.
+        target: its lm_head is used if the heads have none, and its embedding if the heads are
+            root-aware.
 
     """
 

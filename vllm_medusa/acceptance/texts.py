@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from vllm_medusa.data.rows import Row
 
-#: A text loops from the first run of so many tokens that it has already written before.
+#: A text loops from the first run of this many tokens that stood in it before.
 LOOP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Where in a text an answer of the target lies.
+    """The place of an answer in a text.
 
     Attributes:
         start, stop: its tokens are [start, stop) of the text's; start is at least 1.
@@ -56,8 +56,8 @@ class Counted:
     """How many positions of an answer count.
 
     Attributes:
-        total: the first so many.
-        before_loop: of these, the ones before the answer begins to loop.
+        total: number of positions that count; they are the first ones.
+        before_loop: number of these before the answer begins to loop.
 
     """
 
@@ -66,10 +66,10 @@ class Counted:
 
 
 def text_of_row(row: Row, end_tokens: Collection[int]) -> Text:
-    """Return a row as a text, of which no temperature is known, so that it counts as greedy.
+    """Return a row as a text. Its temperature is unknown, so it counts as greedy.
 
-    Rows do not say why an answer stopped: it has ended if its last token is one of ``end_tokens``
-    (`Target.end_tokens`), and counts as cut if not.
+    Rows do not say why an answer stopped. It has ended if its last token is one of ``end_tokens``
+    (`Target.end_tokens`); if not, it counts as cut.
     """
     tokens: list[int] = row.token_ids.tolist()
     answers = [Answer(start, stop, tokens[stop - 1] in end_tokens) for start, stop in row.answers()]
@@ -79,10 +79,10 @@ def text_of_row(row: Row, end_tokens: Collection[int]) -> Text:
 def counted_positions(tokens: Sequence[int], has_ended: bool, num_heads: int) -> Counted:
     """Return which positions of an answer count.
 
-    A step begins at position p if its root is token p; it emits token p + 1 at least and token
-    p + num_heads + 1 at most. If the target ended the answer, a step can begin at every token but
-    the last, and how far each goes is known. If the answer was cut, that is known only of steps
-    that end before the cut however far they go. Text before a loop counts as if cut there.
+    A step begins at position p if its root is token p; it emits token p + 1 at least and token p +
+    num_heads + 1 at most. If the target ended the answer, a step can begin at every token except
+    the last. If the answer was cut, only the steps that cannot reach the cut count, because it is
+    unknown how far the others would go. Text before a loop counts as if it were cut there.
 
     Args:
         tokens: of the answer.
@@ -101,8 +101,8 @@ def counted_positions(tokens: Sequence[int], has_ended: bool, num_heads: int) ->
 def loop_start(tokens: Sequence[int]) -> int:
     """Return the index at which a text begins to loop; its length if it does not.
 
-    That is the first token of the first `LOOP_TOKENS` tokens in a row that already stood there
-    earlier in the text; the two runs may overlap.
+    The loop begins with the first `LOOP_TOKENS` tokens in a row that stood earlier in the text; the
+    two runs can overlap.
     """
     seen: set[tuple[int, ...]] = set()
     for start in range(len(tokens) - LOOP_TOKENS + 1):

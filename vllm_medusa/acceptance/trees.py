@@ -1,9 +1,9 @@
-"""The draft trees that rank tables (`statistics`) speak for.
+"""Draft trees made from rank tables (`statistics`).
 
 The probability that a path is right is counted for the path as a whole: over all positions
 (`best_paths`), or over those at which steps begin (`step_paths`). The paper (arXiv
-2401.10774, section 2.3.3) multiplies the heads' separate accuracies instead, `product_paths`: as
-if a head's rank said nothing about the next head's.
+2401.10774, section 2.3.3) multiplies the heads' separate accuracies instead, as if the heads were
+independent (`product_paths`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUM_TRIED = 4
 def path_probabilities(tables: Sequence[Ranks]) -> dict[TreePath, float]:
     """Return the share of positions at which each path was right as a whole.
 
-    Paths that never were are left out. Where a path is, its parent is too, at least as probable.
+    Paths that were never right are left out. A parent is at least as probable as its children.
     """
     table = _PathTable(joined(tables))
     shares = table.count(np.ones(len(table.right))) / max(1, len(table.right))
@@ -32,7 +32,7 @@ def path_probabilities(tables: Sequence[Ranks]) -> dict[TreePath, float]:
 
 
 def rank_probabilities(tables: Sequence[Ranks]) -> NDArray[np.float64]:
-    """Return [heads, RANK_CAP]: at what share of positions each rank of a head was right."""
+    """Return [heads, RANK_CAP]: the share of positions at which each rank of a head was right."""
     ranks = joined(tables)
     hits = [np.bincount(head[head < RANK_CAP], minlength=RANK_CAP) for head in ranks.T]
     return np.array(hits, dtype=np.float64).reshape(-1, RANK_CAP) / max(1, len(ranks))
@@ -42,8 +42,8 @@ def best_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the paths most often right as a whole, the most probable first.
 
     Every prefix of the list is a tree, and among trees of its size it has the largest expected
-    acceptance length, if steps began at all positions alike. Of paths equally often right the one
-    more probable by the product of its ranks' probabilities comes first.
+    acceptance length, if steps began equally often at all positions. If two paths are equally often
+    right, the one with the larger product of its ranks' probabilities comes first.
 
     Args:
         tables: rank tables.
@@ -65,12 +65,12 @@ def best_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
 def step_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the paths most often right where steps begin, the most probable first.
 
-    As `best_paths`, but what counts are the positions at which steps begin: few in text that is
-    easy to guess, where each step goes far, and many in text that is not. Where steps begin depends
-    on the tree, so the tree is grown path by path, each the most probable one that fits, by the
-    density of the steps of the tree so far (`_StepStarts`). As a path also moves the steps that
-    follow it, the next most probable ones are tried too, and one of them is taken if it saves more
-    steps by more than chance explains (one standard deviation of their numbers).
+    Like `best_paths`, but only the positions at which steps begin count: few in text that is easy
+    to guess, where each step goes far, and many in other text. These positions depend on the tree,
+    so the tree is grown path by path. Each new path is the most probable one that fits, given the
+    density of the steps of the tree so far (`_StepStarts`). A path also moves the later steps, so
+    the next most probable paths are tried too. One of them is taken if it saves more steps, by more
+    than chance explains (one standard deviation of their numbers).
     """
     table = _PathTable(joined(tables))
     starts = _StepStarts([len(ranks) for ranks in tables], table.num_heads)
@@ -97,15 +97,15 @@ def step_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
 def product_paths(tables: Sequence[Ranks], num_paths: int) -> list[TreePath]:
     """Return the most probable paths by the paper's method, the most probable first.
 
-    A path's probability is the product of its ranks' probabilities (paper, section 2.3.3). As
-    `best_paths` otherwise.
+    A path's probability is the product of its ranks' probabilities (paper, section 2.3.3).
+    Otherwise like `best_paths`.
     """
     by_rank = rank_probabilities(tables)
     places_to_ranks = np.argsort(-by_rank, axis=1, kind="stable")
     sorted_by_rank = np.take_along_axis(by_rank, places_to_ranks, axis=1).tolist()
     order = places_to_ranks.tolist()
     chosen: list[TreePath] = []
-    # Of the frontier: minus the probability, the depth, the places of the ranks in their order,
+    # The frontier: minus the probability, the depth, the places of the ranks in their order,
     # and the parent's probability. A path's next sibling and first child are no more probable.
     frontier: list[tuple[float, int, TreePath, float]] = []
 
@@ -170,10 +170,10 @@ class _PathTable:
 
 
 class _StepStarts:
-    """How densely steps begin along the texts.
+    """The density of the positions at which steps begin.
 
-    One walk visits few positions, and its luck decides which. So walks begin at each of the first
-    positions, and what they visit is averaged over windows as long as the longest step.
+    One walk visits few positions, and chance decides which. So walks begin at each of the first
+    positions, and their visits are averaged over windows as long as the longest step.
     """
 
     def __init__(self, lengths: Sequence[int], num_heads: int) -> None:
@@ -189,7 +189,7 @@ class _StepStarts:
         """Return [positions]: the share of the walks that visit each.
 
         Args:
-            emitted: [positions], by a step that begins there.
+            emitted: [positions] tokens that a step emits that begins there.
 
         """
         stride = np.ones((self._num_texts, self._width), dtype=np.int64)
@@ -207,7 +207,7 @@ class _StepStarts:
         return self._window_sums(visits) / self._in_window
 
     def _window_sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum [positions] over the windows around them, as far as the texts go."""
+        """Sum [positions] over the windows around them, inside the texts."""
         before = self._longest // 2
         behind = self._longest - before
         padded = np.zeros((self._num_texts, before + self._width + behind))

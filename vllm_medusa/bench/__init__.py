@@ -1,1 +1,1 @@
-"""Measuring engines against each other, each in a process of its own."""
+"""Compares engines, each in a process of its own."""

@@ -19,7 +19,7 @@ class BatchMeasurement(Measurement):
 
     Attributes:
         prompts: the batch.
-        run: what it gave.
+        run: its measurement.
     """
 
     prompts: Sequence[BenchPrompt]
@@ -28,12 +28,12 @@ class BatchMeasurement(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryFigures:
-    """What one variant gave on the prompts of one category, all batch sizes together.
+    """Figures of one variant on the prompts of one category, all batch sizes together.
 
     Attributes:
         variant: its name.
         category: of the prompts.
-        num_requests: how many there were.
+        num_requests: number of requests.
         tokens_per_step: of a request.
         speedup: the baseline's time per output token over the variant's, of the same request.
     """
@@ -46,7 +46,7 @@ class CategoryFigures:
 
 
 def categories_of(measurements: Sequence[BatchMeasurement]) -> list[CategoryFigures]:
-    """Sum up by variant, but the baseline, and category; empty if no prompt names one."""
+    """Summarise by variant (without the baseline) and category; empty without categories."""
     steps: dict[tuple[str, str], list[float]] = defaultdict(list)
     speedups: dict[tuple[str, str], list[float]] = defaultdict(list)
     baseline = {(m.load, m.round): m for m in measurements if m.variant == BASELINE}

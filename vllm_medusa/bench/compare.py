@@ -1,4 +1,4 @@
-"""What changed between two runs, from their result files."""
+"""The differences of two runs, from their result files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_medusa.bench.spread import Spread
 from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.tables import Table, as_text
 
-#: What has to be equal for figures to mean the same.
+#: Parts that must be equal for figures to be comparable.
 _SETTINGS = (
     *("model", "heads", "prompts", "max_tokens", "temperature", "dtype", "ignore_eos"),
     "engine_options",
@@ -20,10 +20,10 @@ _SETTINGS = (
 
 
 def compare_runs(first: Path, second: Path) -> str:
-    """Describe what changed from the first run to the second.
+    """Describe the changes from the first run to the second.
 
-    A change is marked when each run's median lies outside the other's quartiles: within them, runs
-    of the same thing differ as much.
+    A change is marked if each run's median is outside the other's quartiles. Smaller changes also
+    occur between two runs of the same code.
 
     Args:
         first: results.json of a run, or its directory.
@@ -79,7 +79,7 @@ def is_beyond_spread(old: Spread, new: Spread) -> bool:
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """What else differs between the runs, as sentences."""
+    """All other differences of the runs, as sentences."""
     for name in _SETTINGS:
         old, new = before["settings"].get(name), after["settings"].get(name)
         if old != new:

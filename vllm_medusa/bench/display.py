@@ -1,4 +1,4 @@
-"""What the terminal shows while a comparison runs: a table, progress, time left."""
+"""The display of a running comparison: a table, progress, time left."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ class Display(AbstractContextManager["Display"]):
         self.say = self._bar.say
 
     def expect(self, turns: Iterable[str]) -> None:
-        """Say which variants' turns are to come."""
+        """Set the variants whose turns will come."""
         self._pending = Counter(turns)
         self._bar.set_total(self._pending.total())
 
     def turn_of(self, variant: str) -> None:
-        """Say that a variant's turn begins."""
+        """Show that a variant's turn begins."""
         self._bar.advance(0, f"now: {variant}")
 
     def started(self, variant: str, info: EngineInfo) -> None:
-        """Say that a variant's engine is up."""
+        """Show that a variant's engine has started."""
         memory = f"{info.peak_memory_bytes / 2**30:.1f} GiB"
         self._tell(f"{variant}: up after {info.startup_s:.0f} s, {memory}")
 
     def measured(self, variant: str, line: str) -> None:
-        """Say that a turn has ended, and what it gave."""
+        """Show that a turn has ended, with its result."""
         self._pending[variant] -= 1
         self._bar.advance(1, line)
         self._tell(line)
 
     def dropped(self, variant: str, reason: str) -> None:
-        """Say that a variant takes no part any more, and why."""
+        """Show that a variant is left out from now on, and why."""
         del self._pending[variant]
         self._bar.set_total(self._bar.done + self._pending.total())
         self._tell(f"{variant}: left out: {reason}")

@@ -14,18 +14,18 @@ from vllm_medusa.bench.variants import Variant
 from vllm_medusa.engines.engine import EngineInfo
 from vllm_medusa.engines.process import EngineProcessError
 
-#: Memory that has to be left over, in engines: compiling takes more than running.
+#: Memory that must stay free, in engines: compiling takes more memory than running.
 _MARGIN = 1
 
 
 @dataclass
 class VariantState:
-    """What is known of a variant so far.
+    """The state of a variant.
 
     Attributes:
-        unavailable: why it could not run at all, in one line.
-        failed: why it broke off, in one line; what it measured before stands.
-        starts: one entry for each time it was started.
+        unavailable: why it could not run, in one line.
+        failed: why it ended early, in one line; its earlier measurements stay.
+        starts: one entry for each start.
     """
 
     unavailable: str | None = None
@@ -39,18 +39,18 @@ class VariantState:
 
     @property
     def reason(self) -> str | None:
-        """Why it does not take part (any more)."""
+        """Why it does not take part, or no longer."""
         return self.unavailable or self.failed
 
 
 class Engine(Protocol):
-    """An engine in other processes, starting from its creation on."""
+    """An engine in other processes, which starts when the object is created."""
 
     def wait(self) -> EngineInfo:
-        """Wait until it is up, or raise `EngineProcessError`."""
+        """Wait until it has started, or raise `EngineProcessError`."""
 
     def close(self, patience_s: float = 20) -> None:
-        """End it, which may take so long if nothing is to be forced."""
+        """End it; after this time by force."""
 
 
 E = TypeVar("E", bound=Engine)
@@ -62,9 +62,9 @@ class EnginePool(Generic[E]):
     Args:
         variants: by name.
         start: makes a variant's engine.
-        alive: keep all alive, or end one before the next is started; ``auto`` decides when the
-            first engine is up.
-        on_start: called with the name, the engine and what is known of it whenever one is up.
+        alive: keep all alive, or end one before the next one starts; ``auto`` decides when the
+            first engine has started.
+        on_start: called at each start with the name, the engine and its information.
     """
 
     def __init__(
@@ -83,25 +83,25 @@ class EnginePool(Generic[E]):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether all engines are alive at once; known once the baseline has been started."""
+        """Whether all engines are alive at the same time; known after the baseline's start."""
         return self._alive == "all"
 
     def require(self, name: str) -> E:
-        """The variant's engine, started if need be.
+        """Return the variant's engine; start it if needed.
 
         Engines start one after the other: several that compile at once take too much memory.
 
         Raises:
-            EngineProcessError: it does not come up.
+            EngineProcessError: it does not start.
         """
         if name not in self._engines:
             self._start(name)
         return self._engines[name]
 
     def give_up(self, name: str, error: EngineProcessError) -> None:
-        """Take a variant out whose engine did not come up or broke off."""
+        """Remove a variant whose engine did not start or has failed."""
         state = self.states[name]
-        # One that was up before has failed, not been unavailable.
+        # A variant that has run before has failed; it is not unavailable.
         if state.starts:
             state.failed = error.reason
         else:
@@ -139,13 +139,13 @@ class EnginePool(Generic[E]):
 
 
 def has_room(info: EngineInfo, others: int, available: float | None = None) -> bool:
-    """Whether so many further engines like this one fit into the memory that is left.
+    """Whether this many more engines like this one fit into the free memory.
 
-    On an accelerator: never, as each engine takes the share of its memory that it is given.
+    On an accelerator the answer is no, because each engine takes its given share of the memory.
 
     Args:
-        info: of the engine that is up.
-        others: number of further engines.
+        info: information on the running engine.
+        others: number of other engines.
         available: free memory in bytes; None: this machine's.
     """
     if info.device != "cpu":

@@ -21,14 +21,14 @@ class Measurement:
         variant: its name.
         load: batch size, or what the load generator did.
         round: number of the round, from 1.
-        speed: what is compared with the baseline's of the same round; 0 if there is none.
-        samples: what was measured, by name of figure: one value, or one of each step or request.
+        speed: compared with the baseline's of the same round; 0 if there is none.
+        samples: measured values by name of figure: one, or one for each step or request.
         num_drafts: request steps that verified drafts.
         accepted_by_depth: draft tokens accepted at depth 1, 2, ...
-        totals: counts that rounds add to.
-        peaks: largest memory up to then, in bytes; None where there is no such memory.
-        summary: what it gave, in a few words.
-        line: what ``results.jsonl`` says of it.
+        totals: counts that are summed over rounds.
+        peaks: largest memory so far, in bytes; None if there is no such memory.
+        summary: the result in a few words.
+        line: its line in ``results.jsonl``.
     """
 
     variant: str
@@ -51,7 +51,7 @@ class Column:
     Attributes:
         name: in the files.
         heading: in tables.
-        digits: behind the point.
+        digits: number of decimals.
         has_spread: whether the quartiles are shown.
     """
 
@@ -72,7 +72,7 @@ class Kind:
         ratio: name of the figure that compares speeds.
         columns: the figures.
         totals: names of counts, with their headings.
-        alive: what the report says if all engines were alive at once, and if one was.
+        alive: the report's sentence if all engines were alive at once, and if only one was.
     """
 
     name: str
@@ -131,7 +131,7 @@ KINDS = {kind.name: kind for kind in (OFFLINE, ONLINE)}
 
 @dataclass(frozen=True)
 class Figures:
-    """What one variant gave under one load; every figure with its spread over rounds.
+    """Figures of one variant under one load, each with its spread over rounds.
 
     Attributes:
         variant: its name.
@@ -140,7 +140,7 @@ class Figures:
             the values each round's median.
         acceptance_by_depth: share of drafts whose token at depth 1, 2, ... was accepted.
         totals: counts of all rounds.
-        peaks: largest memory up to then, in bytes.
+        peaks: largest memory so far, in bytes.
     """
 
     variant: str
@@ -173,7 +173,7 @@ def load_name(load: object) -> str:
 
 
 def figures_of(measurements: Sequence[Measurement], kind: Kind) -> list[Figures]:
-    """Sum up by variant and load, in order of first appearance of the loads, then the variants."""
+    """Summarise by load and variant, in order of first appearance."""
     groups: dict[tuple[Any, str], list[Measurement]] = defaultdict(list)
     for measurement in measurements:
         groups[measurement.load, measurement.variant].append(measurement)

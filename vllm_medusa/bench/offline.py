@@ -23,14 +23,14 @@ from vllm_medusa.reporting.tables import Table
 
 #: Mismatches of a variant that the second pass asks logprobs for.
 MAX_EXPLAINED = 50
-#: Of the plugin's counters, who proposes nodes, and what a table calls them.
+#: Sources of nodes in the plugin's counters, and their headings in a table.
 _SOURCES = {"heads": "heads", "text": "text", "shared_text": "shared text"}
 
 
 def measurement_of(
     variant: str, batch_size: int, number: int, prompts: Sequence[BenchPrompt], run: Run
 ) -> BatchMeasurement:
-    """What a run of a batch says; its steps are summed up in the line."""
+    """Return the measurement of a run of a batch; its line summarises the steps."""
     speed = run.num_tokens / run.seconds
     peaks = {
         "peak_memory_bytes": run.peak_memory_bytes,
@@ -87,7 +87,7 @@ def measurement_of(
 
 
 def rounds_of(settings: Settings) -> dict[int, int]:
-    """How many rounds each batch size has."""
+    """Return the number of rounds of each batch size."""
     return {
         size: max(settings.rounds, -(-settings.min_prompts // size))
         for size in sorted(settings.batch_sizes)
@@ -98,7 +98,7 @@ class Offline:
     """The offline mode, as `run.compare` drives it.
 
     Args:
-        plan: of the comparison.
+        plan: plan of the comparison.
     """
 
     kind = OFFLINE
@@ -115,7 +115,7 @@ class Offline:
         )
 
     def warm_up(self, engine: EngineProcess) -> None:
-        """Run the first round's batches, in full: what drafts when text repeats is to draft."""
+        """Run the first round's batches completely, so that drafting from text warms up too."""
         for batch_size in self.rounds:
             self._run(engine, self._plan.prompts.batch(1, batch_size))
 
@@ -140,7 +140,7 @@ class Offline:
     def conclude(
         self, pool: EnginePool[EngineProcess], measurements: Sequence[BatchMeasurement]
     ) -> Findings:
-        """Compare the outputs, and sum up by category."""
+        """Compare the outputs, and summarise by category."""
         settings = self._plan.settings
         # The strictest for ``auto``.
         dtype = settings.dtype if settings.dtype in TIE_LOGPROB else "float32"
@@ -188,7 +188,7 @@ class Offline:
 
 
 def source_table(measurements: Sequence[BatchMeasurement]) -> Table:
-    """Draft nodes of dynamic trees by who proposed them, and how many were accepted."""
+    """Draft nodes of dynamic trees by source, and how many were accepted."""
     table = Table(
         "Dynamic trees: nodes a step, and by source nodes drafted / accepted (a node of two "
         "sources counts for both)",
@@ -232,8 +232,8 @@ def explain(
 ) -> Sameness:
     """Second pass: ask the baseline for the logprobs of both tokens of each mismatch.
 
-    The baseline gets the prompt, its own output up to the mismatch, and either token. If it has to
-    be started for that and does not come up, the mismatches stay without logprobs.
+    The baseline gets the prompt, its own output up to the mismatch, and each of the two tokens. If
+    it must be started for this and does not start, the mismatches have no logprobs.
     """
     before = {
         (measurement.load, measurement.round, prompt.id): (prompt.token_ids, tokens)

@@ -1,4 +1,4 @@
-"""The online comparison: a server per variant, driven by vLLM's own load generator."""
+"""The online comparison: a server per variant, and vLLM's own load generator."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Load:
-    """What the load generator does.
+    """The load that the load generator makes.
 
     Attributes:
         request_rate: requests per second; inf: all at once.
-        concurrency: requests at once, at most; None: no bound.
+        concurrency: most requests at the same time; None: no limit.
     """
 
     request_rate: float
@@ -68,7 +68,7 @@ class Load:
 
 
 def loads_of(settings: Settings) -> list[Load]:
-    """Every request rate with every bound on the concurrency."""
+    """Every request rate with every limit of concurrency."""
     return [
         Load(rate, concurrency)
         for concurrency in settings.concurrency or (None,)
@@ -84,17 +84,17 @@ def measurement_of(
     counters: Mapping[str, float],
     peak_memory_bytes: int,
 ) -> Measurement:
-    """What one pass of the load generator over one server says.
+    """Return the measurement of one run of the load generator on one server.
 
     Args:
         variant: its name.
-        load: what the load generator did.
+        load: the load.
         number: of the round, from 1.
         result: of ``vllm bench serve``; times in milliseconds, throughputs per second.
         counters: how the server's counters grew (warm-up requests included).
         peak_memory_bytes: largest resident memory of the server's processes so far.
     """
-    # Without drafts, a request gets one token a step.
+    # Without drafts, a request gets one token in each step.
     result = {"spec_decode_acceptance_length": 1.0, **result}
     latency_ms, num_drafts = result["median_e2el_ms"], result.get(_DRAFTS, 0)
     return Measurement(
@@ -128,7 +128,7 @@ class Online:
 
     Args:
         plan: of the comparison.
-        folder: for files of the load generator.
+        folder: directory for files of the load generator.
 
     Raises:
         UserError: pandas is missing, which the load generator reads prompts with.
@@ -153,10 +153,10 @@ class Online:
         )
 
     def warm_up(self, server: ServerProcess) -> None:
-        """The load generator does that, before each measurement."""
+        """Do nothing: the load generator warms up before each measurement."""
 
     def measure(self, server: ServerProcess, variant: str, load: Load, number: int) -> Measurement:
-        """Drive the server for a round."""
+        """Measure the server in a round."""
         before = server.metrics()
         result = drive(self._plan.settings, server.port, load, number, self._data, self._folder)
         grown = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
@@ -167,7 +167,7 @@ class Online:
     def conclude(
         self, pool: EnginePool[ServerProcess], measurements: Sequence[Measurement]
     ) -> Findings:
-        """There is nothing but the figures."""
+        """Add only a note to the figures."""
         return Findings(notes=["Outputs are compared by the offline mode."])
 
 
@@ -183,7 +183,7 @@ def _thread_binding(settings: Settings) -> dict[str, str]:
 
 
 def dataset_flags(settings: Settings, prompts: PromptSet, folder: Path) -> list[str]:
-    """What tells ``vllm bench serve`` the prompts.
+    """Options of ``vllm bench serve`` for the prompts.
 
     Raises:
         UserError: pandas is missing, which it reads prompts with.

@@ -1,4 +1,4 @@
-"""All of a comparison that is settled before the first engine starts."""
+"""Everything of a comparison that is decided before the first engine starts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from vllm_medusa.target.text import load_tokenizer
 
 @dataclass(frozen=True)
 class Plan:
-    """What is common to the offline and the online comparison, settled before engines start.
+    """The common part of the offline and the online comparison.
 
     Attributes:
-        settings: of the user.
+        settings: the user's settings.
         variants: the baseline first.
         unavailable: reasons by the names of variants that cannot run here.
-        prompts: the set.
+        prompts: the prompts.
         options: arguments of ``vllm.LLM`` common to all variants.
         environment: environment variables common to all variants.
         provenance: without the accelerator's name.
@@ -46,7 +46,7 @@ class Plan:
     provenance: Mapping[str, Any]
 
     def settings_json(self) -> dict[str, Any]:
-        """The settings, with what they came to for the engines."""
+        """The settings, and the engines' options that follow from them."""
         common = {"engine_options": self.options, "environment": self.environment}
         return self.settings.to_json() | common
 
@@ -63,11 +63,11 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
     """Check and prepare everything that needs no engine.
 
     Args:
-        settings: of the user.
-        folder: for files that the variants need; it has to stay until the end.
+        settings: the user's settings.
+        folder: directory for files of the variants; it must stay until the end.
 
     Raises:
-        UserError: something that the user has to mend.
+        UserError: something that the user has to correct.
     """
     variants = settings.parsed_variants()
     version = vllm_version()

@@ -16,7 +16,7 @@ _BESIDE = {"xytext": (4, 4), "textcoords": "offset points", "size": 7}
 
 
 def plot(out: Path, figures: Sequence[Figures], kind: Kind) -> list[tuple[str, str]]:
-    """Draw what there is to draw; return file name and caption of each picture."""
+    """Draw all pictures that have data; return file name and caption of each."""
     variants: dict[str, list[Figures]] = defaultdict(list)
     for row in figures:
         variants[row.variant].append(row)
@@ -66,13 +66,13 @@ def _speedup_by_tokens_per_step(
     axes.plot([1, largest], [1, largest], color="black", linewidth=0.8, linestyle="--")
     axes.axhline(1, color="black", linewidth=0.8)
     caption = (
-        "Speed-up against tokens per step (numbers: batch size; dashed: a step costs nothing more)"
+        "Speed-up against tokens per step (numbers: batch size; dashed: if a step cost no more)"
     )
     return save_figure(figure, out / PLOTS[1], caption)
 
 
 def _acceptance_by_depth(out: Path, variants: Mapping[str, Sequence[Figures]]) -> tuple[str, str]:
-    figure, (axes,) = new_figure(("depth", "share of drafts accepted so deep"))
+    figure, (axes,) = new_figure(("depth", "share of drafts accepted at this depth"))
     deepest = 1
     for name, (first, *_) in variants.items():
         if shares := first.acceptance_by_depth:

@@ -1,4 +1,4 @@
-"""`vllm-medusa bench --profile-steps`: what an engine step costs on this machine."""
+"""`vllm-medusa bench --profile-steps`: step costs on this machine."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vllm_medusa.stepcost.stages import measure_stages, stage_table
 from vllm_medusa.target.config import read_target
 from vllm_medusa.tree.named import default_paths
 
-#: Draft nodes of the trees whose steps are timed, as far as the heads' own tree has so many.
+#: Draft nodes of the trees whose steps are timed, if the heads' own tree has as many.
 SIZES = (4, 8, 16, 32, 64)
 
 
 def profile_steps(plan: Plan) -> str:
-    """Time the engine's steps by draft nodes and batch size, and where they go; write and tell.
+    """Time engine steps and their stages; write the costs and return the text to print.
 
-    The file is what ``vllm-medusa calibrate --step-costs`` takes.
+    ``vllm-medusa calibrate --step-costs`` reads the file.
 
     Raises:
-        UserError: unusable heads, or an engine that does not come up.
+        UserError: unusable heads, or an engine that does not start.
     """
     settings = plan.settings
     heads = settings.heads or settings.model
@@ -79,7 +79,7 @@ def profile_steps(plan: Plan) -> str:
 
 
 def _engines_at_once(plan: Plan, num_engines: int) -> int:
-    """All engines, or one where the memory does not suffice or the user says so."""
+    """All engines, or one if there is not enough memory or the user says so."""
     if plan.settings.alive != "auto":
         return num_engines if plan.settings.alive == "all" else 1
     if has_accelerator():
@@ -88,8 +88,8 @@ def _engines_at_once(plan: Plan, num_engines: int) -> int:
         try:
             info = engine.wait()
         except EngineProcessError as exc:
-            raise UserError(f"the baseline does not run: {exc.reason}") from None
-    # That engine has ended: all of them have to fit into what is free now.
+            raise UserError(f"the baseline cannot run: {exc.reason}") from None
+    # That engine has ended: all engines must fit into the free memory.
     return num_engines if has_room(info, num_engines) else 1
 
 
@@ -119,4 +119,4 @@ def cost_table(costs: StepCosts) -> Table:
 
 
 def _written(path: Path) -> str:
-    return f"written to {path}, which vllm-medusa calibrate takes as --step-costs"
+    return f"written to {path}, which vllm-medusa calibrate reads with --step-costs"

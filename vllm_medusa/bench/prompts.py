@@ -21,7 +21,7 @@ NUM_RANDOM = 256
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """A prompt as all engines of a comparison get it.
+    """A prompt for all engines of a comparison.
 
     Attributes:
         id: unique among the prompts.
@@ -43,7 +43,7 @@ class PromptSet:
     Attributes:
         source: file, ``builtin`` or ``random``.
         prompts: at least one.
-        notes: what a reader of the results has to know of them.
+        notes: sentences about them for the report.
     """
 
     source: str
@@ -59,8 +59,8 @@ class PromptSet:
 def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> PromptSet:
     """Read and tokenise prompts.
 
-    A conversation is rendered by the model's chat template: whole if it alternates and ends with
-    the user, else up to the end of the user's first turn (as the second turn of MT-Bench and
+    A conversation is rendered by the model's chat template: completely if it alternates and ends
+    with the user, else up to the end of the user's first turn (the second turn of MT-Bench and
     ShareGPT would need the model's own answer before it).
 
     Args:
@@ -70,8 +70,7 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
         seed: of the random prompts.
 
     Raises:
-        UserError: an unusable file.
-        UserError: prompts without tokens.
+        UserError: an unusable file, or prompts without tokens.
     """
     if source == RANDOM:
         return _random_prompts(tokenizer, random_len, seed)
@@ -79,7 +78,8 @@ def load_prompts(source: str, tokenizer: Any, *, random_len: int, seed: int) -> 
     prompts, notes = [], []
     if tokenizer.chat_template is None:
         notes.append(
-            "The model has no chat template: of conversations the user's turn is given as it is."
+            "The model has no chat template: of a conversation the prompt is the text of the last "
+            "user turn."
         )
     has_chats = False
     for prompt in read_prompts(path):
@@ -103,12 +103,12 @@ def _tokenise(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
     except TemplateError as exc:
         raise UserError(f"prompt {prompt.id!r}: {exc}") from None
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    # A server adds the token at the beginning to a text, so it must not be there twice.
+    # A server adds the beginning-of-text token, so it must not be in the text already.
     return text.removeprefix(tokenizer.bos_token or ""), token_ids
 
 
 def conversation_to_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """Cut a conversation to what the model is to answer: it ends with a user's turn."""
+    """Cut a conversation after the user's turn that the model has to answer."""
     roles = [turn.role for turn in turns if turn.role != "system"]
     alternates = all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles))
     if alternates and roles[-1] == "user":
@@ -118,7 +118,7 @@ def conversation_to_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 
 def _take_turns(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """First of each category, second of each, ...: a few rounds see all categories."""
+    """First of each category, then second of each, ...: a few rounds have all categories."""
     by_category = defaultdict(list)
     for prompt in prompts:
         by_category[prompt.category].append(prompt)
@@ -136,6 +136,6 @@ def _random_prompts(tokenizer: Any, length: int, seed: int) -> PromptSet:
     )
     note = (
         f"Random prompts: {length} tokens each, drawn evenly from the vocabulary (seed {seed}), as "
-        "vLLM's random set is. Text that means nothing says little about acceptance."
+        "vLLM's random set is. Acceptance on such text says little about real text."
     )
     return PromptSet(RANDOM, prompts, (note,))

@@ -24,13 +24,13 @@ _SHOWN_MISMATCHES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a mode adds to the report.
+    """The additions of a mode to the report.
 
     Attributes:
         tables: also those without rows.
         results: for the JSON document.
         notes: sentences.
-        complaint: what ``--strict`` fails with; None if there is nothing.
+        complaint: error message of ``--strict``; None: no error.
     """
 
     tables: Sequence[Table] = ()
@@ -60,8 +60,8 @@ def speed_table(
 
 
 def absence_table(states: Mapping[str, VariantState]) -> Table:
-    """The variants that did not run, or not to the end, and why."""
-    table = Table("Not measured, or not to the end", ("variant", "", "reason"))
+    """The variants that did not run, or not completely, and why."""
+    table = Table("Not measured, or not completely", ("variant", "", "reason"))
     table.texts = table.columns
     for name, state in states.items():
         if state.reason is not None:
@@ -71,10 +71,10 @@ def absence_table(states: Mapping[str, VariantState]) -> Table:
 
 
 def depth_table(figures: Sequence[Figures]) -> Table:
-    """Share of drafts accepted at least so deep."""
+    """Share of drafts accepted at each depth."""
     depth = max((len(row.acceptance_by_depth) for row in figures), default=0)
     table = Table(
-        "Acceptance by depth: share of steps with drafts whose draft token there was accepted",
+        "Acceptance by depth: share of steps with drafts that accepted a draft token at this depth",
         ("variant", "load", *(str(number) for number in range(1, depth + 1))),
         texts=("variant", "load"),
     )
@@ -104,7 +104,7 @@ def category_table(categories: Sequence[CategoryFigures]) -> Table:
 
 
 def sameness_table(sameness: Sequence[Sameness], dtype: str) -> Table:
-    """How many outputs are the baseline's, token for token."""
+    """Number of outputs that equal the baseline's, token for token."""
     table = Table(
         "Sameness: greedy outputs compared with the baseline's, token for token",
         ("variant", "outputs", "same", "near-ties", "other mismatches"),
@@ -156,7 +156,7 @@ def write_report(
         tables: in order; those without rows are left out.
         notes: sentences.
         plots: file name and caption of each.
-        results: what the JSON holds beside provenance, settings, variants and notes.
+        results: the rest of the JSON, beside provenance, settings, variants and notes.
     """
     out, settings = plan.settings.out, plan.settings_json()
     provenance = plan.provenance_json(states)

@@ -25,10 +25,10 @@ _OURS = {RESULTS, LINES, REPORT, STEP_COSTS, *PLOTS}
 
 
 def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
-    """A variant, and what became of it."""
+    """A variant and its state as JSON."""
     speculative = variant.speculative
     if speculative is not None and variant.converted_from is not None:
-        # Where they lay is gone when the run ends.
+        # Their directory is removed when the run ends.
         speculative = {**speculative, "model": f"{variant.converted_from}, converted"}
     return {
         "name": variant.name,
@@ -45,7 +45,7 @@ def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
 class LineWriter:
     """Writes measurements as JSON lines as they are made, after a header with the provenance.
 
-    What a run that is broken off has measured is therefore there, line by line.
+    So the measurements of an interrupted run are kept, line by line.
 
     Args:
         out: directory of the results.
@@ -65,7 +65,7 @@ class LineWriter:
 
 
 def write_results(out: Path, results: Mapping[str, Any]) -> Path:
-    """Write the document, all of it or nothing; return its path."""
+    """Write the document, completely or not at all; return its path."""
     path = out / RESULTS
     write_json(path, {"format": FORMAT, **results})
     return path
@@ -75,7 +75,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read such a document.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not such a document.
     """
     if path.is_dir():
         path = path / RESULTS
@@ -91,7 +91,7 @@ def prepare_out(out: Path, overwrite: bool) -> None:
     """Make the directory of the results, without those of an earlier run.
 
     Raises:
-        UserError: it holds such and is not to be overwritten, or it cannot be made.
+        UserError: it holds such results and may not be overwritten, or it cannot be created.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

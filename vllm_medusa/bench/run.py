@@ -39,7 +39,7 @@ M = TypeVar("M", bound=Measurement)
 
 
 class Mode(Protocol[E, L, M]):
-    """What a comparison measures."""
+    """A mode of a comparison: offline or online."""
 
     @property
     def kind(self) -> Kind:
@@ -47,26 +47,26 @@ class Mode(Protocol[E, L, M]):
 
     @property
     def rounds(self) -> Mapping[L, int]:
-        """How many, by load."""
+        """Number of rounds by load."""
 
     def start(self, variant: Variant) -> E:
         """Start a variant's engine."""
 
     def warm_up(self, engine: E) -> None:
-        """Prepare an engine that is up."""
+        """Warm up a running engine."""
 
     def measure(self, engine: E, variant: str, load: L, number: int) -> M:
-        """Take a turn."""
+        """Measure one turn."""
 
     def conclude(self, pool: EnginePool[E], measurements: Sequence[M]) -> Findings:
-        """Find out what else there is to say, while engines are still alive."""
+        """Make the rest of the report, while engines are still alive."""
 
 
 def run(settings: Settings) -> str:
     """Compare, write the results, return what to print.
 
     Raises:
-        UserError: something that the user has to mend; with ``strict``, also differing outputs.
+        UserError: something that the user has to correct; with ``strict``, also differing outputs.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-medusa-bench-") as folder, ends_on_sigterm():
         plan = make_plan(settings, Path(folder))
@@ -77,7 +77,7 @@ def run(settings: Settings) -> str:
                 return compare(plan, Online(plan, Path(folder)))
             return compare(plan, Offline(plan))
         except EngineProcessError as exc:
-            raise UserError(f"the baseline does not run: {exc.reason}") from None
+            raise UserError(f"the baseline cannot run: {exc.reason}") from None
 
 
 def compare(plan: Plan, mode: Mode[E, L, M]) -> str:
@@ -140,7 +140,7 @@ def compare(plan: Plan, mode: Mode[E, L, M]) -> str:
 
 
 def _preempted(figures: Sequence[Figures]) -> list[str]:
-    """What a reader has to know of requests that had to make room."""
+    """A note about preempted requests for the report."""
     names = sorted({row.variant for row in figures if row.totals["num_preemptions"]})
     if not names:
         return []
@@ -152,7 +152,7 @@ def _preempted(figures: Sequence[Figures]) -> list[str]:
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """Within it SIGTERM ends the program as an exception does, so that engines are stopped."""
+    """In this context SIGTERM raises an exception, so that engines are stopped."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Are the outputs of a lossless variant those of the baseline, and if not, how far is it off?"""
+"""Compares the outputs of a lossless variant with the baseline's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIE_LOGPROB = {"bfloat16": 0.25, "float16": 0.0625, "float32": 1e-3}
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """Where a variant's output first leaves the baseline's.
+    """The first difference between a variant's output and the baseline's.
 
     Attributes:
         variant: its name.
@@ -25,9 +25,9 @@ class Mismatch:
         position: index of the first token that differs, counted from the prompt's end.
         baseline_token: the baseline's token there; None if its output has ended.
         variant_token: the variant's.
-        baseline_logprob: what the baseline's model gives its own token there, in a second pass;
-            None if that was not asked for.
-        variant_logprob: what it gives the variant's token.
+        baseline_logprob: the baseline's log-probability of its own token, from a second pass; None
+            if there was none.
+        variant_logprob: its log-probability of the variant's token.
     """
 
     variant: str
@@ -42,13 +42,13 @@ class Mismatch:
 
     @property
     def gap(self) -> float | None:
-        """How much likelier the baseline's model finds the one token than the other."""
+        """Difference of the two log-probabilities."""
         if self.baseline_logprob is None or self.variant_logprob is None:
             return None
         return abs(self.baseline_logprob - self.variant_logprob)
 
     def is_near_tie(self, dtype: str) -> bool:
-        """Tell whether rounding in this dtype may have decided."""
+        """Whether rounding in this dtype can have decided."""
         return self.gap is not None and self.gap <= TIE_LOGPROB.get(dtype, TIE_LOGPROB["float32"])
 
 
@@ -67,7 +67,7 @@ class Sameness:
     mismatches: tuple[Mismatch, ...]
 
     def num_near_ties(self, dtype: str) -> int:
-        """How many of the mismatches rounding in this dtype may have decided."""
+        """Number of mismatches that rounding in this dtype can have decided."""
         return sum(mismatch.is_near_tie(dtype) for mismatch in self.mismatches)
 
     def to_json(self, dtype: str) -> dict[str, Any]:
@@ -111,10 +111,10 @@ def compare_outputs(
     """Compare all outputs that both have.
 
     Args:
-        variant: the name of what gave ``outputs``.
+        variant: name of the variant of ``outputs``.
         baseline: the baseline's outputs.
         outputs: the variant's.
-        prompt_id: which prompt stood at a batch size, round and place.
+        prompt_id: id of the prompt of a batch size, round and place.
     """
     common = [key for key in outputs if key in baseline]
     mismatches = []

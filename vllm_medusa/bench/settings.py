@@ -28,36 +28,36 @@ _Rate = Annotated[PositiveFloat, Field(strict=False)]
 
 @settings
 class Settings:
-    """What to compare, on what, and how often."""
+    """The settings of a comparison."""
 
     model: str
     """The target model: directory or hub name."""
     heads: str | None = None
-    """Its Medusa heads (those in the model's own directory)."""
+    """The Medusa heads (those in the model's own directory)."""
     variants: Any = DEFAULT_VARIANTS
-    """As `variants.variants_of_config` takes them."""
+    """The variants, as `variants.variants_of_config` takes them."""
     prompts: str = "builtin"
-    """A JSONL file, builtin or random."""
+    """The prompts: a JSONL file, builtin or random."""
     random_len: PositiveInt = 128
-    """Tokens of a random prompt."""
+    """Number of tokens of a random prompt."""
     max_tokens: PositiveInt = 128
-    """New tokens of a request, at most."""
+    """Largest number of new tokens of a request."""
     temperature: NonNegativeFloat = 0.0
-    """Of sampling; 0 is greedy. Offline each request has a seed."""
+    """Temperature of sampling; 0 is greedy. Offline each request has a seed."""
     rounds: PositiveInt = 5
-    """How often each variant has its turn."""
+    """Number of rounds; in each round every variant has one turn."""
     ignore_eos: bool = False
-    """Always write --max-tokens tokens."""
+    """Always generate --max-tokens tokens."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the model."""
+    """Data type of the model."""
     llm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vllm.LLM, online of vllm serve."""
+    """More arguments of vllm.LLM; with --online, of vllm serve."""
     threads: PositiveInt | None = None
-    """OpenMP threads of an engine ($OMP_NUM_THREADS, on a CPU all cores)."""
+    """OpenMP threads of an engine ($OMP_NUM_THREADS; if not set, on a CPU all cores)."""
     alive: Alive = "auto"
-    """Engines alive at once; auto is all if the memory suffices."""
+    """Engines alive at the same time; auto: all, if there is enough memory."""
     seed: int = 0
-    """Of random prompts, engines and the load generator."""
+    """Seed of the random prompts, the engines and the load generator."""
     strict: bool = False
     """Fail if an output of a lossless variant is not the baseline's."""
     out: PathText = Path("bench-results")
@@ -65,22 +65,22 @@ class Settings:
     overwrite: bool = False
     """Replace the results of an earlier run there."""
     profile_steps: bool = False
-    """Time engine steps by draft nodes and batch size, for calibrate --step-costs."""
+    """Measure engine steps by draft nodes and batch size, for calibrate --step-costs."""
     batch_sizes: Annotated[Counts, Field(min_length=1)] = (1, 2, 4, 8, 16, 32)
-    """Requests at once."""
+    """Batch sizes: numbers of requests at the same time."""
     min_prompts: PositiveInt = 1
-    """Run so many at every batch size, in further rounds for small ones."""
+    """Run at least N prompts at every batch size; small ones get more rounds."""
     online: bool = False
-    """Measure servers."""
+    """Measure servers instead of offline engines."""
     request_rates: Annotated[tuple[_Rate, ...], Field(strict=False, min_length=1)] = (
         *(1.0, 2.0),
         math.inf,
     )
-    """Requests per second; inf is all at once."""
+    """Requests per second; inf: all at once."""
     concurrency: Counts = ()
-    """Requests at once, at most (no bound)."""
+    """Largest numbers of requests at the same time (no limit)."""
     num_requests: PositiveInt = 32
-    """Requests of one measurement."""
+    """Number of requests of one measurement."""
 
     def __post_init__(self) -> None:
         if self.online and self.profile_steps:
@@ -113,7 +113,7 @@ def settings_from(given: Mapping[str, Any], config_file: Path | None) -> Setting
         config_file: a YAML mapping by the same names, or None.
 
     Raises:
-        UserError: an unusable file, an unknown name, or a value that cannot be.
+        UserError: an unusable file, an unknown name, or a wrong value.
     """
     return Settings(**{**(_read_config(config_file) if config_file else {}), **given})
 
@@ -140,7 +140,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
 def engine_options(settings: Settings) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` common to all variants.
 
-    Prefix caching is off, so that a prompt that comes again costs the same again.
+    Prefix caching is off, so that a repeated prompt has the same cost.
     """
     options: dict[str, Any] = {
         "model": settings.model,

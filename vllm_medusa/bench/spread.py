@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure that was measured several times.
+    """Median and quartiles of a figure that was measured several times.
 
     Attributes:
         median: of all values.
@@ -33,8 +33,8 @@ class Spread:
 def spread(values: Sequence[float]) -> Spread | None:
     """Median and quartiles; None of no values.
 
-    Quartiles are those of the values as a whole population (`statistics.quantiles`, inclusive), so
-    they never lie outside of them.
+    The quartiles are those of the whole population (`statistics.quantiles`, inclusive), so they are
+    never outside the values.
     """
     if not values:
         return None
@@ -49,6 +49,6 @@ def ratios(values: dict[int, float], baseline: dict[int, float]) -> list[float]:
 
     Args:
         values: by round.
-        baseline: by round; rounds that only one of both has are left out.
+        baseline: by round; rounds that only one of them has are left out.
     """
     return [values[key] / baseline[key] for key in sorted(values) if baseline.get(key)]

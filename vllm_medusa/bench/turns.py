@@ -18,8 +18,8 @@ def schedule(
 ) -> Iterator[tuple[int, L, str]]:
     """Turns as (round, load, variant), rounds counted from 1; each load has its number of them.
 
-    With all engines alive the variants take turns under every load. One at a time they do so round
-    by round, each with all loads, as every start takes long.
+    If all engines are alive, the variants take turns under every load. If one is alive at a time,
+    each variant has all loads of a round in one turn, because every start takes long.
     """
     for number in range(1, max(rounds.values()) + 1):
         loads = [load for load, count in rounds.items() if number <= count]
@@ -39,11 +39,11 @@ def take_turns(
     """Measure every variant under every load, in rounds.
 
     Args:
-        pool: of the engines; its variants in order, the baseline first.
-        rounds: how many, by load, such as a batch size.
+        pool: the engines; its variants in order, the baseline first.
+        rounds: number of rounds by load, such as a batch size.
         unavailable: reasons by the names of variants that are known not to run here.
         measure: takes engine, variant, load and round.
-        display: is told of every turn but what it gave.
+        display: shows every turn; the results are given to it elsewhere.
 
     Raises:
         EngineProcessError: the baseline does not run.

@@ -1,4 +1,4 @@
-"""What is compared: engines that differ in their speculation, named in a word or as JSON."""
+"""The variants: engines that differ in their speculation, given as a word or as JSON."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vllm_medusa.settings import settings
 BASELINE = "baseline"
 VLLM_CHAIN = "vllm-chain"
 
-#: Drafts a step of the methods of vLLM that need a number; give another one as JSON.
+#: Draft tokens in each step of vLLM's methods that need a number; JSON can give another one.
 NUM_DRAFTS = 4
-#: Looking up the last 2 to 4 tokens in the text so far, 5 drafts: as vLLM's own examples do.
+#: Search for the last 2 to 4 tokens in the text so far, 5 draft tokens: as in vLLM's examples.
 _NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 5,
@@ -48,8 +48,8 @@ class Variant:
         speculative: vLLM's ``speculative_config``; None for no speculation.
         llm_options: arguments of ``vllm.LLM`` beside those common to all variants.
         environment: environment variables beside those common to all variants.
-        is_lossless: whether its greedy outputs have to be the baseline's.
-        converted_from: the heads of which the run made the ones in ``speculative``, if it did.
+        is_lossless: whether its greedy outputs must equal the baseline's.
+        converted_from: the original heads, if the run converted them for ``speculative``.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Variant:
 
 @settings
 class _Entry:
-    """A variant as a YAML file gives it."""
+    """A variant in a YAML file."""
 
     FLAGS: ClassVar[Mapping[str, str]] = {
         name: name for name in ("speculative_config", "llm_options", "environment", "lossless")
@@ -83,7 +83,7 @@ def parse_variants(texts: Sequence[str], heads: str | None) -> list[Variant]:
             the model's own.
 
     Raises:
-        UserError: a variant that is none, or two of one name.
+        UserError: an unknown variant, or two with one name.
     """
     return _checked([_parse(text, heads) for text in texts])
 
@@ -92,9 +92,9 @@ def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
     """Read variants of a YAML file.
 
     Args:
-        entries: a list as on the command line, or a mapping from names to: nothing (the name says
-            it), a text as on the command line, or a mapping with any of ``speculative_config``,
-            ``llm_options``, ``environment`` and ``lossless``.
+        entries: a list as on the command line, or a mapping from names to: nothing (the name is the
+            variant), a text as on the command line, or a mapping with any of
+            ``speculative_config``, ``llm_options``, ``environment`` and ``lossless``.
         heads: as in `parse_variants`.
 
     Raises:
@@ -119,7 +119,7 @@ def variants_of_config(entries: Any, heads: str | None) -> list[Variant]:
 
 
 def missing_requirement(variant: Variant, vllm_version: str) -> str | None:
-    """What is missing on this machine for a variant, in one line; None if nothing is seen to be.
+    """What a variant lacks on this machine, in one line; None if nothing.
 
     Args:
         variant: any.
@@ -201,7 +201,7 @@ def _parse(text: str, heads: str | None) -> Variant:
         "suffix": Variant(name=kind, speculative={"method": "suffix"}),
     }
     if has_value or kind not in plain:
-        raise UserError(f"variant {text!r} is none; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} is unknown; give one of {_KINDS}")
     return plain[kind]
 
 

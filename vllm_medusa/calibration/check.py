@@ -1,4 +1,4 @@
-"""What the engine itself accepts, on prompts that no tree was made from."""
+"""Measures what the engine accepts, on prompts that no tree was made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_medusa.engines.engine import Run, start_engine
 from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.tree.draft_tree import TreePath
 
-#: Requests that run at once: each is to have its forks, or it would draft a chain.
+#: Requests that run at the same time: each needs its forks, or it would draft a chain.
 _REQUESTS_AT_ONCE = 16
 
 
@@ -24,8 +24,8 @@ class Checked:
     """Tokens per step that the engine emitted with a tree, over the steps that count.
 
     Attributes:
-        method: that made the tree.
-        size: its draft nodes.
+        method: method that made the tree.
+        size: number of its draft nodes.
         with_loops: over all steps that count.
         without_loops: over those before the text begins to loop.
 
@@ -54,10 +54,10 @@ def check_trees(
         options: arguments of ``vllm.LLM``.
         heads: ``speculative_config`` without a tree.
         trees: method, size and paths of each.
-        requests: to continue.
-        max_tokens: to generate for a request.
+        requests: requests to continue.
+        max_tokens: number of tokens to generate for each.
         num_heads: of the heads.
-        seed: of the resamples.
+        seed: seed of the resamples.
         progress: counts requests.
 
     """
@@ -87,7 +87,7 @@ def steps_of(run: Run, num_heads: int) -> list[list[list[int]]]:
     """Count the steps of a run that begin at positions that count.
 
     Returns:
-        [prompts, 2, 2]: tokens and steps, of all text and of that before loops.
+        [prompts, 2, 2]: tokens and steps, of all text and of the text before loops.
 
     """
     counts = []

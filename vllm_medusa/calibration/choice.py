@@ -1,4 +1,4 @@
-"""Which tree pays at which batch size: expected tokens per second from acceptance and cost."""
+"""Chooses the fastest tree of each batch size, from acceptance length and step cost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MIN_GAIN_PER_NODE = 2e-4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree that may be chosen.
+    """A tree that can be chosen.
 
     Attributes:
-        name: in tables.
-        paths: of the tree; none for no speculation.
+        name: name in tables.
+        paths: paths of the tree; none for no speculation.
         tokens_per_step: its predicted acceptance length.
 
     """
@@ -33,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How a candidate does at a batch size.
+    """The predicted speed of a candidate at a batch size.
 
     Attributes:
         speedup: tokens per second over those without speculation.
@@ -64,10 +64,10 @@ class Choice:
     chosen: dict[int, int]
 
     def schedule(self) -> TreeSchedule | None:
-        """Return the tree schedule, or None if no batch size gains by drafting.
+        """Return the tree schedule, or None if no drafts are best at every batch size.
 
-        A batch size between two measured ones gets the tree of the larger one, and one beyond the
-        last measured one the tree of that.
+        A batch size between two measured ones gets the tree of the larger one, and batch sizes
+        beyond the last measured one get its tree.
         """
         entries: list[tuple[int | None, tuple[TreePath, ...]]] = []
         for batch_size, index in sorted(self.chosen.items()):
@@ -80,14 +80,14 @@ class Choice:
 
 
 def choose(candidates: Sequence[Candidate], costs: StepCosts) -> Choice:
-    """Choose the tree of each batch size that promises the most tokens per second.
+    """Choose for each batch size the tree with the most predicted tokens per second.
 
-    The trees of larger batches lie within those of smaller ones, as a schedule demands; among the
-    choices that do, the sum of the logarithms of the speed-ups is the largest.
+    The tree of a larger batch is part of the tree of a smaller one, as a schedule requires. Among
+    these choices, the one with the largest sum of logarithms of the speed-ups is taken.
 
     Args:
-        candidates: to choose from, no speculation first.
-        costs: measured.
+        candidates: candidates to choose from, no speculation first.
+        costs: measured step costs.
 
     """
     predictions = {
@@ -95,7 +95,7 @@ def choose(candidates: Sequence[Candidate], costs: StepCosts) -> Choice:
         for batch_size in costs.batch_sizes
     }
     node_sets = [frozenset(candidate.paths) for candidate in candidates]
-    # Of every candidate at the batch size before: the best sum, and the choices up to it.
+    # For every candidate at the batch size before: the best sum, and the choices that lead to it.
     best: list[tuple[float, list[int]]] = [(0.0, [])]
     allowed = [[0] for _ in candidates]
     for batch_size in costs.batch_sizes:

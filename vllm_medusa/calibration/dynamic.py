@@ -1,8 +1,8 @@
-"""Dynamic trees of a calibration: how likely candidates are, and what the trees then accept.
+"""Dynamic trees of a calibration: the curves of candidates, and what the trees accept.
 
-The texts are drafted along by simulation (`draft.replay`). The curves that are written are fitted
-to all prompts; every figure about them is cross-fitted, as those of static trees are: each fold of
-the prompts is drafted with curves and rank paths from the other folds.
+Drafting along the texts is simulated (`draft.replay`). The curves that are written are fitted to
+all prompts. Every figure about them is cross-fitted, like those of static trees: each fold of the
+prompts is drafted with curves and rank paths from the other folds.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from vllm_medusa.tree.limits import DynamicTrees
 
 SIZES = (4, 8, 16)
 SOURCES = (Source.HEADS, Source.TEXT)
-#: Trees are as deep and have as many leaves as the engine's are where nothing is set.
+#: Trees have the engine's default depth and number of leaves.
 _BOUNDS = DynamicTrees()
 _NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Candidates that were predicted to be about equally likely.
+    """Candidates with about equal predicted probability.
 
     Attributes:
         count: of candidates.
         predicted: mean probability.
-        observed: share that was right, given that the parent was.
+        observed: share that was right, given that the parent was right.
 
     """
 
@@ -58,7 +58,7 @@ class Accepted:
 
     Attributes:
         size: most nodes of a tree.
-        with_loops, without_loops: tokens per step, over all text and over that before loops.
+        with_loops, without_loops: tokens per step, over all text and over the text before loops.
 
     """
 
@@ -69,7 +69,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class DynamicFindings:
-    """What is known of dynamic trees.
+    """All findings about dynamic trees.
 
     Attributes:
         probabilities: fitted to all prompts.
@@ -90,12 +90,12 @@ def measure_dynamic(
     progress: Progress,
     selector: Selector | None = None,
 ) -> DynamicFindings:
-    """Fit curves, and say how far they hold.
+    """Fit curves, and measure them on prompts that they were not fitted to.
 
     Args:
         continuations: with the heads' guesses.
         folds: [continuations] of each.
-        tree: the static tree beside the heads: the engine asks the heads for its depth and ranks.
+        tree: the static tree beside the heads; its depth and ranks bound the heads' guesses.
         progress: counts folds.
         selector: of the heads, if they have one.
 
@@ -137,7 +137,7 @@ def measure_dynamic(
 def fit_probabilities(
     continuations: Sequence[Continuation], tree: DraftTree, selector: Selector | None = None
 ) -> Probabilities:
-    """Fit the curves of all sources to what became of their candidates along the texts."""
+    """Fit the curves of all sources to the outcomes of their candidates along the texts."""
     ranks = np.concatenate([item.ranks[:, : tree.depth] for item in continuations])
     shares = np.stack([(ranks == rank).mean(axis=0) for rank in range(tree.top_k)], axis=1)
     default = Probabilities.default(tree.depth, tree.top_k)
@@ -158,7 +158,7 @@ def fit_probabilities(
 def guessed_text(
     item: Continuation, tree: DraftTree, *, with_loops: bool, all_guesses: bool = False
 ) -> GuessedText:
-    """Return an answer to draft along, with as many guesses as the tree has ranks or all.
+    """Return an answer to draft along, with as many guesses as the tree has ranks, or all.
 
     Steps begin where they are known to end before a cut, as docs/acceptance.md says, but dynamic
     trees go deeper than the heads. An answer's last token is left out: the step that reaches it
@@ -180,7 +180,7 @@ def guessed_text(
 
 
 def tables_of(selector: Selector, superset: Superset) -> Tables:
-    """Return what the engine does to guesses that a selector ranks again below every parent."""
+    """Return the engine's tables of guesses that a selector ranks again below each parent."""
     levels = levels_of(*map(torch.from_numpy, superset.as_nodes()))
     tree = SelectorTree(selector, levels)
 

@@ -1,8 +1,8 @@
 """Expected acceptance length of trees on prompts that they were not made from.
 
-A tree scored on the texts that it was counted from looks better than it is. So prompts are dealt
-into folds; each fold is scored with the trees of the others, and the steps of all folds are added
-up. That is what the report calls the prediction.
+A tree that is scored on the texts that it was made from looks better than it is. So prompts are
+divided into folds. Each fold is scored with the trees of the other folds, and the steps of all
+folds are added. The report calls this the prediction.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class SizeEstimate:
 
     Attributes:
         size: draft nodes.
-        in_sample: by simulation, on the texts that the tree was counted from.
-        position_average: the same if steps began at all positions alike (`statistics`), in sample.
-        predicted: by simulation, cross-fitted.
+        in_sample: simulated on the texts that the tree was made from.
+        position_average: in sample, if steps began equally often at all positions (`statistics`).
+        predicted: simulated, cross-fitted.
 
     """
 
@@ -49,8 +49,8 @@ class Curve:
 
     Attributes:
         methods: by name of `METHODS`, in the order of the sizes.
-        gain: predicted joint less product at each size.
-        chains: of the top-1 chains of 1, 2, ... drafts; nothing is fitted for them.
+        gain: predicted joint minus product at each size.
+        chains: figures of the top-1 chains of 1, 2, ... drafts; nothing is fitted for them.
         num_positions, num_continuations: positions, and the continuations that they are from.
 
     """
@@ -63,7 +63,7 @@ class Curve:
 
 
 class CrossFit:
-    """Trees of every fold's other prompts, and of all prompts.
+    """Trees made from all prompts, and for each fold from the other folds.
 
     Args:
         continuations: the measured ones.
@@ -93,7 +93,7 @@ class CrossFit:
 
         Args:
             sizes: draft nodes.
-            chosen: which continuations to score; the trees come from all of them.
+            chosen: continuations to score; the trees are made from all of them.
             with_loops: whether to score looping text as well.
 
         """

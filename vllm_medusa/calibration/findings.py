@@ -1,4 +1,4 @@
-"""All that a calibration found: what its report and its pictures are made from."""
+"""All findings of a calibration, for its report and its pictures."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class Section:
 
     @property
     def title(self) -> str:
-        """What the tables call it."""
+        """Title in tables."""
         return f"{self.name}, {'with' if self.with_loops else 'without'} looping text"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that a calibration found.
+    """All findings of a calibration.
 
     Attributes:
-        settings: what was asked for.
+        settings: the user's settings.
         provenance: versions, machine, command.
         num_heads: of the heads.
-        num_prompts: that the statistics are from.
-        sections: of text; the first one is what trees are chosen by.
+        num_prompts: number of prompts of the statistics.
+        sections: kinds of text; trees are chosen by the first one.
         paths: each method's most probable paths.
         probabilities: share of positions at which each of the joint ones is right.
-        dynamic: what is known of dynamic trees.
-        checked: what the engine measured.
-        costs: of steps, if they are known.
-        choice: the trees chosen by them.
+        dynamic: findings about dynamic trees.
+        checked: measurements of the engine.
+        costs: step costs, if they are known.
+        choice: trees chosen by the costs.
 
     """
 
@@ -74,7 +74,7 @@ class Findings:
     choice: Choice | None
 
     def predicted(self, checked: Checked, with_loops: bool) -> Estimate:
-        """Return the prediction for a checked tree: that of greedy text."""
+        """Return the prediction for a checked tree, on greedy text."""
         section = next(
             s for s in self.sections if s.name == "greedy" and s.with_loops == with_loops
         )
@@ -82,7 +82,7 @@ class Findings:
         return next(e.predicted for e in estimates if e.size == checked.size)
 
     def drawn_tree(self) -> Sequence[TreePath]:
-        """Return the tree to draw: that of the smallest batch, if any is chosen."""
+        """Return the tree to draw: the one of the smallest batch, if there is one."""
         if self.choice is not None:
             chosen = self.choice.candidates[self.choice.chosen[min(self.choice.chosen)]]
             if chosen.paths:

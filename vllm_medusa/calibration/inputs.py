@@ -1,4 +1,4 @@
-"""What a calibration starts from, read and checked before anything slow begins."""
+"""The inputs of a calibration, read and checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm_medusa.target.text import load_answering_model
 #: model of a few hundred million parameters, and several engines still fit into memory.
 _CPU_KV_CACHE_BYTES = 2**30
 _MEMORY_OPTIONS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
-#: Of the options of ``vllm.LLM``, those that say what the prompts' tokens are and how many fit.
+#: Options of ``vllm.LLM`` that decide the prompts' tokens and how many fit.
 _TEXT_OPTIONS = ("tokenizer", "tokenizer_revision", "trust_remote_code", "max_model_len")
 
 
@@ -40,7 +40,7 @@ class Inputs:
         options: arguments of ``vllm.LLM``, without speculation.
         speculative: ``speculative_config`` of the heads, without a tree.
         requests: prompts to continue.
-        texts: or continuations that there are already.
+        texts: or existing continuations.
         check_requests: other prompts, for the check.
 
     """
@@ -59,13 +59,13 @@ class Inputs:
         return self.checkpoint.spec.num_heads
 
     def cost_tokens(self) -> list[int]:
-        """Return text to time steps on: all prompts, one after another."""
+        """Return text for timed steps: all prompts, one after another."""
         sequences = [r.token_ids for r in self.requests] or [t.token_ids for t in self.texts]
         return [token for sequence in sequences for token in sequence]
 
 
 def read_inputs(settings: CalibrateSettings) -> Inputs:
-    """Read and check what the settings name.
+    """Read and check the inputs that the settings name.
 
     Raises:
         UserError: something cannot be used.
@@ -149,8 +149,8 @@ def _engine_options(settings: CalibrateSettings) -> dict[str, Any]:
 def _out(settings: CalibrateSettings) -> Path:
     """Return the directory to write to.
 
-    It is written to at the end only, but what is wrong with it is said before the measurements,
-    which may take an hour.
+    Files are written at the end only, but errors of the directory are found before the
+    measurements, which can take an hour.
     """
     out = settings.out
     if out is None:

@@ -96,7 +96,7 @@ def draw_tree(findings: Findings, out: Path) -> tuple[str, str]:
 
 
 def draw_reliability(reliability: Mapping[str, Sequence[Bin]], out: Path) -> tuple[str, str]:
-    """Draw how often candidates are right by what was predicted; return file name and caption."""
+    """Draw predicted and observed shares of right candidates; return file name and caption."""
     labels = ("predicted probability of a candidate", "share that was right")
     figure, (axes,) = new_figure(labels, size=(5.5, 5))
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="as predicted")
@@ -137,7 +137,7 @@ def draw_speedup(choice: Choice, out: Path) -> tuple[str, str]:
 
 
 def _places(paths: Sequence[TreePath]) -> dict[TreePath, tuple[float, float]]:
-    """Where the nodes stand: leaves side by side, a parent above the middle of its children."""
+    """Places of the nodes: leaves side by side, a parent above the middle of its children."""
     children: dict[TreePath, list[TreePath]] = {}
     for path in paths:
         children.setdefault(path[:-1], []).append(path)

@@ -126,13 +126,13 @@ def tables(findings: Findings) -> list[Table]:
 
 
 def summary(findings: Findings, out: Path) -> str:
-    """Return what a terminal shows at the end."""
+    """Return the text for the terminal at the end."""
     shown = [table for table in tables(findings) if not table.title.startswith("Heads")]
     lines = [f"{table.title}\n\n{table.markdown()}\n" for table in shown]
     if findings.choice is None:
         lines.append("No step costs, so no tree schedule: the tree file holds the best trees.")
     elif findings.choice.schedule() is None:
-        lines.append("No tree gains at any batch size here, so there is no tree schedule.")
+        lines.append("No tree is faster at any batch size here, so there is no tree schedule.")
     return "\n".join([*lines, f"written to {out}"])
 
 
@@ -151,9 +151,9 @@ def _acceptance_table(section: Section) -> Table:
 
 
 def _dynamic_table(findings: Findings) -> Table:
-    """Dynamic trees beside static ones of the same size, on the text that trees are chosen by."""
+    """Dynamic trees beside static ones of the same size, on the text of the first section."""
     table = Table(
-        "Tokens per step of dynamic trees (every node drafted that may be), predicted",
+        "Tokens per step of dynamic trees (every allowed node drafted), predicted",
         ("nodes", "dynamic", "static", "dynamic without looping text", "static without"),
     )
     static = [

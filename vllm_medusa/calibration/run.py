@@ -40,11 +40,10 @@ from vllm_medusa.tree.schedule import write_schedule_file
 
 
 def calibrate(settings: CalibrateSettings) -> str:
-    """Measure, choose and write; return the result in words.
+    """Measure, choose and write; return the text to print.
 
     Raises:
-        UserError: what was given cannot be used; then
-            nothing is written.
+        UserError: an input cannot be used. Then nothing is written.
 
     """
     check_matplotlib("train")
@@ -119,20 +118,20 @@ def measure_ranks(settings: CalibrateSettings, inputs: Inputs) -> list[Continuat
         meter = RankMeter(target, StoredHeads(inputs.checkpoint, target), num_guesses=RANK_CAP)
         continuations = meter.measure(texts, bar.advance)
     del target, meter
-    # What PyTorch keeps for itself, the engines that follow could not have.
+    # Free the memory that PyTorch keeps, for the engines that follow.
     torch.cuda.empty_cache()
     return continuations
 
 
 def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> CrossFit:
-    """Make the trees, if there is enough to make them of."""
+    """Make the trees, if there are enough prompts and paths."""
     num_positions = sum(len(item.ranks) for item in continuations)
     num_prompts = len({item.prompt_id for item in continuations})
     if num_prompts < NUM_FOLDS:
         raise UserError(
             f"--prompts {settings.prompts}: {num_prompts} prompts ({num_positions} positions) are "
-            f"too few to check the trees against each other; give {NUM_FOLDS} at least, and "
-            "better a hundred"
+            f"too few to check trees on prompts that they were not made from; give at least "
+            f"{NUM_FOLDS}, better a hundred"
         )
     fit = CrossFit(continuations, max(settings.sizes), settings.seed)
     found = len(fit.paths["joint"])
@@ -159,7 +158,7 @@ def _dynamic(
 def _sections(
     settings: CalibrateSettings, fit: CrossFit, continuations: Sequence[Continuation]
 ) -> list[Section]:
-    """Every figure with and without looping text; the first section is what trees are chosen by."""
+    """Figures with and without looping text; trees are chosen by the first section."""
     kinds = sorted({item.temperature for item in continuations})
     groups = [("all", kinds)] if len(kinds) > 1 else []
     groups += [(_kind(kind), [kind]) for kind in kinds]
@@ -238,7 +237,7 @@ def _check(settings: CalibrateSettings, inputs: Inputs, fit: CrossFit) -> list[C
 
 
 def _write(findings: Findings, out: Path) -> None:
-    """Write all files, or none if one of them cannot be made."""
+    """Write all files, or none if one of them cannot be written."""
     schedule = findings.choice.schedule() if findings.choice else None
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name)
@@ -255,7 +254,7 @@ def _write(findings: Findings, out: Path) -> None:
         for path in sorted(staged.iterdir()):
             write_bytes(out / path.name, path.read_bytes())
     if schedule is None:
-        # One from before was made for other trees.
+        # An existing one was made for other trees.
         (out / SCHEDULE_FILE).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""What a calibration is asked to do."""
+"""The settings of a calibration."""
 
 from __future__ import annotations
 
@@ -49,45 +49,45 @@ class CalibrateSettings:
     heads: str
     """Heads: directory, file or hub name."""
     revision: str | None = None
-    """Of the heads, if a hub name."""
+    """Revision of the heads, if they are a hub name."""
     model: str
     """The target model: directory or hub name."""
     model_revision: str | None = None
-    """Of the target model, if a hub name."""
+    """Revision of the target model, if it is a hub name."""
     prompts: PathText
     """Held-out prompts (JSONL), or a directory of rows that vllm-medusa distill wrote."""
     max_prompts: PositiveInt | None = None
-    """Use the first N of them (all)."""
+    """Use only the first N prompts (all)."""
     out: PathText | None = None
-    """Where to write (the heads' own directory)."""
+    """Directory to write to (the heads' own directory)."""
     max_tokens: Annotated[int, Field(ge=2)] = 128
-    """Tokens of a continuation."""
+    """Number of tokens of each continuation."""
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
-    """Sample continuations at it as well; greedy ones are always used."""
+    """Also continue by sampling at this temperature; greedy continuations are always used."""
     sizes: Annotated[TreeSizes, Field(min_length=1)] = SIZES
-    """Draft nodes of the trees."""
+    """Numbers of draft nodes to make trees of."""
     batch_sizes: Counts | None = None
     """Batch sizes to choose trees for (1,2,4,8,16,32, or those of --step-costs)."""
     cost_sizes: TreeSizes | None = None
-    """Draft nodes of the trees whose steps are timed (four of --sizes)."""
+    """Numbers of draft nodes to measure step costs of (four of --sizes)."""
     step_costs: PathText | None = None
-    """Take costs measured before, from this file."""
+    """Use the step costs of this file; measure none."""
     with_step_costs: bool = True
-    """Choose trees by step costs; without: write no tree schedule, only the best trees."""
+    """Use no step costs: write the best trees, but no tree schedule."""
     rounds: PositiveInt = 5
-    """Timed rounds."""
+    """Number of measured rounds."""
     engines_at_once: PositiveInt | None = None
-    """Engines in memory at a time (all on a CPU, 1 on an accelerator, whose memory one fills)."""
+    """Engines in memory at the same time (on a CPU all, on an accelerator 1)."""
     check_sizes: TreeSizes = ()
     """Measure trees of these sizes in the engine."""
     check_prompts: PathText | None = None
-    """Other held-out prompts, for that."""
+    """Other held-out prompts, for --check."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """To compute in; auto is what the target's config.json names."""
+    """Data type to compute in; auto: that of the target's config.json."""
     llm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vllm.LLM: those that you serve with."""
+    """More arguments of vllm.LLM: those that you serve with."""
     seed: int = 0
-    """Of folds and intervals."""
+    """Seed of the folds and the intervals."""
 
     def __post_init__(self) -> None:
         refuse_own_options(self.llm_options, _OWN_OPTIONS)

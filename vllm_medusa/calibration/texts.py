@@ -56,7 +56,7 @@ def encode_prompts(prompts: Iterable[Prompt], model: AnsweringModel) -> list[Req
 def tokens_to_generate(max_tokens: int, num_heads: int) -> int:
     """Return how many tokens to ask for, so that steps count at the first ``max_tokens`` - 1.
 
-    Steps that a limit of tokens could cut do not count (`acceptance.texts.counted_positions`).
+    Steps that the limit of tokens could cut do not count (`acceptance.texts.counted_positions`).
     """
     return max_tokens + num_heads
 
@@ -82,6 +82,6 @@ def continue_requests(
 
 
 def batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-    """Return the requests in batches that one run takes."""
+    """Return the requests in batches, one for each run."""
     for start in range(0, len(requests), _PROMPTS_AT_ONCE):
         yield requests[start : start + _PROMPTS_AT_ONCE]

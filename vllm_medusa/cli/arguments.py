@@ -26,11 +26,13 @@ def add_heads_and_model(parser: argparse.ArgumentParser, heads_metavar: str, mod
         model: what the target model is for.
     """
     parser.add_argument("heads", metavar=heads_metavar, help="heads: directory, file or hub name")
-    parser.add_argument("--revision", help="of the heads, if a hub name")
+    parser.add_argument("--revision", help="revision of the heads, if they are a hub name")
     parser.add_argument(
         "--model", metavar="M", help=f"the target model (directory or hub name): {model}"
     )
-    parser.add_argument("--model-revision", help="of the target model, if a hub name")
+    parser.add_argument(
+        "--model-revision", help="revision of the target model, if it is a hub name"
+    )
 
 
 def load_heads_and_model(arguments: argparse.Namespace) -> tuple[HeadsCheckpoint, Target | None]:

@@ -1,4 +1,4 @@
-"""`vllm-medusa bench`: draft trees against everything else that vLLM offers."""
+"""`vllm-medusa bench`: draft trees and vLLM's other speculative methods, compared."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(baseline tree chain vllm-chain ngram)",
     )
     parser.add_argument(
-        "--config", type=Path, metavar="YAML", help="variants and settings from a file"
+        "--config", type=Path, metavar="YAML", help="File with variants and settings"
     )
     add_settings(parser, Settings, "prompts", "random_len", "max_tokens", "temperature", "rounds")
     add_settings(parser, Settings, "ignore_eos", "dtype", "llm_options")
     add_settings(parser, Settings, "threads", "alive", "seed", "strict", "out", "overwrite")
     offline = parser.add_argument_group("offline (default)")
     add_settings(offline, Settings, "batch_sizes", "min_prompts")
-    online = parser.add_argument_group("online: vllm serve, driven by vllm bench serve")
+    online = parser.add_argument_group("online: vllm serve, measured by vllm bench serve")
     add_settings(online, Settings, "online", "request_rates", "concurrency", "num_requests")
     add_settings(parser, Settings, "profile_steps")
     parser.add_argument(
@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=Path,
         metavar=("A", "B"),
-        help="say what changed between two runs (results.json or its directory); measure nothing",
+        help="Show the differences of two runs (results.json or its directory); measure nothing",
     )
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Compare, and say what came out.
+    """Compare; return the text to print.
 
     Raises:
-        UserError: something that the user has to mend.
+        UserError: something that the user has to correct.
     """
     if arguments.compare is not None:
         from vllm_medusa.bench.compare import compare_runs

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     from vllm_medusa.calibration.settings import CalibrateSettings
 
-    parser.add_argument("heads", metavar="HEADS", help="heads: directory, file or hub name")
+    parser.add_argument("heads", metavar="HEADS", help="Medusa heads: directory, file or hub name")
     add_settings(parser, CalibrateSettings, "revision", "model", "model_revision", "prompts")
     add_settings(parser, CalibrateSettings, "max_prompts", "out", "max_tokens", "temperature")
     add_settings(parser, CalibrateSettings, "sizes", "dtype", "llm_options", "seed")
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=(16, 32, 64),
         default=argparse.SUPPRESS,
         metavar="N,N",
-        help="measure trees of these sizes in the engine (16,32,64)",
+        help="Measure trees of these sizes in the engine (16,32,64)",
     )
     add_settings(check, CalibrateSettings, "check_prompts")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Calibrate, and say what was found.
+    """Calibrate; return the text to print.
 
     Raises:
         UserError: settings, prompts, heads or a model that cannot be used.

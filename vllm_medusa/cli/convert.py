@@ -13,18 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_heads_and_model(
         parser,
         "IN",
-        "the heads are checked against it, named for it, and get its lm_head where they use that "
-        "and the format needs one",
+        "the heads are checked against it and name it in their config.json; they get a copy of "
+        "its lm_head if they use it and the format needs one",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the heads to")
     parser.add_argument("--to", dest="write_format", choices=FORMATS, required=True)
     parser.add_argument(
-        "--force", action="store_true", help="replace heads converted to OUT before"
+        "--force", action="store_true", help="replace the heads of an earlier conversion to OUT"
     )
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Convert, and say what was written.
+    """Convert; return the text to print.
 
     Raises:
         UserError: unusable heads, or ones that the format cannot hold.

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="local",
         default=argparse.SUPPRESS,
         metavar="ADDRESS",
-        help="use Ray: of that address, 'auto' for the running one, nothing to start one here",
+        help="Use the Ray cluster at ADDRESS; 'auto': the running one; without ADDRESS: start one "
+        "here",
     )
     add_settings(ray, DistillSettings, "num_workers")
 

@@ -1,7 +1,7 @@
 """The `vllm-medusa` command: one sub-command per module of `vllm_medusa.cli`.
 
-Only the module of the sub-command that is called gets its parser filled and is run, so that help
-and mistakes on the command line do not wait for torch or vLLM.
+Only the module of the given sub-command is imported and declares its arguments, so that help and
+mistakes on the command line do not wait for torch or vLLM.
 """
 
 import argparse
@@ -14,18 +14,18 @@ from vllm_medusa import __version__
 
 #: Sub-command (and module under `vllm_medusa.cli`) to its line in the help.
 COMMANDS = {
-    "inspect": "say what a checkpoint of Medusa heads holds and whether it fits a model",
-    "calibrate": "choose the draft trees that pay on this machine",
+    "inspect": "show what a checkpoint of Medusa heads holds and whether it fits a model",
+    "calibrate": "choose the fastest draft trees for this machine",
     "convert": "write Medusa heads in another program's format",
     "distill": "make training data: a model's own answers to a file of prompts",
     "train": "train Medusa heads for a model on its own answers",
-    "trees": "draw the trees that a few steps draft for a prompt, and what was accepted",
-    "bench": "measure draft trees against everything else that vLLM offers",
+    "trees": "draw the draft trees of a few steps of a prompt, and what was accepted",
+    "bench": "compare draft trees with vLLM's other speculative methods",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are the one line that every other error of ours is."""
+    """A parser that prints its errors in one line, like all other errors of the tools."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     A module of `vllm_medusa.cli` defines `add_arguments(parser)`, which imports nothing heavy,
-    and `run(arguments)`, which returns the text to print. For a user's mistake it raises one of
-    this package's own subclasses of `ValueError` with a one-line message.
+    and `run(arguments)`, which returns the text to print. For a user's mistake it raises a
+    `UserError`, or another `ValueError` of this package, with a one-line message.
 
     Args:
         arguments: without the program's name; those of the process by default.

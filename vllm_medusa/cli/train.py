@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_settings(parser, TrainSettings, "model", "revision", "data")
     parser.add_argument(
-        "--out", required=True, metavar="HEADS", type=Path, help="directory to write the heads to"
+        "--out", required=True, metavar="HEADS", type=Path, help="Directory to write the heads to"
     )
     heads = parser.add_argument_group("heads")
     add_settings(heads, TrainSettings, "num_heads", "num_layers", "lm_head", "rank")
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(run, TrainSettings, "batch_tokens", "grad_accumulation", "dtype", "held_out")
     add_settings(run, TrainSettings, "eval_every", "seed")
     run.add_argument(
-        "--save-every", type=int, metavar="N", help="steps between checkpoints (as --eval-every)"
+        "--save-every", type=int, metavar="N", help="Steps between checkpoints (as --eval-every)"
     )
-    run.add_argument("--compile", action="store_true", help="compile the target's forward pass")
+    run.add_argument("--compile", action="store_true", help="Compile the target's forward pass")
 
 
 def run(arguments: argparse.Namespace) -> str:

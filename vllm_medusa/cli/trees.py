@@ -42,25 +42,25 @@ class TreesSettings:
     model: str
     """The target model: directory or hub name."""
     heads: str | None = None
-    """Its Medusa heads (those in the model's own directory)."""
+    """The Medusa heads (those in the model's own directory)."""
     prompt: str
-    """The text to go on with."""
+    """The text to continue."""
     steps: Annotated[PositiveInt, Field(le=_MOST_TREES)] = 4
-    """Draw the trees of so many steps."""
+    """Number of steps to draw the trees of."""
     skip: NonNegativeInt = 0
     """Leave out the first N trees."""
     temperature: Annotated[float, Field(ge=0, strict=False)] = 0.0
-    """Of sampling; 0 is greedy."""
+    """Temperature of sampling; 0 is greedy."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     out: PathText = Path("trees.png")
-    """The picture, .png or .svg."""
+    """File of the picture, .png or .svg."""
     speculative_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of the plugin's speculative_config, such as {"max_nodes": 8}."""
+    """More keys of the plugin's speculative_config, such as {"max_nodes": 8}."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the model."""
+    """Data type of the model."""
     llm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vllm.LLM."""
+    """More arguments of vllm.LLM."""
 
     def __post_init__(self) -> None:
         if self.out.suffix not in PICTURE_KINDS:

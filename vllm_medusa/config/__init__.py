@@ -1,4 +1,4 @@
-"""The plugin's configuration: what a user may write, checked, and what travels to every process."""
+"""The plugin's configuration: the user's options, and the resolved values of all processes."""
 
 from vllm_medusa.config.choice import TreeChoice, resolve_tree
 from vllm_medusa.config.options import (

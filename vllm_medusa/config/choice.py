@@ -1,4 +1,4 @@
-"""From the tree that a user asks for, by whatever name, to the tree or the bounds of trees."""
+"""From the tree that a user asks for to a tree, a schedule, or the limits of dynamic trees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_medusa.tree.schedule import TreeSchedule
 
 @dataclass(frozen=True)
 class TreeChoice:
-    """The tree that a request means; the attributes are those of `MedusaConfig`."""
+    """The tree that the user asked for; the attributes are those of `MedusaConfig`."""
 
     tree: DraftTree
     tree_name: str
@@ -33,17 +33,17 @@ def resolve_tree(
     heads_tree: Sequence[Sequence[int]] | None,
     heads_schedule: TreeSchedule | None = None,
 ) -> TreeChoice:
-    """Return the tree a request means.
+    """Return the tree that the user asked for.
 
     Args:
-        request: what the user asked for.
-        num_heads: how many heads the checkpoint holds.
+        request: the options that the user gave.
+        num_heads: number of heads of the checkpoint.
         heads_tree: paths that came with the heads, the most probable first, if any.
         heads_schedule: trees by batch size that came with the heads, if any.
 
     Raises:
-        UserError: if there is no such tree, or it needs more heads than there are.
-        UserError: if ``num_speculative_tokens`` does not agree with the tree.
+        UserError: if there is no such tree, if it needs more heads than there are, or if
+            ``num_speculative_tokens`` does not agree with it.
 
     """
     size, by_batch = request.num_speculative_tokens, request.num_speculative_tokens_per_batch_size
@@ -85,8 +85,8 @@ def _sized_by_batch(
     else:
         raise UserError(
             f"num_speculative_tokens_per_batch_size={shown([list(size) for size in sizes])} needs "
-            f"tree='static' or 'chain', not {shown(request.tree)}, which has no order to cut its "
-            "nodes by"
+            f"tree='static' or 'chain', not {shown(request.tree)}, whose nodes cannot be cut "
+            "to a size"
         )
     tree = DraftTree.from_stages(stage.paths for stage in stages)
     return TreeChoice(tree, f"{name}, {counts} nodes by batch size", sizes)
@@ -111,7 +111,7 @@ def _best_tree(
     if heads_tree is not None:
         ordered, origin = heads_tree, "from the heads' checkpoint"
     else:
-        # More than any size can ask for, so that a size too large is told from a tree too small.
+        # More nodes than any size, so that a size that is too large gets the right error.
         ordered, origin = named.default_paths(num_heads, 128), "default"
     count = named.DEFAULT_NUM_DRAFT_TOKENS if size is None else size
     if count > len(ordered) and size is not None:

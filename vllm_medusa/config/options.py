@@ -1,4 +1,4 @@
-"""What a user may write, checked."""
+"""The keys of ``speculative_config`` that the user gives, checked."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from vllm_medusa.tree.limits import SOURCES
 from vllm_medusa.tree.named import AUTO, DYNAMIC
 from vllm_medusa.tree.typical import TypicalRule
 
-#: Keys that dynamic trees have and static ones do not, as in `DynamicTrees`.
+#: Keys that only dynamic trees have, as in `DynamicTrees`.
 DYNAMIC_KEYS = ("max_nodes", "max_depth", "sources", "shared_text", "learn", "measure_costs")
-#: Keys that typical acceptance has and lossless has not, as in `TypicalRule`.
+#: Keys that only typical acceptance has, as in `TypicalRule`.
 POSTERIOR_KEYS = ("posterior_threshold", "posterior_alpha")
 LOSSLESS, TYPICAL = "lossless", "typical"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MedusaOptions:
-    """What the user asked for in vLLM's ``speculative_config``.
+    """The user's options in vLLM's ``speculative_config``.
 
     Attributes:
         model: directory, file or hub name of the heads; None: the target model's own directory.
         revision: hub revision of the heads.
         tree: ``"auto"``, ``"dynamic"``, ``"static"``, a named tree, the path of a tree file, or a
             list of paths.
-        num_speculative_tokens: number of draft nodes; must agree with a tree that is given.
+        num_speculative_tokens: number of draft nodes; must agree with the tree, if one is given.
         num_speculative_tokens_per_batch_size: number of draft nodes by batch size, as vLLM's key
             of that name: ``[[first, last, nodes], ...]``; 0 nodes: nothing is drafted.
         acceptance: ``"lossless"``, or ``"typical"``, which changes the output's distribution.
-        posterior_threshold, posterior_alpha: of typical acceptance only, as in `TypicalRule`.
-        max_tree_requests: how many requests may hold fork blocks at once; None: as many as an
-            eighth of the KV cache allows. Requests beyond them draft a chain.
-        max_nodes, max_depth, sources, shared_text, learn, measure_costs: of dynamic trees only, as
+        posterior_threshold, posterior_alpha: only for typical acceptance, as in `TypicalRule`.
+        max_tree_requests: how many requests can hold fork blocks at the same time; None: as many as
+            an eighth of the KV cache allows. All other requests draft a chain.
+        max_nodes, max_depth, sources, shared_text, learn, measure_costs: only for dynamic trees, as
             in `DynamicTrees`.
 
     """
@@ -118,7 +118,7 @@ class MedusaOptions:
 
     @property
     def is_sized(self) -> bool:
-        """Whether numbers of draft nodes are given, which static trees have."""
+        """Whether numbers of draft nodes are given, which only static trees can have."""
         return not (
             self.num_speculative_tokens is None
             and self.num_speculative_tokens_per_batch_size is None
@@ -127,18 +127,18 @@ class MedusaOptions:
     @property
     def is_dynamic(self) -> bool:
         """Whether the trees are dynamic."""
-        # The tree may be of any type as long as it is not checked.
+        # The tree can be of any type until it is checked.
         return isinstance(self.tree, str) and (
             self.tree == DYNAMIC or (self.tree == AUTO and not self.is_sized)
         )
 
     @property
     def dynamic_values(self) -> dict[str, Any]:
-        """The values of `DYNAMIC_KEYS` that are given."""
+        """The given values of `DYNAMIC_KEYS`."""
         return _given(self, DYNAMIC_KEYS)
 
     def _check_dynamic(self) -> None:
-        """Check the keys that dynamic trees have and static ones do not."""
+        """Check the keys that only dynamic trees have."""
         for key, value in self.dynamic_values.items():
             if not self.is_dynamic:
                 sized = " with a number of nodes" if self.is_sized else ""
@@ -168,12 +168,12 @@ class MedusaOptions:
 
 
 def is_acceptance(value: Any) -> bool:
-    """Whether a value, of whatever type, names a rule of acceptance."""
+    """Whether a value, of any type, is a name of a rule of acceptance."""
     return isinstance(value, str) and value in (LOSSLESS, TYPICAL)
 
 
 def check_posterior(acceptance: Any, values: Mapping[str, Any]) -> None:
-    """Check values of `POSTERIOR_KEYS`, which typical acceptance alone has.
+    """Check values of `POSTERIOR_KEYS`, which only typical acceptance has.
 
     Raises:
         UserError: if one is not allowed.
@@ -186,11 +186,11 @@ def check_posterior(acceptance: Any, values: Mapping[str, Any]) -> None:
                 f"{shown(acceptance)}; leave {key} out"
             )
         if type(value) not in (int, float) or not 0 < value <= 1:
-            raise UserError(f"{key}={shown(value)} must be a number over 0, and 1 at most")
+            raise UserError(f"{key}={shown(value)} must be a number above 0 and at most 1")
 
 
 def typical_rule(options: Any) -> TypicalRule | None:
-    """Return the rule that an engine's or a request's options mean; None: lossless acceptance."""
+    """Return the rule of an engine's or a request's options; None: lossless acceptance."""
     if options.acceptance != TYPICAL:
         return None
     return TypicalRule(**_given(options, POSTERIOR_KEYS))
@@ -205,21 +205,21 @@ def with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a ``speculative_config`` with ``a_key`` for ``a-key``.
 
     Raises:
-        UserError: if a key is no string, or is given in both spellings.
+        UserError: if a key is not a string, or is given in both spellings.
 
     """
     spelled: dict[str, str] = {}
     for key in values:
         if not isinstance(key, str):
             raise UserError(
-                f"speculative_config has the key {shown(key)}, which is no string; "
+                f"speculative_config has the key {shown(key)}, which is not a string; "
                 f"use {', '.join(_keys())}"
             )
         name = key.replace("-", "_")
         if name in spelled:
             raise UserError(
-                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are one "
-                "key; remove one of them"
+                f"speculative_config has {shown(spelled[name])} and {shown(key)}, which are the "
+                "same key; remove one of them"
             )
         spelled[name] = key
     return {name: values[key] for name, key in spelled.items()}

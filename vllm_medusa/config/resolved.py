@@ -26,12 +26,12 @@ class MedusaConfig:
     Attributes:
         heads: directory, file or hub name of the heads.
         revision: hub revision of the heads.
-        tree: the draft tree; with trees by batch size the largest, the others its first nodes;
-            with dynamic trees the rank paths that the heads' nodes are chosen from.
+        tree: the draft tree. With trees by batch size it is the largest; the others are its first
+            nodes. With dynamic trees it holds the rank paths that the heads' nodes are chosen from.
         tree_name: how the tree was chosen, for messages.
-        sizes_by_batch: how many of its nodes are drafted at which batch size; None: always all.
+        sizes_by_batch: number of its nodes that are drafted, by batch size; None: always all.
         max_tree_requests: as in `MedusaOptions`.
-        dynamic: bounds of the trees if they are dynamic.
+        dynamic: limits of the trees if they are dynamic.
         typical: the rule of typical acceptance; None: acceptance is lossless.
 
     """
@@ -47,7 +47,7 @@ class MedusaConfig:
 
     @property
     def limits(self) -> TreeLimits:
-        """What no draft tree exceeds."""
+        """Upper limits of the draft trees."""
         if self.dynamic is not None:
             nodes, depth = self.dynamic.max_nodes, self.dynamic.max_depth
             return TreeLimits(nodes, min(depth, nodes), min(self.dynamic.max_paths, nodes))

@@ -63,7 +63,7 @@ class Prompt:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Prompt:
-        """Read back what `as_record` made."""
+        """Make a prompt from what `as_record` returned."""
         return Prompt(**{**record, "turns": tuple(Turn(**turn) for turn in record["turns"])})
 
 
@@ -76,7 +76,7 @@ class BadLine:
 
 
 class _UnusableError(Exception):
-    """Why a line cannot be used."""
+    """The reason why a line cannot be used."""
 
 
 def read_prompts(path: str | Path, *, on_bad: OnBad = "error") -> list[Prompt]:
@@ -84,12 +84,12 @@ def read_prompts(path: str | Path, *, on_bad: OnBad = "error") -> list[Prompt]:
 
     A line is `{"prompt": text}` or `{"text": text}`, `{"messages": [{"role", "content"}, ...]}`,
     ShareGPT's `{"conversations": [{"from", "value"}, ...]}`, or MT-Bench's `{"question_id",
-    "category", "turns": [text, ...]}`, each with an `id` if wanted; other keys are not looked at.
+    "category", "turns": [text, ...]}`, each with an optional `id`; other keys are ignored.
 
     Args:
         path: the file.
-        on_bad: what to do about lines that are empty, malformed or of no such form: an error that
-            names them, or leave them out with a warning that names them.
+        on_bad: for lines that are empty, malformed or of another form: an error that names them, or
+            leave them out with a warning that names them.
 
     Raises:
         UserError: no such file, bad lines, or no prompt at all.
@@ -113,7 +113,7 @@ def parse_prompts(path: str | Path) -> tuple[list[Prompt], list[BadLine]]:
         raise UserError(f"prompts {str(path)!r}: {exc.strerror}; give a JSONL file") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1]:
-        lines.pop()  # what follows the last line's end is no line
+        lines.pop()  # the text after the last newline is not a line
     prompts: dict[str, Prompt] = {}
     bad = []
     for number, line in enumerate(lines, 1):
@@ -121,7 +121,7 @@ def parse_prompts(path: str | Path) -> tuple[list[Prompt], list[BadLine]]:
             prompt = _parse_line(line, number)
             if prompt.id in prompts:
                 earlier = prompts[prompt.id].line
-                raise _UnusableError(f"id {prompt.id!r} is that of line {earlier} already")
+                raise _UnusableError(f"id {prompt.id!r} is already the id of line {earlier}")
         except _UnusableError as exc:
             bad.append(BadLine(number, str(exc)))
         else:
@@ -130,10 +130,10 @@ def parse_prompts(path: str | Path) -> tuple[list[Prompt], list[BadLine]]:
 
 
 def settle_bad_lines(path: str | Path, bad: Sequence[BadLine], on_bad: OnBad) -> None:
-    """Refuse, or warn of, lines that cannot be used.
+    """Refuse lines that cannot be used, or warn about them.
 
     Raises:
-        UserError: there are any, and they are not to be left out.
+        UserError: there are some, and ``on_bad`` does not allow to leave them out.
     """
     if not bad:
         return
@@ -209,7 +209,7 @@ def _turn(message: Any, role_key: str, text_key: str) -> Turn:
         raise _UnusableError(f"{role_key} {name!r} is none of {', '.join(_ROLES)}")
     content = message.get(text_key)
     if role == "assistant" and not content:
-        return Turn(role, "")  # a tool call, say; nothing is asked by it
+        return Turn(role, "")  # for instance a tool call, which needs no answer
     return Turn(role, _text(content, text_key))
 
 

@@ -1,4 +1,4 @@
-"""Rows of token ids with a loss mask, in shards: what `distill` writes, `train` and others read.
+"""Rows of token ids with a loss mask, in shards: `distill` writes them, other tools read them.
 
 A data set is a directory of shards `part-00000.parquet`, `part-00001.parquet`, ... or the same with
 `.jsonl`, of columns `id` (string), `token_ids` (list of int32) and `loss_mask` (list of bool), and
@@ -56,13 +56,13 @@ class Row:
 
     @property
     def num_learnt(self) -> int:
-        """Number of answer tokens that some position of the row can predict."""
+        """Number of answer tokens that a position of the row can predict."""
         return int(self.loss_mask[1:].sum())
 
     def answers(self) -> list[tuple[int, int]]:
         """Return the answers as ranges [start, stop) of tokens; a row of several turns has several.
 
-        An answer at the very start is cut by the token that no position predicts.
+        An answer at the start of the row loses its first token, which no position predicts.
         """
         flags = np.concatenate(([False], self.loss_mask, [False]))
         flags[1] = False
@@ -94,9 +94,9 @@ class Row:
                 "but both must be lists of one length, not empty"
             )
         if token_ids.dtype.kind != "i" or token_ids.min() < 0 or token_ids.max() > _MAX_INT32:
-            raise ValueError("token_ids holds other than int32 from 0 on")
+            raise ValueError("token_ids must hold int32 values from 0 on")
         if loss_mask.dtype != np.bool_:
-            raise ValueError("loss_mask holds other than true and false")
+            raise ValueError("loss_mask must hold true and false only")
         if not isinstance(record["id"], str):
             raise ValueError("id is not a string")
         return Row(record["id"], token_ids.astype(np.int32), loss_mask)
@@ -120,14 +120,14 @@ def list_shards(directory: Path) -> dict[int, Path]:
 
 
 def write_shard(path: Path, rows: Sequence[Row]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard completely or not at all.
 
     Args:
         path: ends in `.parquet` or `.jsonl`, which decides the format.
         rows: its rows, in order.
 
     Raises:
-        UserError: it cannot be written, on a full disk say.
+        UserError: it cannot be written, for instance on a full disk.
     """
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     write_atomically(path, lambda file: write(file, rows))
@@ -178,15 +178,15 @@ def _all_shards(directory: Path) -> list[Path]:
         try:
             wanted = int(json.loads(provenance.read_text(encoding="utf-8"))["num_shards"])
         except (ValueError, KeyError, TypeError) as exc:
-            raise UserError(f"{provenance}: says no number of shards ({exc!r})") from None
+            raise UserError(f"{provenance}: has no number of shards ({exc!r})") from None
     if not shards:
         raise UserError(f"{directory}: holds no shards; vllm-medusa distill makes them")
     wanted = max(wanted, max(shards) + 1)
     missing = [index for index in range(wanted) if index not in shards]
     if missing:
         raise UserError(
-            f"{directory}: {len(missing)} of {wanted} shards are missing, number {missing[0]} the "
-            "first; run the same distill command again to complete them"
+            f"{directory}: {len(missing)} of {wanted} shards are missing, the first is number "
+            f"{missing[0]}; run the same distill command again to complete them"
         )
     return list(shards.values())
 
@@ -214,7 +214,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            'Parquet needs pyarrow: pip install "vllm-medusa[train]", or take --format jsonl'
+            'Parquet needs pyarrow: pip install "vllm-medusa[train]", or use --format jsonl'
         ) from None
     return pyarrow, pyarrow.parquet
 
@@ -260,5 +260,5 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _array(scalar: Any) -> Any:
-    """The values of a list as an array, of which Python integers would take ten times the room."""
+    """The values of a list as an array: Python integers would take ten times the memory."""
     return scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None

@@ -1,4 +1,4 @@
-"""Who answers the shards: an engine on this machine, or actors on a Ray cluster."""
+"""Engines that answer shards: one on this machine, or actors on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from vllm_medusa.target.conversations import answer_prompts
 from vllm_medusa.target.settings import AnswerSettings
 from vllm_medusa.target.text import AnsweringModel, load_answering_model
 
-#: Of a Ray worker whose process or machine dies; Ray Data's own default is to go on for ever. Its
-#: shard is tried for as long as there are restarts: while the worker moves to another machine, Ray
-#: finds it "unavailable" any number of times.
+#: For a Ray worker whose process or machine dies; Ray Data's default is to restart it for ever. Its
+#: shard is tried again as long as there are restarts: while the worker moves to another machine,
+#: Ray reports it as "unavailable" any number of times.
 _RESTARTS = {"max_restarts": 3, "max_task_retries": -1}
-_KEPT = "finished shards are kept: run the same command again to go on"
+_KEPT = "finished shards are kept: run the same command again to continue"
 
 T = TypeVar("T")
 #: A shard's index and prompts.
 Shard = tuple[int, Sequence[Prompt]]
-#: Told of answers that have ended, and of tokens made, since it was last told; first, with zeros,
-#: when work begins.
+#: Called with the numbers of answers that have ended and of tokens since the last call; the first
+#: call, with zeros, is when the work begins.
 Report = Callable[[int, int], None]
 
 
 class Answerer(AbstractContextManager["Answerer"]):
     """An engine that answers shards of prompts; use as a context manager.
 
-    A shard's rows depend on nothing but the shard and the settings: it has the engine to itself,
-    and the prefix cache is emptied before it, so that its batches are the same whenever it runs.
+    A shard's rows depend only on the shard and the settings. The engine answers one shard at a
+    time, with an empty prefix cache at its start, so its batches are always the same.
 
     Args:
         settings: how to answer.
@@ -95,9 +95,9 @@ def answer_locally(
 
     Args:
         settings: how to answer.
-        model: whose answers.
-        shards: to answer.
-        report: told about once a second.
+        model: the model that answers.
+        shards: the shards to answer.
+        report: called about once a second.
 
     Yields:
         Index and rows of each shard, in order.
@@ -115,7 +115,7 @@ def answer_locally(
         if exc.ending is None:
             raise _refused(settings, exc.reason) from None
         raise UserError(
-            f"vLLM failed on {settings.model}: the process {exc.ending}, its last words "
+            f"vLLM failed on {settings.model}: the process {exc.ending}; its last message: "
             f"{exc.reason!r}; {_KEPT}"
         ) from None
 
@@ -127,8 +127,8 @@ def _refused(settings: AnswerSettings, reason: str) -> UserError:
 class _ShardActor:
     """A Ray actor that answers shards.
 
-    What vLLM refuses it returns: raised, Ray would retry it, and print it several times over. With
-    an engine that dies it dies too, and Ray starts another.
+    If vLLM refuses, the actor returns the error: if it raised it, Ray would retry, and print the
+    error several times. If its engine dies, the actor dies too, and Ray starts another one.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -168,12 +168,12 @@ def answer_on_ray(
     """Answer shards on a Ray cluster, one engine a worker, with Ray Data.
 
     Args:
-        settings: the model must be found under its name on every machine.
-        shards: to answer.
-        report: told of a shard at its end.
-        address: of the cluster; `local` starts one on this machine.
-        num_workers: engines at once. Each gets as many GPUs as its model is split over, or one CPU
-            of a cluster without GPUs.
+        settings: the model must have the same name on every machine.
+        shards: the shards to answer.
+        report: called at the end of a shard.
+        address: address of the cluster; `local` starts one on this machine.
+        num_workers: number of engines. Each gets as many GPUs as its model is split over, or one
+            CPU if the cluster has no GPUs.
 
     Yields:
         Index and rows of each shard, as they end.

@@ -1,4 +1,4 @@
-"""The directory that `distill` writes: locked, checked, and said how it was made."""
+"""The directory that `distill` writes: its lock, its checks, its provenance."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PROVENANCE_FORMAT = "vllm_medusa.distill/1"
 
 @contextmanager
 def open_output(directory: Path, made_from: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Take a directory for a run of `distill`, made if it is not there.
+    """Lock a directory for a run of `distill`; create it if needed.
 
     Args:
-        directory: empty, or written by a run of the same settings.
-        made_from: all that decides the rows, as JSON values.
+        directory: empty, or written by a run with the same settings.
+        made_from: everything that decides the rows, as JSON values.
 
     Yields:
         The provenance that the directory holds; empty for a new one.

@@ -29,13 +29,13 @@ from vllm_medusa.target.text import AnsweringModel, TemplateError, load_answerin
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a run came to, counts of earlier runs included.
+    """The result of a run; its counts include earlier runs.
 
     Attributes:
         num_rows: of all shards.
         num_tokens: of all rows.
         num_answer_tokens: of these that the loss mask covers.
-        num_answers: one a turn.
+        num_answers: one for each turn.
         num_unanswered: turns that left no room for an answer.
         num_left_out: lines of the prompt file that could not be used.
     """
@@ -49,15 +49,15 @@ class Distilled:
 
 
 def distill(settings: DistillSettings) -> Distilled:
-    """Write the target model's answers to all prompts, going on where an earlier run ended.
+    """Write the target model's answers to all prompts; continue where an earlier run ended.
 
     Shard i holds the answers to the usable prompts i * S to (i + 1) * S - 1 in the order of the
-    file. A shard is written whole, under a temporary name first; killed at any point, another call
-    makes the shards that are missing, and the result is that of a call that nothing disturbed.
+    file. A shard is first written under a temporary name, so it is complete or absent. If the run
+    is killed, another call makes the missing shards, with the same result.
 
     Raises:
-        UserError: prompts, settings, engine or disk: one line. Finished shards stay.
-        UserError: no such model.
+        UserError: a fault of the prompts, the settings, the model, the engine or the disk. Finished
+            shards stay.
     """
     model = load_answering_model(settings.answers)
     prompts, bad = _usable_prompts(settings, model)
@@ -97,7 +97,7 @@ def _make_shards(
     missing: Sequence[Shard],
     provenance: dict[str, Any],
 ) -> None:
-    """Write the missing shards; keeps the provenance's seconds up to date."""
+    """Write the missing shards; update the seconds in the provenance."""
     before, begin = provenance["seconds"], time.monotonic()
     num_all, num_missing = (sum(map(_num_turns, some)) for some in (shards, missing))
     with Bar("distill", "answers", num_all, num_all - num_missing) as bar:
@@ -144,7 +144,7 @@ def _answer(
 def _usable_prompts(
     settings: DistillSettings, model: AnsweringModel
 ) -> tuple[list[Prompt], list[BadLine]]:
-    """Read the prompts that the model can be given; settle the other lines."""
+    """Read the usable prompts; refuse the other lines or warn about them."""
     prompts, bad = parse_prompts(settings.prompts)
     usable = []
     for prompt in prompts:
@@ -185,12 +185,12 @@ def _reason_against(prompt: Prompt, model: AnsweringModel) -> str | None:
 def _made_from(
     settings: DistillSettings, model: AnsweringModel, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """Return all that decides the rows."""
+    """Return everything that decides the rows."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.text, prompt.as_record()["turns"]]).encode())
     answers = asdict(settings.answers) | {"max_prompt_tokens": model.max_prompt_tokens}
-    del answers["model"], answers["revision"]  # the fingerprint says more
+    del answers["model"], answers["revision"]  # the fingerprint is more precise
     return {
         "model_fingerprint": model.fingerprint,
         "num_prompts": len(prompts),
@@ -216,13 +216,15 @@ def _count(settings: DistillSettings, shards: Sequence[Shard], num_left_out: int
             if row.id in expected[len(seen) : len(seen) + 1]:
                 seen.append(row.id)
             elif not seen or not row.id.startswith(f"{seen[-1]}#"):
-                raise UserError(f"{path}: row {row.id!r} is out of place; remove it, and run again")
+                raise UserError(
+                    f"{path}: row {row.id!r} is not in order; remove the file and run again"
+                )
             num_rows += 1
             num_tokens += len(row.token_ids)
             num_answer_tokens += row.num_answer_tokens
             num_answers += row.num_answers
         if seen != expected:
-            raise UserError(f"{path}: lacks rows of its prompts; remove it, and run again")
+            raise UserError(f"{path}: lacks rows of its prompts; remove the file and run again")
     return Distilled(
         num_rows=num_rows,
         num_tokens=num_tokens,

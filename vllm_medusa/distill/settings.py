@@ -1,4 +1,4 @@
-"""What `distill` is asked to do."""
+"""The settings of `distill`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_medusa.target.settings import AnswerSettings
 
 @settings
 class DistillSettings:
-    """What to distil."""
+    """The settings of one run of `distill`."""
 
     FLAGS: ClassVar[Mapping[str, str]] = {"shard_format": "--format", "ray_address": "--ray"}
 
@@ -25,17 +25,17 @@ class DistillSettings:
     prompts: PathText
     """JSON lines of texts, chats, ShareGPT conversations or MT-Bench questions."""
     out: PathText
-    """Where the rows go; an interrupted run in it is completed."""
+    """Directory of the rows; an interrupted run in it is completed."""
     shard_size: PositiveInt = 256
-    """Prompts a file."""
+    """Number of prompts for each file."""
     shard_format: ShardFormat = "parquet"
-    """Of the files."""
+    """Format of the files."""
     on_bad: OnBad = "error"
     """What to do about lines that are malformed or too long."""
     ray_address: str | None = None
-    """Use Ray: of that address, 'auto' for the running one, nothing to start one here."""
+    """Use the Ray cluster at ADDRESS; 'auto': the running one; without ADDRESS: start one here."""
     num_workers: PositiveInt = 1
-    """Engines at once, on Ray."""
+    """Number of engines on Ray."""
 
     def __post_init__(self) -> None:
         if self.num_workers > 1 and self.ray_address is None:

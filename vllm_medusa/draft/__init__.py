@@ -1,4 +1,4 @@
-"""What is drafted: candidates of several sources, one tree per request, the nodes that pay."""
+"""Dynamic trees: candidates of several sources, one tree per request, the nodes that pay."""
 
 from vllm_medusa.draft.types import Draft, Drafts
 

@@ -20,7 +20,7 @@ def accepted_by_source(
 
     Args:
         drafts: what was drafted; parents come before their children.
-        requests: places of n requests in it.
+        requests: places of n requests in ``drafts``.
         accepted: [n] tokens that each request accepted, one node below the other from the root on.
 
     Raises:
@@ -52,9 +52,9 @@ def _count(
     begin = 0
     for place in range(len(requests)):
         start, stop = starts[requests[place]], starts[requests[place] + 1]
-        node = 0  # as parents count: the root
+        node = 0  # in the numbering of parents: the root
         for token in accepted[begin : ends[place]]:
-            child = start + node  # children come behind their parent
+            child = start + node  # children come after their parent
             while child < stop and (tokens[child] != token or parents[child] != node):
                 child += 1
             if child == stop:

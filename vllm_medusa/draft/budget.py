@@ -1,9 +1,9 @@
-"""Which of all requests' nodes are drafted: those that pay.
+"""The choice of the nodes of all requests that are drafted: those that pay.
 
-A step emits one token per request and, in expectation, as many more as the sum of the drafted
-nodes' path probabilities. So of all nodes the b likeliest are drafted, where b maximises
-(requests + that sum) / cost of the step. Path probability falls along a path, so the b likeliest of
-all are trees by themselves.
+A step emits one token per request, and in expectation as many more as the sum of the drafted nodes'
+path probabilities. So the b most probable nodes are drafted, where b maximises (requests + this
+sum) / cost of the step. Path probability falls along a path, so the b most probable nodes are
+always complete trees.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.merge import Nodes
 from vllm_medusa.draft.types import Bools, Drafts, Floats, Ints
 
-#: No limit of leaves.
+#: No limit on leaves.
 UNLIMITED = 2**31
 
 
@@ -29,8 +29,8 @@ class Ranked:
         drafts: all of them.
         request: [T] request of each node.
         order: [T] the nodes in falling probability, over all requests.
-        is_fork: [T] whether another child of its parent is likelier: the node then begins a path
-            of its own, beyond its request's first.
+        is_fork: [T] whether another child of its parent is more probable. Then the node begins
+            another path of its request.
 
     """
 
@@ -46,8 +46,8 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
     Args:
         nodes: of B requests.
         limits: [B] most nodes of each request.
-        max_leaves: [B] most leaves of each request's tree. The likeliest forks are kept, and of the
-            others neither they nor what is below them.
+        max_leaves: [B] most leaves of each request's tree. The most probable forks are kept; the
+            other forks and the nodes below them are left out.
         min_probability: nodes that are less likely are left out.
 
     """
@@ -65,16 +65,16 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
 def best_size(
     ranked: Ranked, num_requests: int, costs: CostCurve, more_ms: float = 0.0
 ) -> tuple[int, Floats]:
-    """Return the number of nodes that pays best, and [T + 1] tokens per ms by number of nodes.
+    """Return the best number of nodes, and [T + 1] tokens per ms by number of nodes.
 
-    Every number is tried with the forks that it has, so a costly fork makes the numbers behind it
-    worse until what hangs below it has made up for it.
+    Every number is tried with its forks. So a costly fork makes the next numbers worse, until the
+    nodes below the fork outweigh its cost.
 
     Args:
         ranked: the nodes.
         num_requests: that decode in the step.
         costs: of the step.
-        more_ms: what the step costs in any case, beyond that.
+        more_ms: additional cost of the step, for any number of nodes.
 
     """
     rates = _rates(ranked, ranked.order, num_requests, costs, more_ms)
@@ -115,7 +115,7 @@ def _rates_by_size(
     fork_ms: float,
     num_requests: int,
 ) -> Floats:
-    """[n + 1] tokens per ms of the first so many nodes of an order [n]; [T] of all nodes."""
+    """[n + 1] tokens per ms of the first 0, 1, ... nodes of an order [n]; others are [T]."""
     emitted = float(num_requests)
     rates = np.empty(len(order) + 1)
     rates[0] = emitted / (ms[0] + more_ms)
@@ -127,7 +127,7 @@ def _rates_by_size(
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:
-    """Return the drafts that hold the ``num_nodes`` likeliest nodes of all requests."""
+    """Return the drafts with the ``num_nodes`` most probable nodes of all requests."""
     drafts = ranked.drafts
     if num_nodes >= len(ranked.order):
         return drafts
@@ -209,7 +209,7 @@ def _within_bounds(
     max_leaves: Ints,
     num_ids: int,
 ) -> tuple[Ints, Ints, Bools, Ints]:
-    """Go through nodes in an order and keep those that are within their request's bounds.
+    """Go through nodes in an order and keep those within the limits of their request.
 
     Args:
         order: [m] of nodes, request by request, parents first.

@@ -1,7 +1,7 @@
-"""Loops over nodes, compiled by numba, which vLLM's own drafter of n-grams uses too.
+"""Loops over nodes, compiled by numba, which vLLM's own n-gram drafter uses too.
 
-A tree is a few dozen nodes: in numpy the calls would cost more than what they do. What is compiled
-is kept beside this file, or in the user's cache.
+A tree has a few dozen nodes, so in numpy the calls would cost more than their work. The compiled
+code is kept beside this file, or in the user's cache.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numba import njit
 
 from vllm_medusa.draft.types import Floats, Ints
 
-# When an engine starts, vLLM reads `vars()` of all that any module holds
-# (`triton_utils/dispatcher.py` of 0.32). llvmlite's library, with which numba compiles, answers
-# with one of its functions, and a second engine in this process would not start. So it answers
-# with nothing here.
+# When an engine starts, vLLM calls `vars()` on every object of every module
+# (`triton_utils/dispatcher.py` of 0.32). The library object of llvmlite, with which numba compiles,
+# returns one of its functions, and a second engine in this process would not start. So it gets an
+# empty `__dict__` here.
 ffi.lib._fntab.setdefault("__dict__", {})
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -15,22 +15,22 @@ from vllm_medusa.draft.text_index import AHEAD, BEHIND, TextIndex, match_lengths
 from vllm_medusa.draft.trie import Trie, build_trie
 from vllm_medusa.draft.types import Candidates, Emitted, Floats, Ints, Source
 
-#: Places of a request that are read: those with the longest match, of these the latest.
+#: Places of a request that are read: those with the longest match, then the latest.
 MAX_PLACES = 8
-#: How much more a place counts for each token that its match is longer.
+#: Factor on the weight of a place for each additional token of its match.
 _WEIGHT_OF_MATCH = 1.5
-#: Paths that are less likely are not proposed: they pay nowhere.
+#: Less probable paths are not proposed: they never pay.
 _MIN_PATH_PROBABILITY = 1e-3
 
 
 class Continuations:
-    """Makes candidates of what follows places in texts.
+    """Makes candidates from the tokens that follow places in texts.
 
     Args:
-        source: whose candidates they are.
+        source: source of the candidates.
         curve: gives the nodes' probabilities.
-        observer: is shown what became of the candidates; None is nobody.
-        max_depth: of the trees, `AHEAD` at most.
+        observer: gets the outcomes of the candidates; None: no observer.
+        max_depth: depth of the trees, at most `AHEAD`.
 
     """
 
@@ -74,7 +74,7 @@ class Continuations:
         return self._proposed.keep(candidates, features, np.zeros(len(tokens), dtype=np.int64))
 
     def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's candidates with what the texts then were."""
+        """Compare the last step's candidates with the tokens that followed."""
         self._proposed.learn(emitted)
 
 
@@ -129,7 +129,7 @@ def _candidates(
 def _likely(
     trie: Trie, features: Floats, given: Floats, max_depth: int
 ) -> tuple[Ints, Ints, Ints, Floats, Ints, Floats]:
-    """Return what `_candidates` does: of the nodes [n] those that are likely enough."""
+    """Return what `_candidates` returns: the nodes [n] that are probable enough."""
     paths = along_paths(trie.parents, given)
     places = np.full(len(paths), -1)
     levels = np.zeros(max_depth + 1, np.int64)

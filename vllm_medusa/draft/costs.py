@@ -18,20 +18,21 @@ _MAX_CURVES = 256
 
 
 class CostCurve:
-    """Milliseconds of a step, interpolated between measured ones and forced monotone.
+    """Milliseconds of a step, interpolated between measured points and made monotone.
 
-    Between two measured numbers of requests, as many drafts are taken to cost what lies between;
-    outside of them, as many tokens to cost the same. A curve goes on at its last slope.
+    Between two measured numbers of requests, the cost for a number of drafts is interpolated.
+    Outside of them, the same number of tokens costs the same. A curve continues with its last
+    slope.
 
     Args:
-        points: by number of requests, the measured ``(tokens, ms)`` of steps of so many requests,
+        points: by number of requests, the measured ``(tokens, ms)`` of its steps,
             drafts among the tokens.
-        fork_ms: what each path beyond the first of a request costs in addition. On vLLM's V1
+        fork_ms: additional cost of each path of a request except the first. On vLLM's V1
             runner it is a pseudo-sequence that reads the request's context once more.
-        heads: measured ``(requests, ms)`` of running the heads; none if they cost nothing.
+        heads: measured ``(requests, ms)`` of running the heads; empty if they cost nothing.
 
     Raises:
-        UserError: if there are no points, or one is not positive.
+        UserError: if there are no points, or if one is not positive.
 
     """
 
@@ -76,7 +77,7 @@ class CostCurve:
         """Read what `to_dict` made.
 
         Raises:
-            UserError: it is something else.
+            UserError: it does not have this form.
 
         """
         try:
@@ -96,7 +97,7 @@ class CostCurve:
         return self._table(num_requests, -(-max_drafts // 64) * 64)[: max_drafts + 1]
 
     def heads_ms(self, num_requests: int) -> float:
-        """Return what running the heads for so many requests costs."""
+        """Return the milliseconds of running the heads for a number of requests."""
         return float(_curve_at(self._heads, np.array(num_requests))) if len(self._heads) else 0.0
 
     def _make_table(self, num_requests: int, max_drafts: int) -> Floats:
@@ -117,7 +118,7 @@ def _all_positive(numbers: Floats) -> bool:
 
 
 def _curve_at(curve: Floats, tokens: Ints) -> Floats:
-    """Read a curve [points, 2] at numbers of tokens, beyond its end at its last slope."""
+    """Evaluate a curve [points, 2] at numbers of tokens; after its end with its last slope."""
     x, y = curve[:, 0], np.maximum.accumulate(curve[:, 1])
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
     ms: Floats = np.interp(tokens, x, y) + slope * np.maximum(0, tokens - x[-1])

@@ -23,25 +23,26 @@ from vllm_medusa.draft.types import Drafts, Emitted, Floats, Guesses, Ints, Requ
 
 #: All sources but the heads.
 _OTHERS = int(~Source.HEADS)
-#: Nodes that are less likely are never drafted.
+#: Less probable nodes are never drafted.
 _MIN_PROBABILITY = 1e-3
-#: Of the heads' own nodes, so many times what may be drafted are looked at: if leaves are bounded,
-#: not only the likeliest are taken.
+#: The heads' nodes that are considered, as a multiple of the nodes that can be drafted: with a
+#: limit on leaves, not only the most probable nodes are taken.
 _POOL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSettings:
-    """Bounds of a request's tree, and where it comes from.
+    """Limits of a request's tree, and its sources.
 
     Attributes:
-        sources: of the nodes.
+        sources: sources of the nodes.
         max_nodes: most draft nodes.
         max_leaves: most leaves.
         max_depth: deepest node.
-        learn: whether probabilities go on learning.
-        max_text_tokens: of a longer text, the last tokens are searched, half of so many at least.
-        max_shared_tokens: of the outputs of finished requests that are kept for `SHARED_TEXT`.
+        learn: whether the curves learn.
+        max_text_tokens: of a longer text only the last tokens are searched, at least half of this
+            number.
+        max_shared_tokens: most tokens of finished requests' outputs kept for `SHARED_TEXT`.
 
     """
 
@@ -56,17 +57,17 @@ class DraftSettings:
 
 
 class Drafter:
-    """Drafts step by step. It is given the same in the same order, it drafts the same.
+    """Drafts step by step. The same inputs in the same order give the same drafts.
 
-    In each step: ask `runs_heads`, run them or not, call `propose`. Call `finish` for each request
-    that has ended; one that was preempted may go on later.
+    In each step: call `runs_heads`, run the heads if it is true, call `propose`. Call `finish` for
+    each request that has ended; a preempted request can continue later.
 
     Args:
-        settings: of the trees.
-        probabilities: of the sources; they learn in place.
-        costs: of a step, to choose the nodes that pay; None is to draft as many as may be.
-        observers: is shown, by source, what became of its candidates; None is that the curves
-            learn, if they are to.
+        settings: settings of the trees.
+        probabilities: curves of the sources, which learn in place.
+        costs: step costs, to choose the nodes that pay; None: as many nodes as the limits allow.
+        observers: by source, get the outcomes of its candidates; None: the curves learn, if the
+            settings say so.
         by_parent: whether the heads' guesses depend on the token above (`Superset.by_parent`).
 
     """
@@ -93,11 +94,11 @@ class Drafter:
         )
         self._proposers = _proposers(settings, probabilities, observers)
         self._pacer = Pacer()
-        # Of the last step: each request's place and how long its text was.
+        # Each request's place in the last step, and the length of its text then.
         self._last: dict[str, tuple[int, int]] = {}
 
     def runs_heads(self, num_requests: int) -> bool:
-        """Whether the heads are to run for the requests of this step."""
+        """Whether the heads should run for the requests of this step."""
         if Source.HEADS not in self._settings.sources or len(self._superset) == 0:
             return False
         return self._costs is None or self._pacer.runs_heads(num_requests)
@@ -109,8 +110,8 @@ class Drafter:
 
         Args:
             requests: those that sampled a token in this step.
-            guessed: of the heads, [B, T, k] tokens, the likeliest first, and the probabilities
-                that they give them, in the tables of the superset; None if they did not run.
+            guessed: [B, T, k] the heads' guessed tokens, the most probable first, and their
+                probabilities, in the tables of the superset; None if the heads did not run.
 
         """
         self._learn(requests)
@@ -128,7 +129,7 @@ class Drafter:
         return self._choose(ranked, guesses)
 
     def finish(self, key: str) -> None:
-        """Drop what is held for a request that has ended."""
+        """Drop the data of a request that has ended."""
         for proposer in self._proposers:
             proposer.finish(key)
 
@@ -165,7 +166,7 @@ class Drafter:
 
 
 def compile_ahead() -> None:
-    """Draft something, so that no request waits for what is compiled when it first runs."""
+    """Draft once, so that no request waits for code that is compiled at its first run."""
     num_heads, num_guesses = 2, 2
     probabilities = Probabilities.default(num_heads, num_guesses)
     drafter = Drafter(DraftSettings(max_nodes=4), probabilities, CostCurve({1: [(1, 1.0)]}))
@@ -178,7 +179,7 @@ def compile_ahead() -> None:
 
 
 def _bounds(most: int, wanted: Sequence[int | None]) -> Ints:
-    """Return the bounds of requests, each of which may want less; None is the engine's own."""
+    """Return the limits of requests, each the engine's or a smaller one of its own (or None)."""
     return np.array([most if w is None or w > most else w for w in wanted], dtype=np.int64)
 
 

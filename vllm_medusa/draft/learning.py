@@ -1,11 +1,11 @@
-"""How often candidates are right: logistic curves, and how they go on learning.
+"""How often candidates are right: logistic curves that learn.
 
 A candidate is right, given that its parent is, with probability ``sigmoid(features . slopes +
 bias[group])``. While serving, every 100 steps the slopes and biases take one Newton step towards
 what was seen in them. This is what vLLM's ``OnlineAcceptanceEstimator`` does
-(``v1/worker/gpu/spec_decode/acceptance_estimator.py``), with another damping: there a step is
-damped by the number of observations in it, here by what is remembered of earlier ones, so that
-few new observations do not make a curve jump that many older ones have settled.
+(``v1/worker/gpu/spec_decode/acceptance_estimator.py``), with another damping. There a step is
+damped by its own number of observations; here by the weight of the earlier ones, so that a few new
+observations do not change a curve much that many older ones have determined.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_PROBABILITY = 0.9995
 _MAX_LOG_ODDS = 14.0
 #: Steps between two updates.
 STEPS_PER_UPDATE = 100
-#: What is remembered of the information at each update: about the last twenty count.
+#: Share of the information that stays at each update: about the last twenty updates count.
 _MEMORY = 0.95
-#: How many observations a curve that was never fitted counts for, in each of its biases.
+#: Weight of a curve that was never fitted, in observations for each of its biases.
 _PRIOR_OBSERVATIONS = 50.0
 #: The same of a curve that is fitted once, and the Newton steps that it takes.
 _FIT_PRIOR = 4.0
@@ -61,7 +61,8 @@ class LogisticCurve:
 
         Args:
             features: [..., F].
-            groups: of the same shape without F; or of its last dimensions, for all alike.
+            groups: of the same shape without F; or of its last dimensions only, for all others the
+                same.
 
         """
         rows = features.reshape(-1, features.shape[-1])
@@ -78,11 +79,11 @@ class LogisticCurve:
 
         Args:
             values: JSON values.
-            name: for messages.
-            num_slopes, num_groups: that the curve must have.
+            name: name for messages.
+            num_slopes, num_groups: required numbers of slopes and groups.
 
         Raises:
-            UserError: it is something else, or a curve of other features or groups.
+            UserError: it does not have this form, or is a curve of other features or groups.
 
         """
         try:
@@ -101,15 +102,15 @@ class LogisticCurve:
 
 
 class Observer(Protocol):
-    """Is shown candidates whose parent was right."""
+    """Receives the candidates whose parent was right."""
 
     def observe(self, features: Floats, groups: Ints, predicted: Floats, right: Bools) -> None:
-        """Take up n candidates.
+        """Receive n candidates.
 
         Args:
             features, groups: [n, F] and [n].
-            predicted: [n] by the curve as it is.
-            right: [n] whether the text went through the candidate.
+            predicted: [n] predictions of the current curve.
+            right: [n] whether the candidate was right.
 
         """
 
@@ -118,7 +119,7 @@ class Observer(Protocol):
 
 
 class Recorder:
-    """Keeps all that it is shown, to fit a curve to it or to compare with what was predicted."""
+    """Keeps all candidates that it receives, to fit a curve or to compare with predictions."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Floats, Ints, Floats, Bools]] = []
@@ -128,7 +129,7 @@ class Recorder:
         self._parts.append((features, groups, predicted, right))
 
     def end_step(self) -> None:
-        """Steps do not matter."""
+        """Do nothing: steps do not matter here."""
 
     def __len__(self) -> int:
         return sum(len(right) for *_, right in self._parts)
@@ -137,7 +138,7 @@ class Recorder:
         """Return features, groups, predictions and outcomes of all candidates.
 
         Raises:
-            ValueError: there were none.
+            ValueError: there are none.
 
         """
         features, groups, predicted, right = zip(*self._parts, strict=True)
@@ -152,13 +153,13 @@ class Recorder:
 class Learner:
     """Moves a curve towards what is observed, by Newton steps on the log-likelihood.
 
-    Between updates the curve is constant, so the sums of an update are those of a fit at it. What
-    is kept is as large as the curve's coefficients squared. The same observations in the same order
-    give the same curve.
+    Between updates the curve is constant, so the sums of an update belong to one curve. The memory
+    is the square of the number of coefficients. The same observations in the same order give the
+    same curve.
 
     Args:
-        curve: is changed in place.
-        prior: how many observations the curve counts for as it is, in each of its coefficients.
+        curve: changed in place.
+        prior: weight of the given curve, in observations for each of its coefficients.
 
     """
 
@@ -185,7 +186,7 @@ class Learner:
 
     def update(self) -> None:
         """Move the curve by one Newton step."""
-        # The prior never fades, so that what is never observed does not become singular.
+        # The prior never fades, so that the matrix does not become singular without observations.
         self._information = _MEMORY * self._information + (1 - _MEMORY) * self._prior + self._seen
         move = np.clip(np.linalg.solve(self._information, self._gradient), -_MAX_MOVE, _MAX_MOVE)
         self.curve.slopes += move[: self._num_slopes]
@@ -195,11 +196,11 @@ class Learner:
 
 
 def fit(curve: LogisticCurve, features: Floats, groups: Ints, right: Bools) -> None:
-    """Fit a curve to n observations, by Newton steps from where it is.
+    """Fit a curve to n observations, by Newton steps from its present values.
 
     Args:
-        curve: is changed in place.
-        features, groups, right: as `Observer` has them.
+        curve: changed in place.
+        features, groups, right: as in `Observer.observe`.
 
     """
     for _ in range(_FIT_STEPS):

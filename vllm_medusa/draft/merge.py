@@ -1,8 +1,8 @@
-"""One tree per request out of what all sources propose.
+"""One tree per request from the candidates of all sources.
 
-Equal tokens under one parent are one node, and of their probabilities the largest counts. The
-heads' candidates are a `Superset`; those of other sources walk it depth by depth, and what leaves
-it hangs below the last node that they share.
+Equal tokens below one parent are one node, with the largest of their probabilities. The heads'
+candidates are a `Superset`. The candidates of other sources are matched with it depth by depth;
+those that are not on it are added below the last common node.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def merge(
         superset: the rank paths of the heads' candidates.
         guesses: of the heads, for all B requests; None if they did not run.
         proposals: of the other sources.
-        pool: so many of a request's nodes on the superset are kept, the likeliest, and none that
-            is less likely than they.
+        pool: number of a request's most probable nodes on the superset that are kept. No less
+            probable candidate is kept either.
 
     """
     others = join(proposals)
@@ -81,7 +81,7 @@ def join(proposals: Sequence[Candidates]) -> Candidates:
     if len(proposals) == 1:
         return proposals[0]
     num_tokens = 1 + max((int(p.tokens.max()) for p in proposals if len(p.tokens)), default=0)
-    # Of each proposal: the place of each of its nodes in the result.
+    # For each proposal the place of each of its nodes in the result.
     places = [np.zeros(len(p.tokens), dtype=np.int64) for p in proposals]
     parts: list[tuple[Ints, Ints, Ints, Floats, Ints]] = []
     levels = [0]
@@ -139,12 +139,12 @@ def _merged(
         parents, children, tables, cells, superset_depths: of the superset.
         guesses, guessed: [B, T, k] tokens of the heads and their probabilities.
         request, other_parents, other_tokens, other_given, other_source: of `Candidates`.
-        pool: as `merge` has it.
+        pool: as in `merge`.
 
     """
     size, num_requests, num_guesses = len(parents), guesses.shape[0], guesses.shape[2]
     source = np.full((num_requests, size), _HEADS)
-    paths = np.ones((num_requests, size + 1))  # of the root, the last, it stays 1
+    paths = np.ones((num_requests, size + 1))  # the last is the root's, which stays 1
     for row in range(num_requests):
         for place, cell in enumerate(cells):
             paths[row, place] = guessed[row, cell // num_guesses, cell % num_guesses]
@@ -193,13 +193,13 @@ def _walk(
     Args:
         parents, children, tables: of the superset.
         guesses: [B, T, k] tokens of the heads.
-        paths: [B, S + 1] of each path the probability given its parent; becomes that of the path.
-        source: [B, S] of each path; gets the candidates' added.
+        paths: [B, S + 1] probability of each path given its parent; becomes that of the path.
+        source: [B, S] sources of each path; those of the candidates are added.
         request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
 
     Returns:
-        [n] place of each candidate on the superset, -1 for those that are not on it, [n] that the
-        text goes through each candidate, and [n] its depth.
+        [n] place of each candidate on the superset, -1 for those that are not on it, [n] the
+        path probability of each candidate, and [n] its depth.
 
     """
     size, num_others = len(parents), len(request)
@@ -265,9 +265,9 @@ def _choose(
 
     Args:
         parents: [S] of the superset.
-        paths: [B, S + 1] that the text goes through each path.
+        paths: [B, S + 1] path probability of each path.
         hosts, other_paths, request, other_parents: [n] of the candidates, as in `_walk`.
-        pool: so many of each request's nodes on the superset, and those as likely as the last.
+        pool: number of each request's nodes on the superset, and those as probable as the last.
 
     Returns:
         Request and place of the nodes on the superset; the candidates that are not on it; ids of

@@ -11,8 +11,8 @@ from vllm_medusa.draft.types import Drafts, Ints
 def depth_first(drafts: Drafts) -> Drafts:
     """Return the drafts with each request's nodes in depth-first order, likelier children first.
 
-    Every prefix is a tree in this order too; but a cut takes the last paths, not the least likely
-    nodes.
+    In this order too, every prefix is a tree. But a cut removes the last paths, not the least
+    probable nodes.
     """
     if not len(drafts.tokens):
         return drafts

@@ -1,19 +1,19 @@
 """When to run the heads, and when to draft although nothing seems to pay.
 
-What the heads bring is known only after they ran. So by batch size it is remembered what they
-brought of late, and while that is less than they cost they run now and then only; the longer it
-has been so, the rarer.
+The gain of the heads is known only after they ran. So the recent gain is kept for each range of
+batch sizes. While it is below the cost of the heads, they run only now and then: the longer this
+lasts, the less often.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Steps in which the heads run at first, whatever they bring.
+#: Number of first steps in which the heads always run.
 _TRIAL_STEPS = 32
-#: Weight of the newest step in what is remembered.
+#: Weight of the newest step in the mean.
 _NEWEST = 0.05
-#: The same of a step that came after a pause.
+#: The same for a step after a pause.
 _NEWEST_AFTER_PAUSE = 0.5
 _SHORTEST_PAUSE = 16
 _LONGEST_PAUSE = 256
@@ -21,7 +21,7 @@ _LONGEST_PAUSE = 256
 
 @dataclass
 class _Pace:
-    """Of one range of batch sizes."""
+    """The state of one range of batch sizes."""
 
     gain: float = 1.0
     num_heads_steps: int = 0
@@ -32,14 +32,14 @@ class _Pace:
 
 
 class Pacer:
-    """Decides from step to step; one for an engine."""
+    """Decides in each step; each engine has one."""
 
     def __init__(self) -> None:
-        # By powers of two: few, and a batch size has some experience soon.
+        # By powers of two: there are few ranges, so each soon has data.
         self._paces: dict[int, _Pace] = {}
 
     def runs_heads(self, num_requests: int) -> bool:
-        """Whether the heads are to run in a step; call it once for each."""
+        """Whether the heads should run in this step; call it once in each step."""
         pace = self._pace(num_requests)
         if pace.num_heads_steps < _TRIAL_STEPS or pace.gain >= 1 or pace.paused >= pace.pause:
             return True
@@ -47,11 +47,11 @@ class Pacer:
         return False
 
     def record_gain(self, num_requests: int, gain: float) -> None:
-        """Remember a step in which the heads ran.
+        """Record a step in which the heads ran.
 
         Args:
-            num_requests: that drafted.
-            gain: tokens per time, heads included, over those without them.
+            num_requests: number of requests that drafted.
+            gain: tokens per second, heads included, divided by those without the heads.
 
         """
         pace = self._pace(num_requests)
@@ -66,13 +66,13 @@ class Pacer:
             pace.pause = min(2 * pace.pause, _LONGEST_PAUSE)
 
     def drafts_anyway(self, num_requests: int, num_nodes: int) -> bool:
-        """Whether to draft although the best is not to; call it once for each step.
+        """Whether to draft although nothing pays; call it once in each step.
 
         Only what is drafted shows how often deeper nodes are right.
 
         Args:
-            num_requests: that could draft.
-            num_nodes: that pay.
+            num_requests: number of requests that could draft.
+            num_nodes: number of nodes that pay.
 
         """
         pace = self._pace(num_requests)

@@ -23,24 +23,24 @@ PROBABILITIES_FILE = "medusa_probabilities.json"
 #: First rank of each group of a head's guesses.
 _RANK_GROUPS = (0, 1, 2, 3, 6)
 _MIN_HEAD_PROBABILITY = 1e-6
-#: Added to a share and to what it lacks to one, so that log-odds are finite.
+#: Added to a share and to one minus the share, so that log-odds are finite.
 _SHARE_PRIOR = 0.02
-#: Slopes and bias of curves that were never fitted, about what the demo model's texts give.
+#: Slopes and bias of curves that were never fitted, similar to those of the demo model's texts.
 _DEFAULTS: dict[Source, tuple[Floats, float]] = {
     Source.HEADS: (np.array([0.9]), 0.0),
     Source.TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.0),
     Source.SHARED_TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.5),
 }
-#: Of heads that nothing is known about: shares at which their guesses are right, by rank.
+#: Default shares at which a head's guesses are right, by rank.
 _TYPICAL_HEAD = 0.5 / np.arange(1, 64) ** 1.7
 
 
 @dataclass(frozen=True)
 class Probabilities:
-    """What turns candidates into probabilities.
+    """The curves that give candidates their probabilities.
 
     Attributes:
-        curves: by source; that of the heads has a group for each depth and range of ranks.
+        curves: by source; the heads' curve has a group for each depth and range of ranks.
         superset: the heads' rank paths.
 
     """
@@ -59,7 +59,7 @@ class Probabilities:
         return cls(curves, Superset.from_product(by_rank))
 
     def learners(self) -> dict[Source, Learner]:
-        """Return what makes the curves learn."""
+        """Return the learners of the curves."""
         return {source: Learner(curve) for source, curve in self.curves.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Probabilities:
         """Read what `to_dict` made. A source without a curve gets the default one.
 
         Raises:
-            UserError: it is something else, or of other heads.
+            UserError: it does not have this form, or belongs to other heads.
 
         """
         if values.get("format") != PROBABILITIES_FORMAT:
@@ -98,7 +98,7 @@ def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabil
     """Read the file that a calibration wrote.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or is not such a file.
 
     """
     try:
@@ -116,12 +116,12 @@ def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabil
 
 
 def probabilities_of_heads(heads: str, num_heads: int, num_guesses: int) -> Probabilities:
-    """Read what calibration wrote beside the heads, or take what is ordinary.
+    """Read the file that a calibration wrote beside the heads, or return the default curves.
 
     Args:
-        heads: their directory; anything else has nothing beside it.
+        heads: directory of the heads; a file or a hub name has no file beside it.
         num_heads: K.
-        num_guesses: k, of each head.
+        num_guesses: k, guesses of each head.
 
     """
     file = Path(heads) / PROBABILITIES_FILE
@@ -138,7 +138,7 @@ def head_groups(num_heads: int, num_guesses: int) -> Ints:
 
 
 def head_features(probability: Floats) -> Floats:
-    """Return [..., 1]: the log-odds of probabilities [...] that heads gave."""
+    """Return [..., 1]: the log-odds of the heads' probabilities [...]."""
     return _log_odds(probability.ravel()).reshape(*probability.shape, 1)
 
 
@@ -155,9 +155,9 @@ def _log_odds(probability: Floats) -> Floats:
 def text_features(trie: Trie) -> Floats:
     """Return [n, 5] of the nodes of continuations.
 
-    The log-odds of the node's share of what goes through its parent, by weight; logarithms of the
-    longest match, of the depth and of the number of occurrences; and whether the best of the
-    parent's occurrences goes on here.
+    They are: the log-odds of the node's share of its parent's weight; the logarithms of the longest
+    match, of the depth and of the number of occurrences; and whether the best of the parent's
+    occurrences continues with this node.
     """
     features = np.empty((len(trie.tokens), 5))
     for node in range(len(features)):

@@ -1,4 +1,4 @@
-"""What a source of candidates other than the heads is, and how such a source learns."""
+"""The interface of sources other than the heads, and how they learn."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class Proposer(Protocol):
     """A source of candidates that reads the requests' texts."""
 
     def propose(self, requests: Sequence[Request]) -> Candidates:
-        """Return the candidates of a step; a request that is new is taken up."""
+        """Return the candidates of a step; new requests are added."""
 
     def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's candidates with what the texts then were."""
+        """Compare the last step's candidates with the tokens that followed."""
 
     def finish(self, key: str) -> None:
-        """Drop what is held for a request that has ended; an unknown one does no harm."""
+        """Drop the data of a request that has ended; an unknown one is ignored."""
 
 
 class Proposed:
-    """The candidates of the last step and what they were predicted from, to learn from.
+    """The candidates of the last step and their features, to learn from.
 
     Args:
-        observer: is shown what became of them; None is nobody.
+        observer: gets their outcomes; None: no observer.
 
     """
 
@@ -48,7 +48,7 @@ class Proposed:
         return Candidates.none()
 
     def learn(self, emitted: Emitted) -> None:
-        """Show the candidates whose parent the text went through."""
+        """Give the observer the candidates whose parent was right."""
         if self._observer is None:
             return
         if self._last is not None:
@@ -67,7 +67,7 @@ class Proposed:
 
 
 def outcomes(candidates: Candidates, emitted: Emitted) -> tuple[Bools, Bools]:
-    """Return what is known of candidates afterwards.
+    """Return the outcomes of candidates.
 
     Returns:
         [n] whether the text went through the parent and the token after it is known; [n] whether
@@ -83,7 +83,7 @@ def outcomes(candidates: Candidates, emitted: Emitted) -> tuple[Bools, Bools]:
 def _outcomes(
     request: Ints, parents: Ints, tokens: Ints, emitted: Ints, counts: Ints
 ) -> tuple[Bools, Bools]:
-    """Return what `outcomes` does; parents come before their children."""
+    """Return what `outcomes` returns; parents come before their children."""
     observed, right = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
     depths = np.zeros(len(tokens), np.int64)
     for node in range(len(tokens)):
@@ -105,7 +105,7 @@ def _observations(
     groups: Ints,
     probability: Floats,
 ) -> tuple[Floats, Ints, Floats, Bools]:
-    """Return what an `Observer` is shown of candidates."""
+    """Return the arguments of `Observer.observe` for candidates."""
     observed, right = _outcomes(request, parents, tokens, emitted, counts)
     size = observed.sum()
     seen_features, seen_groups = np.empty((size, features.shape[1])), np.empty(size, np.int64)

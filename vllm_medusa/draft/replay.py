@@ -1,7 +1,7 @@
-"""What the engine would accept of drafts, by walking along texts that are known.
+"""Simulates what the engine would accept, by walking along known texts.
 
 Greedy text is the same whatever is drafted, so this is exact: a step emits the accepted nodes and
-one token more, and the next step begins behind them.
+one more token, and the next step begins after them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vllm_medusa.draft.drafter import Drafter
 from vllm_medusa.draft.types import Draft, Floats, Ints, Request
 
-#: Makes of [B, K, k] guesses, their probabilities and the roots [B] the tables that a drafter reads
+#: From [B, K, k] guesses, their probabilities and the roots [B] it makes the tables of a drafter
 #: whose guesses depend on the parent.
 Tables: TypeAlias = Callable[[Ints, Floats, Ints], tuple[Ints, Floats]]
 
@@ -27,12 +27,12 @@ class GuessedText:
 
     Attributes:
         tokens: [L] of the prompt and the continuation.
-        num_prompt_tokens: how many are the prompt's.
+        num_prompt_tokens: number of prompt tokens.
         guessed_tokens: [P, K, k] at each position, where position p's root is token p of the
             continuation; the likeliest first.
         guessed_probability: [P, K, k] that the heads give them.
-        num_positions: steps begin at positions below it, P at most. What is accepted beyond counts
-            as far as the text goes, so it should go on for the longest draft.
+        num_positions: steps begin at positions below it; at most P. Tokens that such a step accepts
+            after it count, so the text should be longer by the longest draft.
 
     """
 
@@ -72,7 +72,7 @@ def replay(
 ) -> Replayed:
     """Draft along texts, ``batch_size`` of them at a time, each as a request.
 
-    With ``tables`` the drafter gets what they make of the texts' guesses.
+    ``tables`` makes the drafter's tables from the texts' guesses.
     """
     result = Replayed()
     waiting = [index for index, text in enumerate(texts) if text.num_positions > 0][::-1]
@@ -109,7 +109,7 @@ def replay(
 
 
 def num_accepted(draft: Draft, following: NDArray[np.int64]) -> int:
-    """Return how many nodes of a draft the text goes through that follows its root."""
+    """Return how many nodes of a draft the text after its root goes through."""
     nodes = {
         (parent, token): node
         for node, (parent, token) in enumerate(

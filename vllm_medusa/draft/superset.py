@@ -1,7 +1,7 @@
-"""The rank paths that the heads' trees are cut from, fixed when the engine starts.
+"""The rank paths from which the heads' trees are chosen, fixed when the engine starts.
 
-A node of the heads is named by its rank path, as in `vllm_medusa.tree`. Which paths are likely
-changes from step to step, but hardly ever is one of them beyond the few hundred likeliest of all.
+A node of the heads is named by its rank path, as in `vllm_medusa.tree`. The probabilities of the
+paths change from step to step, but the probable ones are nearly always among the same few hundred.
 So each step works on the same paths: every probability is a gather, and no loop goes over nodes.
 """
 
@@ -16,7 +16,7 @@ from vllm_medusa.draft.types import Floats, Ints
 from vllm_medusa.errors import UserError, shown
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
-#: Paths that a superset holds at most: more cost time at every step and are never drafted.
+#: Most paths of a superset: more paths take time at every step and are never drafted.
 MAX_PATHS = 256
 
 
@@ -36,7 +36,7 @@ class Superset:
         depths: [S] from 1.
         levels: [K + 1] where the paths of depth 1, 2, ... begin; the last is S.
         children: [S + 2, k] place of each path's child by rank, -1 for none; row S is the root's,
-            the last row nobody's.
+            the last row is empty.
 
     """
 
@@ -52,7 +52,7 @@ class Superset:
     def from_paths(
         cls, paths: Iterable[Sequence[int]], num_heads: int, num_guesses: int
     ) -> Superset:
-        """Build the superset of the given paths, the likeliest first, of which `MAX_PATHS` count.
+        """Build the superset of the first `MAX_PATHS` of the given paths, the most probable first.
 
         Raises:
             UserError: if the paths are not a tree or go beyond the heads or their guesses.
@@ -105,7 +105,8 @@ class Superset:
         beam: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
         for row in probability.tolist():
             longer = [(p * q, (*path, rank)) for p, path in beam for rank, q in enumerate(row)]
-            # A path among the likeliest of its depth has a parent among the likeliest of its own.
+            # A path among the most probable of its depth has a parent among the most probable of
+            # its depth.
             beam = sorted(longer, key=lambda item: (-item[0], item[1]))[:size]
             found += beam
         found.sort(key=lambda item: (-item[0], len(item[1]), item[1]))

@@ -1,8 +1,8 @@
-"""Where the last tokens of a text stood before: an index that grows with the text.
+"""An index of a text that grows with it and finds earlier places of its last tokens.
 
-For n-grams of a few lengths it knows the last place of each, and from each place the one before
-(hash chains, as in LZ77). Adding a token costs the same whatever the text's length, and so does
-looking up, but for n-grams that happen to have one hash. A token costs 36 to 72 bytes of memory.
+For n-grams of a few lengths it stores the last place of each, and for each place the one before
+(hash chains, as in LZ77). The cost of adding a token and of a search does not depend on the text's
+length, except for n-grams with equal hashes. A token takes 36 to 72 bytes of memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AHEAD = 32
 #: What a window holds where there is no token.
 NO_TOKEN = -1
 _FIRST_CAPACITY = 256
-#: An odd number with bits all over, as multiplicative hashing takes: 2**64 over the golden ratio.
+#: Odd factor of multiplicative hashing: 2**64 divided by the golden ratio.
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64
 
 
@@ -39,7 +39,7 @@ class TextIndex:
     A *place* is the index of the token that followed an n-gram.
 
     Args:
-        max_tokens: of a text that grows beyond, the older half is forgotten.
+        max_tokens: if a text becomes longer, its older half is removed.
 
     """
 
@@ -83,10 +83,10 @@ class TextIndex:
         return self._buffer[BEHIND : BEHIND + self._length]
 
     def places(self, keys: Sequence[int], count: int) -> list[int]:
-        """Return up to ``count`` places behind what some text ends in.
+        """Return up to ``count`` places after the tokens that some text ends with.
 
-        Those of the longest n-gram come first, then those of the next shorter one, and of one
-        length the latest.
+        The places of the longest n-gram come first, then those of the next shorter one. For one
+        length the latest places come first.
 
         Args:
             keys: `keys` of that text, this one, or `keys_of` another's last tokens.
@@ -108,10 +108,11 @@ class TextIndex:
         return self._buffer[self._length : self._length + BEHIND]
 
     def _allocate(self, num_tokens: int) -> None:
-        """Make room for so many tokens, of which none is there yet."""
+        """Allocate an empty index for this many tokens."""
         self._capacity = capacity = max(_FIRST_CAPACITY, 1 << (num_tokens - 1).bit_length())
         self._buffer = np.full(BEHIND + capacity + AHEAD, NO_TOKEN, dtype=np.int32)
-        # By order: the last place of each hash, and of each place the one before. 0 is none.
+        # For each n-gram length: the last place of each hash, and the place before each place. 0:
+        # none.
         self._last = np.zeros((len(ORDERS), capacity), dtype=np.int32)
         self._before = np.zeros((len(ORDERS), capacity + 1), dtype=np.int32)
 
@@ -133,7 +134,7 @@ def _insert(
     start: int,
     stop: int,
 ) -> None:
-    """Add the places behind the tokens ``start`` to ``stop - 1`` of a `TextIndex`."""
+    """Add the places after the tokens ``start`` to ``stop - 1`` of a `TextIndex`."""
     for place in range(start + 1, stop + 1):
         for row in range(len(ORDERS)):
             if place >= ORDERS[row]:
@@ -151,7 +152,7 @@ def _places(
     ending: NDArray[np.int32],
     count: int,
 ) -> Ints:
-    """Return what `TextIndex.places` does."""
+    """Return what `TextIndex.places` returns."""
     found = np.empty(count, np.int64)
     num_found = 0
     for row in range(len(ORDERS) - 1, -1, -1):
@@ -161,7 +162,7 @@ def _places(
         place = last[row, _hash(ending, len(ending), order, last.shape[1])]
         seen = 0
         while place > 0 and seen < count and num_found < count:
-            is_place = place < length  # nothing has followed the text's own end yet
+            is_place = place < length  # nothing follows the end of the text yet
             for back in range(1, order + 1):
                 is_place &= buffer[BEHIND + place - back] == ending[len(ending) - back]
             if is_place:
@@ -178,7 +179,7 @@ def _places(
 
 @compiled
 def _windows(buffer: NDArray[np.int32], places: Ints) -> NDArray[np.int32]:
-    """Return what `TextIndex.windows` does."""
+    """Return what `TextIndex.windows` returns."""
     windows = np.empty((len(places), BEHIND + AHEAD), np.int32)
     for row, place in enumerate(places):
         for column in range(BEHIND + AHEAD):

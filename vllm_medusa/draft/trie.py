@@ -11,7 +11,7 @@ from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.text_index import NO_TOKEN
 from vllm_medusa.draft.types import Bools, Floats, Ints
 
-#: In place of a node: the root above a request's first nodes, and behind a continuation's end.
+#: Value in place of a node: the root above a request's first nodes, and after a continuation's end.
 ROOT, ENDED = -1, -2
 
 

@@ -1,8 +1,8 @@
 """Drafts and candidates as arrays.
 
-B requests draft in a step. A node is one draft token of one request; the root, the request's last
-token, is none. `probability` is always that the target's own text goes through the node: of a
-candidate given that it goes through its parent, of a draft's node from the root on.
+B requests draft in a step. A node is one draft token of one request; the root, which is the
+request's last token, is not a node here. `probability` is the probability that the target's own
+text goes through the node: for a candidate given its parent, for a draft's node from the root on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 
 class Source(IntFlag):
-    """Who proposed a node; several may have."""
+    """The source of a node; a node can have several."""
 
     HEADS = 1
     TEXT = 2
@@ -33,12 +33,12 @@ class Request:
     """A request that drafts in a step.
 
     Attributes:
-        key: names it for as long as it runs.
-        tokens: [L] its prompt and output so far; the last one is the root. Not kept beyond the
+        key: its name while it runs.
+        tokens: [L] its prompt and output so far; the last one is the root. Not kept after the
             call.
         num_prompt_tokens: how many of them are the prompt's.
-        max_nodes: most nodes that it drafts; None is the engine's own limit.
-        max_leaves: most leaves of its tree; None is the engine's own limit.
+        max_nodes: most nodes that it drafts; None: the engine's limit.
+        max_leaves: most leaves of its tree; None: the engine's limit.
 
     """
 
@@ -51,11 +51,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Emitted:
-    """What the text of each request of the last step then was, as far as it is known.
+    """The tokens that followed in each request of the last step, as far as they are known.
 
     Attributes:
-        tokens: [B, E] int64, with anything behind the known ones; E is at least 1.
-        counts: [B] how many are known; 0 where the request is gone.
+        tokens: [B, E] int64, arbitrary after the known ones; E is at least 1.
+        counts: [B] number of known ones; 0 if the request has ended.
 
     """
 
@@ -90,7 +90,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Drafts(Sequence[Draft]):
-    """The drafts of B requests, one behind the other: T nodes in all.
+    """The drafts of B requests, one after the other: T nodes in all.
 
     Attributes:
         tokens, parents, depths, probability, source: [T], as those of `Draft`.
@@ -107,7 +107,7 @@ class Drafts(Sequence[Draft]):
 
     @classmethod
     def none(cls, num_requests: int) -> Drafts:
-        """Return no nodes for so many requests."""
+        """Return drafts without nodes for this many requests."""
         ints = np.zeros(0, dtype=np.int64)
         starts = np.zeros(num_requests + 1, dtype=np.int64)
         return cls(ints, ints, ints, np.zeros(0), ints, starts)

@@ -1,7 +1,8 @@
 """A vLLM engine in a process of its own, driven by commands.
 
 Variants that are compared each run in such a process, and are timed in rounds (A B C, A B C, ...),
-so that a machine whose speed drifts does not decide. The other end is `engines.worker`.
+so that a machine whose speed changes does not distort the result. The other end is
+`engines.worker`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is known once an engine is up.
+    """Information on an engine that has started.
 
     Attributes:
         startup_s: seconds from the start of its process on.
@@ -65,7 +66,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a batch of prompts gave.
+    """The result of one run of a batch of prompts.
 
     Attributes:
         token_ids: emitted tokens of each prompt.
@@ -78,12 +79,12 @@ class Run:
         num_drafts: request steps that verified drafts.
         num_accepted: draft tokens accepted.
         accepted_by_depth: of the request steps, how many accepted a draft token at depth 1, 2, ...
-        num_preemptions: requests that had to make room in the KV cache and start again.
+        num_preemptions: preemptions of requests, because the KV cache was full.
         peak_memory_bytes: largest resident memory of the engine's processes so far.
         device_memory_bytes: largest memory reserved by PyTorch on the accelerator; None on a CPU.
         stage_ms: milliseconds in each stage of each step, if the plugin runs with
             ``VLLM_MEDUSA_TIMERS=1`` (`plugin.worker.timers`); else empty.
-        medusa: what the plugin counted (`plugin.counters`), by name; empty without it.
+        medusa: the plugin's counters (`plugin.counters`), by name; empty without the plugin.
 
     """
 
@@ -151,10 +152,10 @@ def default_threads() -> int:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Environment variables that give an engine so many OpenMP threads.
+    """Environment variables that give an engine this many OpenMP threads.
 
-    vLLM's n-gram lookup sets the number of numba's threads, all cores by default. They are
-    OpenMP's, so that the model itself would run on them too.
+    vLLM's n-gram lookup sets numba's number of threads, by default all cores. numba uses OpenMP's
+    threads, so this would also change the model's number of threads.
     """
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
 
@@ -191,7 +192,7 @@ class EngineProcess(WorkerProcess):
             raise
 
     def wait(self) -> EngineInfo:
-        """Wait until the engine is up."""
+        """Wait until the engine has started."""
         told = self.receive()["value"]
         return EngineInfo(startup_s=time.monotonic() - self.started, **told)
 
@@ -210,8 +211,8 @@ class EngineProcess(WorkerProcess):
             prompts: texts or token ids.
             max_tokens: of each.
             seeds: of each, if they have their own.
-            report: told about once a second how many requests have ended and how many tokens were
-                made since it was last told.
+            report: called about once a second with the numbers of requests that have ended and of
+                tokens since the last call.
             sampling: further arguments of ``vllm.SamplingParams``.
         """
         command = {"prompts": prompts, "max_tokens": max_tokens, "sampling": sampling}
@@ -227,7 +228,7 @@ class EngineProcess(WorkerProcess):
         return logprobs
 
     def reset_prefix_cache(self) -> bool:
-        """Empty the prefix cache; tell whether that was possible."""
+        """Empty the prefix cache; return whether this was possible."""
         self.send({"reset_prefix_cache": True})
         return bool(self.receive()["value"])
 
@@ -237,7 +238,7 @@ def start_engine(
     environment: Mapping[str, str] | None = None,
     watch: Path | None = None,
 ) -> EngineProcess:
-    """Start an engine and wait until it is up.
+    """Start an engine and wait until it has started.
 
     Args:
         options: arguments of ``vllm.LLM``.
@@ -245,7 +246,7 @@ def start_engine(
         watch: as `EngineProcess` has it.
 
     Raises:
-        UserError: it does not come up; in one line why.
+        UserError: it does not start; the message says why in one line.
     """
     with ExitStack() as stack:
         engine = stack.enter_context(EngineProcess(options, environment, watch))

@@ -10,7 +10,8 @@ from pathlib import Path
 def peak_memory(pid: int) -> int:
     """Largest resident memory so far of a process and what it started, in bytes.
 
-    The sum of each process's own peak, files that they map included, without those that have ended.
+    It is the sum of each process's own peak, mapped files included, without processes that have
+    ended.
     """
     return _sum_over_tree(pid, ("VmHWM",))
 
@@ -18,7 +19,7 @@ def peak_memory(pid: int) -> int:
 def private_memory(pid: int) -> int:
     """Memory now of a process and what it started that is not files, in bytes.
 
-    What one more such process takes: mapped files, libraries above all, are in memory but once.
+    One more such process takes this much: mapped files, mainly libraries, are in memory only once.
     """
     return _sum_over_tree(pid, ("RssAnon", "RssShmem"))
 

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 #: Time that a process has to end by itself when it is closed.
 _PATIENCE_S = 20.0
-#: What Python prints last of an exception: its type and message.
+#: The last line that Python prints of an exception: its type and message.
 _EXCEPTION = re.compile(
     r"^(?:\([^)]*\) |[A-Z]+ \S+ \S+ \[[^\]]*\] )*([\w.]*(?:Error|Exception): .*)$"
 )
-#: What our plugin prints of a user's mistake, without a traceback.
+#: Beginning of the line that our plugin prints for a user's mistake.
 _OUR_ERROR = "vllm_medusa: error: "
 
 
@@ -28,8 +28,9 @@ class EngineProcessError(RuntimeError):
     """A process that runs vLLM failed; the message holds the end of its log.
 
     Attributes:
-        reason: why, in one line: what it said of it itself, else the last exception in its log.
-        ending: how the process ended if it said nothing; None if it did.
+        reason: the reason in one line: the process's own message, else the last exception in its
+            log.
+        ending: how the process ended if it sent no message; None if it sent one.
     """
 
     def __init__(self, reason: str, log: str = "", ending: str | None = None) -> None:
@@ -45,19 +46,19 @@ def last_exception(log: str) -> str:
     for index in reversed(range(len(lines))):
         if match := _EXCEPTION.match(lines[index]):
             message = match[1]
-            if "validation error" in message:  # pydantic says what is wrong in the lines below
+            if "validation error" in message:  # pydantic gives the reason in the lines below
                 message = " ".join([message, *(line.strip() for line in lines[index + 1 :][:1])])
             return message
         if lines[index].startswith(_OUR_ERROR):
             return lines[index].removeprefix(_OUR_ERROR)
-    return lines[-1].strip() if lines else "it ended without a word"
+    return lines[-1].strip() if lines else "it ended without a message"
 
 
 class Process:
     """Runs a command; use as a context manager, or `close` it.
 
-    What it writes to its standard output and error is its log. Ctrl-C is for the caller, who closes
-    the process: at once if there was an exception.
+    Its standard output and error are its log. Ctrl-C goes to the caller only, which closes the
+    process: at once if there was an exception.
 
     Args:
         command: and its arguments.
@@ -93,7 +94,7 @@ class Process:
         """The error to raise.
 
         Args:
-            reason: what the process said of it; None: its log tells.
+            reason: the process's message; None: take it from the log.
         """
         # `seek` would move where the process writes.
         size = os.fstat(self._log.fileno()).st_size
@@ -110,7 +111,7 @@ class Process:
         return EngineProcessError(last_exception(log), log, ending)
 
     def close(self, patience_s: float | None = None) -> None:
-        """End it, which may finish what it does for so long, and all that it started."""
+        """End it and all that it started; it has this time to finish."""
         self._ask_to_end()
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,20 +160,20 @@ class WorkerProcess(Process):
         """Send a message.
 
         Raises:
-            EngineProcessError: nobody reads it.
+            EngineProcessError: the process does not read it.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            self.receive()  # what it said before it went
+            self.receive()  # its last message
 
     def receive(self) -> Any:
         """Wait for a message.
 
         Raises:
-            EngineProcessError: none will come, or it says what went wrong.
+            EngineProcessError: there will be no message, or the message is an error.
         """
         line = self._messages.readline()
         if not line:

@@ -1,4 +1,4 @@
-"""Ray clusters: joined, or started on this machine; and what one engine takes of them."""
+"""Ray clusters: joined, or started on this machine; and the resources of one engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCAL = "local"
 #: ``_node_ip_address="127.0.0.1"``.
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _SECONDS_TO_KNOCK = 10
-#: Of a cluster started here, for the tasks that read and write beside the engines.
+#: CPUs of a cluster started here for the tasks that read and write beside the engines.
 _CPUS_BESIDE_ENGINES = 2
 _OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -30,7 +30,7 @@ def ray_cluster(address: str, num_engines: int, *, option: str = "--ray") -> Ite
         address: of the cluster, ``HOST:PORT``; ``auto`` is the running one. ``local`` starts one,
             which listens on the loopback interface alone and ends with the context.
         num_engines: that will run at once; a cluster that is started is made large enough.
-        option: that the address was given with, for errors.
+        option: name of the address's option, for errors.
 
     Yields:
         The module ``ray``.
@@ -55,11 +55,11 @@ def ray_cluster(address: str, num_engines: int, *, option: str = "--ray") -> Ite
             "include_dashboard": False,
         }
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(**options)
     except (OSError, ValueError, RuntimeError) as exc:
         reason = str(exc).strip().splitlines()[0]
-        raise UserError(f"{option} {address}: no Ray cluster to be had there ({reason})") from None
+        raise UserError(f"{option} {address}: no Ray cluster found there ({reason})") from None
     try:
         yield ray
     finally:
@@ -67,7 +67,7 @@ def ray_cluster(address: str, num_engines: int, *, option: str = "--ray") -> Ite
 
 
 def engine_resources(ray: Any, world_size: int) -> dict[str, int]:
-    """What one engine takes of the cluster: GPUs, or a CPU of a cluster without GPUs.
+    """The resources of one engine: GPUs, or a CPU if the cluster has no GPUs.
 
     Args:
         ray: from `ray_cluster`.
@@ -78,8 +78,8 @@ def engine_resources(ray: Any, world_size: int) -> dict[str, int]:
     return {"num_gpus": world_size}
 
 
-def _knock(address: str) -> None:
-    """Connect to an address, as Ray would go on trying for minutes."""
+def _check_reachable(address: str) -> None:
+    """Connect to an address; Ray itself would try for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=_SECONDS_TO_KNOCK).close()

@@ -52,7 +52,7 @@ class ServerProcess(Process):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Its address."""
         return f"http://{_HOST}:{self.port}"
 
     def wait(self) -> EngineInfo:
@@ -81,7 +81,7 @@ class ServerProcess(Process):
         return peak_memory(self.pid)
 
     def metrics(self) -> dict[str, float]:
-        """Its counters of now, as `read_counters` reads them from ``/metrics``.
+        """Its present counters, as `read_counters` reads them from ``/metrics``.
 
         Raises:
             EngineProcessError: it does not answer.
@@ -122,7 +122,7 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens at."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         port: int = probe.getsockname()[1]
@@ -131,7 +131,7 @@ def free_port() -> int:
 
 @functools.cache
 def accelerator_name() -> str | None:
-    """The GPU's name, None without one; asked in another process, as CUDA takes its memory."""
+    """The GPU's name, None without one; read in another process, because CUDA takes GPU memory."""
     if not has_accelerator():
         return None
     program = "import torch; print(torch.cuda.get_device_name())"

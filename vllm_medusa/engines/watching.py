@@ -1,8 +1,8 @@
-"""What an engine does, step by step, written down in its own process.
+"""Writes the events of an engine, step by step, in its own process.
 
-A file gets a line of JSON for each event: ``{"text", "num_tokens"}`` when a step gave a request new
-text, and when a step has verified a draft tree the fields of a
-`reporting.tree_pictures.VerifiedTree`. Trees are those of Model Runner V1.
+A file gets a line of JSON for each event. When a step gave a request new text, this is
+``{"text", "num_tokens"}``. When a step has verified a draft tree, it has the fields of
+`reporting.tree_pictures.VerifiedTree`. Trees are written on Model Runner V1 only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Write = Callable[[dict[str, Any]], None]
 
 
 def watch_engine(path: Path) -> None:
-    """Have the engines of this process, made from now on, add their events to a file."""
-    # Closed by the end of the process; each line is there as soon as it is written.
+    """Let all engines that this process makes from now on write their events to a file."""
+    # Closed at the end of the process; each line is flushed at once.
     log = path.open("a", buffering=1, encoding="utf-8")
 
     def write(event: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def watch_engine(path: Path) -> None:
 
 
 class _WatchedDrafter:
-    """Writes down each tree that a drafter drew, when it is known what the target sampled."""
+    """Writes each tree of a drafter, once the target's tokens are known."""
 
     def __init__(self, drafter: Drafter, write: Write) -> None:
         self._drafter = drafter
@@ -44,11 +44,11 @@ class _WatchedDrafter:
         self._num_steps = 1
 
     def __getattr__(self, name: str) -> Any:
-        """All but drafting is left to the drafter."""
+        """Everything except drafting goes to the drafter."""
         return getattr(self._drafter, name)
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
-        """Draft the next trees; write down what became of the last ones."""
+        """Draft the next trees; write the last ones with what was accepted."""
         drafts = self._drafter.draft(batch)
         for req_id, sampled, draft in zip(batch.req_ids, batch.sampled, drafts, strict=True):
             if req_id in self._drafted:
@@ -59,21 +59,21 @@ class _WatchedDrafter:
                     "root": int(sampled[-1]),
                     "tokens": draft.tokens,
                     "parents": draft.parents,
-                    **self._said_of(req_id),
+                    **self._probabilities_and_sources(req_id),
                 }
         self._num_steps += 1
         return drafts
 
-    def _said_of(self, req_id: str) -> dict[str, Any]:
-        """What a drafter of dynamic trees knows of its nodes."""
+    def _probabilities_and_sources(self, req_id: str) -> dict[str, Any]:
+        """Probabilities and sources of nodes, from a drafter of dynamic trees."""
         if not isinstance(self._drafter, DynamicDrafter):
             return {}
-        probability, sources = self._drafter.said_of_last(req_id)
+        probability, sources = self._drafter.last_probabilities_and_sources(req_id)
         return {"probability": probability, "sources": sources}
 
 
 def _watch_drafts(write: Write) -> None:
-    """Have every runner draft through a `_WatchedDrafter`, once it has its drafter."""
+    """Let every runner draft through a `_WatchedDrafter`, once it has its drafter."""
     original = MedusaRunnerMixin.prepare_drafting
 
     def prepare_drafting(self: Any) -> None:
@@ -84,7 +84,7 @@ def _watch_drafts(write: Write) -> None:
 
 
 def _watch_text(write: Write) -> None:
-    """Write down the text of every step."""
+    """Write the text of every step."""
     original = LLMEngine.step
 
     def step(self: Any) -> Any:

@@ -64,7 +64,7 @@ def _serve(messages: Iterator[Any], reply: Reply) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in one line; of pydantic's reports only what the user is to know."""
+    """The error in one line; of pydantic's reports only the part for the user."""
     if hasattr(error, "errors"):
         return "; ".join(str(entry["msg"]) for entry in error.errors())
     text = " ".join(str(error).split())
@@ -76,7 +76,7 @@ def reason_of(error: Exception) -> str:
 def _read_ahead(lines: TextIO) -> Iterator[Any]:
     """Parse lines as they come, until their writer is gone.
 
-    A run takes minutes. For a caller that was killed the process does not finish it.
+    A run takes minutes. If the caller was killed, the process does not finish the run.
     """
     read: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -176,7 +176,7 @@ def _add_requests(engine: Any, command: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """Tells how many requests have ended and how many tokens were made, about once a second."""
+    """Sends the numbers of ended requests and of new tokens, about once a second."""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -196,7 +196,7 @@ class _Progress:
 
 @dataclass
 class _Request:
-    """What one request got so far; steps are counted from 0, times from the start of the run."""
+    """The tokens of one request; steps are counted from 0, times from the start of the run."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""

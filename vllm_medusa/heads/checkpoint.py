@@ -20,7 +20,7 @@ class HeadsSpec:
         source_format: the format it was read from, see `formats`.
         num_heads, num_layers: Medusa heads, and residual blocks in each.
         hidden_size: of the target's final hidden states, which the heads read.
-        vocab_size: of the target; None if neither the tensors nor config.json nor the caller say.
+        vocab_size: of the target; None if tensors, config.json and caller do not give it.
         draft_vocab_size: rows of the lm_heads if `token_map` restricts them to a part of the
             vocabulary, else None.
         lm_head: one matrix per head (`own`), one for all heads (`common`), the target's (`target`),
@@ -47,7 +47,7 @@ class HeadsSpec:
 
     @property
     def sees_tokens(self) -> bool:
-        """Whether the heads are root-aware or have a selector: what only our format 2 holds."""
+        """Whether the heads are root-aware or have a selector, which only our format 2 can hold."""
         return self.root_size is not None or self.selector_rank is not None
 
 
@@ -67,7 +67,7 @@ class HeadsCheckpoint:
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.
-        notes: what is odd about the checkpoint but does not make it unusable.
+        notes: oddities of the checkpoint that do not make it unusable.
     """
 
     spec: HeadsSpec

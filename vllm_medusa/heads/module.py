@@ -22,7 +22,7 @@ class MedusaHeads(nn.Module):
     """Stacked residual blocks of all Medusa heads.
 
     New heads are zero, so that every head passes the target's hidden state through unchanged: the
-    start that the paper trains from.
+    start of the paper's training.
 
     Args:
         num_heads: K.

@@ -1,8 +1,9 @@
-"""Opening heads: headers and JSON files are read at once, tensors only when they are asked for.
+"""Opens heads: headers and JSON files are read at once, tensors only on request.
 
-The sizes and the trees are all that a front end needs; a tensor-parallel rank reads the blocks and
-its rows of the lm_heads; tools read the whole. Every fault of a checkpoint is an error that names
-the tensor, file or number and the remedy: what is read is complete, finite and of one shape.
+A front end needs the sizes and the trees only. A tensor-parallel rank reads the blocks and its rows
+of the lm_heads. Tools read everything. Every fault of a checkpoint is an error that names the
+tensor, file or number and the remedy, so all values that are read are complete, finite and of the
+right shape.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def load_heads(
         target_vocab_size: likewise.
 
     Raises:
-        UserError: the heads cannot be had, are incomplete, damaged, quantised or not finite, or
+        UserError: the heads are not found, incomplete, damaged, quantised or not finite, or
             were made for another hidden size or vocabulary.
     """
     reader = HeadsReader(path, revision=revision, target_vocab_size=target_vocab_size)
@@ -61,7 +62,7 @@ class HeadsReader:
         spec, tree_paths, tree_schedule, base_model, notes: as in `HeadsCheckpoint`.
 
     Raises:
-        UserError: the heads cannot be had, are incomplete, damaged or quantised.
+        UserError: the heads are not found, incomplete, damaged or quantised.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class HeadsReader:
 
         Args:
             name: as in `HeadsCheckpoint.tensors`.
-            num_heads: of how many heads, the first ones; None: all.
+            num_heads: number of heads to read, from the first; None: all.
 
         Raises:
             UserError: it holds values that are not finite.
@@ -166,8 +167,8 @@ class HeadsReader:
         """Read rows of a head's lm_head (of its factor `up`, if low-rank), nothing else.
 
         Args:
-            head: which; no matter if all heads have one in common.
-            start, stop: draft ids of the first row and behind the last.
+            head: index of the head; ignored if all heads have one lm_head.
+            start, stop: draft id of the first row, and that of the last plus one.
 
         Returns:
             [stop - start, H or rank] in the dtype of the file
@@ -204,7 +205,7 @@ class HeadsReader:
     def _rows(
         self, name: str, index: tuple[int, ...], start: int, stop: int | None
     ) -> torch.Tensor:
-        """Rows by draft id, of which a full lm_head beside a token map has more."""
+        """Rows by draft id; a full lm_head beside a token map has more rows than these."""
         num_rows = self._headers[name].shape[-2]
         if self.spec.draft_vocab_size in (None, num_rows):
             return self._part(name, index, slice(start, stop))
@@ -232,7 +233,7 @@ class HeadsReader:
         return value
 
     def _speculators_map(self) -> torch.Tensor:
-        """The speculators library's form: d2t is target less draft id, t2d marks drafted tokens."""
+        """Read the speculators form: d2t is target id minus draft id, t2d marks drafted tokens."""
         d2t, t2d = self._part("d2t").long(), self._part("t2d")
         token_map = d2t + torch.arange(len(d2t))
         if not torch.equal(token_map.sort().values, t2d.nonzero().flatten()):
@@ -271,7 +272,7 @@ def _read_schedule(path: Path, num_heads: int) -> TreeSchedule | None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn the faults of a tree into the heads', naming the file."""
+    """Turn errors of a tree into errors of the heads that name the file."""
     try:
         yield
     except UserError as exc:

@@ -1,10 +1,10 @@
 """The selector: a head's best guesses, ranked again by the token that they would follow.
 
-A Medusa head guesses without knowing what the heads before it guess. The selector adds to the
-logit of each of a head's best guesses a term of low rank of the guess and its parent, the token of
-the depth above (for the first head the root). So a node's token depends on its parent's, as with
-sequential heads (Hydra, arXiv 2402.05109), but all heads still run at once and no lm_head runs for
-a node.
+A Medusa head guesses without the guesses of the heads before it. The selector adds a term to the
+logit of each of a head's best guesses. The term depends, with low rank, on the guess and on its
+parent, the token of the depth above (for the first head the root). So a node's token depends on its
+parent's token, as with sequential heads (Hydra, arXiv 2402.05109). But all heads still run at once,
+and no lm_head runs for a single node.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vllm_medusa.tree.layout import Level
 
-#: A head's guesses that are ranked again; those behind them stay where they are.
+#: Number of a head's best guesses that are ranked again; the others keep their places.
 NUM_CANDIDATES = 16
 
 
@@ -81,11 +81,11 @@ class Selector(nn.Module):
         return torch.bmm(above.float(), below.float().transpose(1, 2))
 
     def rank_again(self, logits: Tensor, parents: Tensor, head: int, scale: float) -> Tensor:
-        """Exchange the logits of a head's best guesses so that their order is the selector's.
+        """Permute the logits of a head's best guesses into the order of the selector.
 
         Args:
             logits: [N, V] of the target's vocabulary.
-            parents: [N] int64, the token that the guess would follow; -1, which is none, will do.
+            parents: [N] int64, the token before the guess; -1 (no token) is allowed.
             head: k.
             scale: factor on the logits, positive.
 
@@ -99,13 +99,13 @@ class Selector(nn.Module):
 
 
 def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scores [..., C] from the largest on, and their order; equal ones stay in theirs."""
+    """Return scores [..., C], the largest first, and their order; equal ones keep theirs."""
     return scores.sort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)
 class Below:
-    """What one head guesses below M parents of each of B requests: C tokens each.
+    """The guesses of one head below M parents of each of B requests: C tokens each.
 
     Attributes:
         tokens: [B, M, C] int64 of the target's vocabulary, the best first.
@@ -143,8 +143,8 @@ def guess_below(
 class SelectorTree:
     """A tree of N draft nodes on which heads' guesses are placed, each below its parent's token.
 
-    Goes from depth to depth, each at once for all nodes and requests: a node's rank is its place
-    among the guesses as they are ranked below its parent's token.
+    It goes from depth to depth, for all nodes and requests of a depth at once. A node's rank is its
+    place among the guesses, ranked below its parent's token.
 
     Attributes:
         selector: of the heads.
@@ -165,10 +165,10 @@ class SelectorTree:
         return self._place(logits, tokens, roots)[0]
 
     def probable(self, log_probs: Tensor, tokens: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is guessed below each of the T nodes that have children, the root first.
+        """Return the guesses below each of the T nodes that have children, the root first.
 
-        A selector's terms make some guesses likelier. What the head gives to tokens that are none
-        of its best guesses stays, and all is divided by the new sum.
+        A selector's terms make some guesses more probable. The head's probability of all other
+        tokens stays, and then everything is divided by the new sum.
 
         Args:
             log_probs: [K, B, C] float32 of each head's guesses, the best first.
@@ -187,7 +187,7 @@ class SelectorTree:
         return scores - totals[..., None], below_all.transpose(0, 1)
 
     def _place(self, logits: Tensor, tokens: Tensor, roots: Tensor) -> tuple[Tensor, list[Below]]:
-        """Return the nodes' tokens, and by level what is guessed below its parents."""
+        """Return the nodes' tokens, and for each level the guesses below its parents."""
         num_nodes = sum(len(level.nodes) for level in self.levels)
         drafted = tokens.new_empty(len(roots), 1 + num_nodes)
         drafted[:, 0] = roots

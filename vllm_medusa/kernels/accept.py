@@ -59,10 +59,10 @@ def accept(
     cu_num_logits: Tensor,
     max_depth: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept from the root on the child that has the token taken from the target at its parent.
+    """Accept, from the root on, the child that has the token taken from the target at its parent.
 
-    Where no child has it, that token ends the step; of siblings with the same token the first
-    counts. Every emitted token is thus a sample of the target's.
+    If no child has it, this token is emitted and ends the step. If siblings have the same token,
+    the first one counts. So every emitted token is a sample of the target.
 
     Args:
         state_parents: [R, N + 1] int64, parent of each node by state index.
@@ -74,9 +74,9 @@ def accept(
         max_depth: D, deeper nodes are not accepted.
 
     Returns:
-        [B, D + 1] int32 nodes from the root to the last accepted one, which repeats behind; int64
-        emitted tokens in the same places (behind the last they mean nothing); [B] int32 number of
-        accepted nodes.
+        [B, D + 1] int32 nodes from the root to the last accepted one, which is then repeated; int64
+        emitted tokens in the same places (after the last one they are arbitrary); [B] int32 number
+        of accepted nodes.
 
     """
     num_reqs = idx_mapping.shape[0]

@@ -1,4 +1,4 @@
-"""Attention over the paged cache in which a request's queries may form a tree."""
+"""Attention over the paged cache, in which a request's queries can form a tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True)
 class Scales:
-    """What the cache's numbers are multiplied with.
+    """Factors on the numbers of a quantised cache.
 
     Attributes:
         key: [1] float32 for the whole tensor, or [blocks, tokens, heads] float32 in any strides.
@@ -37,21 +37,21 @@ class Scales:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of block, token and head."""
+        """Strides of block, token and head."""
         return self.key.stride() if self.key.dim() == 3 else (0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a layer's attention does besides the softmax of scaled products.
+    """Features of a layer's attention beside the softmax of scaled products.
 
     Attributes:
-        window: how many positions back from its own a query sees, itself included; 0: all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
-        slopes: [heads] float32 of ALiBi.
+        window: number of positions that a query sees, its own included; 0: all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: no cap.
+        slopes: [heads] float32 slopes of ALiBi.
         slopes_of_root: ALiBi takes the square root of the distance.
         sinks: [heads] score of a key without value.
-        scales: of a quantised cache.
+        scales: factors of a quantised cache.
 
     """
 
@@ -70,7 +70,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Partial results of splits over the context.
+    """Partial results of the splits of the context.
 
     Attributes:
         out: [rows, heads, head size to the next power of two] float32.
@@ -98,12 +98,12 @@ class Workspace:
         return cls(empty(rows, num_heads, pad), empty(rows, num_heads), empty(rows, num_heads))
 
     def num_splits(self, num_tokens: int, num_programs: int, wanted_programs: int) -> int:
-        """Return into how many parts to split the context; a power of two.
+        """Return the number of parts of the context; a power of two.
 
         Args:
-            num_tokens: query tokens, with the padding of a CUDA graph.
-            num_programs: programs without a split.
-            wanted_programs: that fill the device.
+            num_tokens: number of query tokens, with the padding of a CUDA graph.
+            num_programs: number of programs without a split.
+            wanted_programs: number of programs that fill the device.
 
         """
         splits = 1
@@ -118,14 +118,14 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Step:
-    """Which queries and keys there are; all of it in persistent tensors.
+    """The queries and keys of a step, all in persistent tensors.
 
     Attributes:
         query_start_loc: [B + 1] int32, first query of each request.
         seq_lens: [B] int32, keys of each request, its queries' own included.
         block_table: [B, blocks] int32.
         positions: [T] int64, position of each query.
-        ancestors: [T] int64, bit ``j``: sees node ``j``; of tokens in trees.
+        ancestors: [T] int64, bit ``j``: sees node ``j``; only for tokens in trees.
         base: [B] int32, position of each root, or `NO_TREE`.
         max_query_len: no request has more queries.
 
@@ -151,12 +151,12 @@ def tree_attention(
     workspace: Workspace | None = None,
     wanted_programs: int = 1,
 ) -> None:
-    """Attend from every query to its request's keys that it may see.
+    """Attend from every query to the keys of its request that it may see.
 
-    A query sees the keys in front of its request's tree that are not behind it and, within the
-    tree, its ancestors and itself. Distances are between positions, so that of a node by its depth.
+    A query sees the keys before its request's tree that are not after the query, and in the tree
+    its ancestors and itself. Distances are differences of positions, so a node's depth counts.
 
-    Nothing that differs from step to step is decided on the host: a CUDA graph may replay it.
+    The host decides nothing that differs from step to step, so a CUDA graph can replay it.
     Sizes (`TILE`, `MAX_ROWS`, `MAX_SPLITS`) are not tuned yet: no GPU has run it.
 
     Args:
@@ -165,10 +165,10 @@ def tree_attention(
         value_cache: likewise.
         out: [T, Hq, D], written.
         step: the queries and keys.
-        scale: of the products.
-        features: what else the layer does.
-        workspace: for splits over the context; None: none.
-        wanted_programs: that fill the device; the context is split to reach them.
+        scale: factor on the products.
+        features: features of the layer.
+        workspace: memory for splits of the context; None: no splits.
+        wanted_programs: number of programs that fill the device; the context is split to reach it.
 
     """
     num_tokens, num_heads, head_size = query.shape
@@ -202,7 +202,7 @@ def tree_attention(
 
 
 def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return any tensor where there is none: the kernel does not read it then."""
+    """Return any tensor if there is none; the kernel does not read it."""
     return other if tensor is None else tensor
 
 

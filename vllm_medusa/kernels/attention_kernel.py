@@ -35,7 +35,7 @@ def _tanh(x):
 def _may_see(keys, key_position, slot, position, ancestors, base, is_key, WINDOW: tl.constexpr):
     """[rows, keys] causal by slot in front of the tree, by ancestors within, window by position."""
     node = keys - base
-    # Behind the tree there may be keys of the tile, which a shift may not reach.
+    # A tile can have keys after the tree, for which the shift would be too large.
     shift = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)
     bit = (ancestors[:, None] >> shift[None, :]) & 1
     seen = is_key[None, :] & (keys[None, :] <= slot[:, None])
@@ -62,7 +62,7 @@ def _bend(
 
 @triton.jit
 def _scales_of(scale_ptr, at, is_key, SCALES: tl.constexpr):
-    """One factor for each key; ``at`` is its place among the scales by token and head."""
+    """A factor for each key; ``at`` is its place among the scales by token and head."""
     if SCALES == 2:
         factor = tl.load(scale_ptr + at, mask=is_key, other=0.0)
     else:
@@ -78,7 +78,7 @@ def _attend_tile(
     HEAD_SIZE: tl.constexpr, PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys into the running softmax."""
+    """Add one tile of keys to the running softmax."""
     dim = tl.arange(0, PAD)
     is_dim = dim < HEAD_SIZE
     is_key = keys < last
@@ -125,7 +125,7 @@ def _tiles_of_split(
     num_tiles = tl.cdiv(last, TILE)
     first_tile = 0
     if WINDOW > 0:
-        # A node stands at its depth, which may lie before its slot: at the earliest at the root's.
+        # A node's position can be before its slot, at the earliest at the root.
         lowest = tl.minimum(context + first, base)
         first_tile = tl.maximum(lowest - WINDOW + 1, 0) // TILE
     per_split = tl.cdiv(num_tiles - first_tile, NUM_SPLITS)

@@ -126,7 +126,7 @@ def best_first(
         num_nodes: N.
 
     Returns:
-        [B, N + 1] int64 parent of each node, the root's 0, as `trees.plant` takes them, and [B, N]
+        [B, N + 1] int64 parent of each node, the root's 0, for `trees.set_trees`, and [B, N]
         int64 tokens. If there are fewer than N paths, the last nodes have parent -1 and token 0.
 
     """

@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers whose caches have one shape, strides and element size.
+    """Layers whose caches have the same shape, strides and element size.
 
     Attributes:
         caches: the layers' caches, logically [blocks, heads, tokens of a block, content].
-        addresses: [L] int64, where they begin.
+        addresses: [L] int64, their addresses.
         slot_rows: [L] int64, each layer's row of a step's slot mappings.
-        words: int32 or int8, what moves at once.
-        strides: of block, head and token, in words.
-        content: words of one head and token.
+        words: int32 or int8, the unit that moves.
+        strides: strides of block, head and token, in words.
+        content: number of words of one head and token.
 
     """
 
@@ -34,11 +34,11 @@ class CacheGroup:
 
     @classmethod
     def build(cls, caches: Sequence[Tensor], slot_rows: Sequence[int]) -> list[CacheGroup]:
-        """Group ``caches`` by form; a cache that two layers share is taken once.
+        """Group ``caches`` by form; a cache that two layers share counts once.
 
         Args:
-            caches: of each layer, with a contiguous last dimension.
-            slot_rows: of each layer; a cache shared between rows is moved for each of them.
+            caches: cache of each layer, with a contiguous last dimension.
+            slot_rows: row of each layer; a cache that rows share is moved for each of them.
 
         """
         by_form: dict[object, dict[tuple[int, int], Tensor]] = {}
@@ -125,9 +125,9 @@ def compact(
     path: Tensor,
     length: Tensor,
 ) -> None:
-    """Move the K/V of accepted nodes to where a chain's would lie, byte by byte, in all layers.
+    """Move the K/V of accepted nodes to the slots of a chain, byte by byte, in all layers.
 
-    Whatever the cache holds (any number format, scales among the content) is moved as it is.
+    The content of the cache is moved unchanged, in any number format, with its scales.
 
     Args:
         groups: the layers' caches.

@@ -1,7 +1,7 @@
-"""What a node may emit: penalties and bad words by its own path.
+"""Penalties and bad words of a node, by the node's own path.
 
-vLLM's kernels (``v1/worker/gpu/sample/penalties.py`` and ``bad_words.py``) take the rows before a
-row for its history. Here it is the rows of its ancestors.
+vLLM's kernels (``v1/worker/gpu/sample/penalties.py`` and ``bad_words.py``) use the rows before a
+row as its history. Here the history is the rows of its ancestors.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def apply_penalties(
     prompt_mask: Tensor,
     counts: Tensor,
 ) -> None:
-    """Penalise, in place, what each row's history holds.
+    """Penalise, in place, the tokens of each row's history.
 
     Args:
         logits: [L, V] float32.
         idx_mapping: [L] state index of each row's request.
         local_pos: [L] each row's node.
         token_ids: [L] token of each row's node.
-        state_ancestors: [R, N + 1] int64, as `trees.plant` writes them.
+        state_ancestors: [R, N + 1] int64, as `trees.set_trees` writes them.
         repetition: [R] by state index; 1: none.
         frequency: [R] likewise; 0: none.
         presence: [R] likewise.
@@ -90,7 +90,7 @@ def apply_penalties(
 
 @triton.jit
 def _token_above(token_ids_ptr, row, node, ancestors, steps_up):
-    """Token of the ancestor so many steps above a node; 0: the node itself."""
+    """Token of the ancestor this many steps above a node; 0: the node itself."""
     at = node
     for _ in range(steps_up):
         at -= 1
@@ -151,14 +151,14 @@ def apply_bad_words(
     total_len: Tensor,
     max_num_words: int,
 ) -> None:
-    """Forbid, in place, the last token of each bad word whose others end the row's history.
+    """Forbid, in place, the last token of each bad word whose other tokens end a row's history.
 
     Args:
         logits: [L, V] float32.
         idx_mapping: [L] state index of each row's request.
         local_pos: [L] each row's node.
         token_ids: [L] token of each row's node.
-        state_ancestors: [R, N + 1] int64, as `trees.plant` writes them.
+        state_ancestors: [R, N + 1] int64, as `trees.set_trees` writes them.
         state_depths: [R, N + 1] int64, likewise.
         words: [R, tokens] int32, the tokens of all bad words of each state.
         offsets: [R, words + 1] int32, where each word begins.
@@ -166,7 +166,7 @@ def apply_bad_words(
         all_token_ids: [R, tokens] int32, prompt and output of each state.
         prompt_len: [R] int32.
         total_len: [R] int32, tokens of prompt and output.
-        max_num_words: the most that a request of the batch has.
+        max_num_words: most bad words of a request of the batch.
 
     """
     num_rows = logits.shape[0]

@@ -1,4 +1,4 @@
-"""Trees of the requests, and what a step's tokens need to know of them."""
+"""The trees of the requests, and the positions and masks of a step's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NO_TREE = tl.constexpr(NO_TREE)
 
 
 @triton.jit
-def _plant_kernel(
+def _set_trees_kernel(
     state_parents_ptr,
     state_depths_ptr,
     state_ancestors_ptr,
@@ -31,7 +31,7 @@ def _plant_kernel(
     depth = tl.zeros([BLOCK], dtype=tl.int64)
     seen = tl.zeros([BLOCK], dtype=tl.int64)
     one = tl.full([BLOCK], 1, dtype=tl.int64)
-    # All nodes go up at once; who has reached the root stays there.
+    # All nodes go up at the same time; a node that has reached the root stays there.
     for _ in range(WIDTH):
         seen |= one << at.to(tl.int64)
         depth += (at > 0).to(tl.int64)
@@ -43,7 +43,7 @@ def _plant_kernel(
     tl.store(state_ancestors_ptr + state + node, seen, mask=is_node)
 
 
-def plant(
+def set_trees(
     state_parents: Tensor,
     state_depths: Tensor,
     state_ancestors: Tensor,
@@ -54,18 +54,18 @@ def plant(
 
     Args:
         state_parents: [R, N + 1] int64, parent of each node by state index; the root's is 0, that
-            of a node which is never accepted -1.
+            of a node that is never accepted -1.
         state_depths: [R, N + 1] int64, depth of each node.
         state_ancestors: [R, N + 1] int64, bit ``j``: node ``j`` is on the way from the root to the
             node, or the node itself.
-        parents: [B, N + 1] integers, each below the node's own index; what stands for the root
-            does not matter. A node whose parent is -1 is run below the root and never accepted.
+        parents: [B, N + 1] integers, each smaller than the node's own index; the root's entry is
+            ignored. A node with parent -1 runs below the root and is never accepted.
         idx_mapping: [B] state index of each request.
 
     """
     num_reqs, width = parents.shape
     if num_reqs:
-        _plant_kernel[(num_reqs,)](
+        _set_trees_kernel[(num_reqs,)](
             state_parents,
             state_depths,
             state_ancestors,
@@ -115,8 +115,8 @@ def _prepare_kernel(
     state = tl.load(idx_mapping_ptr + req).to(tl.int64)
     num_nodes = tl.load(cu_num_logits_ptr + req + 1) - tl.load(cu_num_logits_ptr + req)
     base = tl.load(seq_lens_ptr + req) - num_nodes
-    # The scheduler pads a new request with drafts that nobody made (`scheduler.py`, placeholders):
-    # its query begins within the prompt, which no tree does.
+    # The scheduler pads a new request with placeholder drafts (`scheduler.py`): its query begins in
+    # the prompt, where no tree begins.
     has_tree = (num_nodes > 1) & (base >= tl.load(prefill_len_ptr + state))
     tl.store(base_ptr + req, tl.where(has_tree, base, _NO_TREE))
     if has_tree:
@@ -148,7 +148,7 @@ def prepare(
         positions: [T] int64, position of each token; those of trees become ``base + depth``.
         ancestors: [T] int64, written for the tokens of trees.
         base: [max requests] int32, written as a whole.
-        state_depths: [R, N + 1] int64, as `plant` writes them.
+        state_depths: [R, N + 1] int64, as `set_trees` writes them.
         state_ancestors: [R, N + 1] int64, likewise.
         idx_mapping: [B] state index of each request.
         query_start_loc: [>= B + 1] int32, first token of each request.

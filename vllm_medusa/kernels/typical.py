@@ -60,18 +60,19 @@ def take_typical(
 ) -> None:
     """Put draft tokens in place of the target's samples, so that the best typical path is accepted.
 
-    Of the paths all of whose nodes are typical the longest is taken, of several the likeliest
-    (arXiv 2401.10774, section 3.3.1). Behind its end the target's sample stays.
+    A path is typical if all its nodes are typical. The longest typical path is taken; if there are
+    several, the most probable one (arXiv 2401.10774, section 3.3.1). After its end the target's
+    sample stays.
 
     Args:
         target_tokens: [L] int64, token sampled from the target at each row; changed in place.
-        states: [R, N + 1] int64 parents, depths and ancestors by state index, as `trees.plant`
+        states: [R, N + 1] int64 parents, depths and ancestors by state index, as `trees.set_trees`
             writes them.
         idx_mapping: [B] state index of each request.
         base: [>= B] int32, as `trees.prepare` writes it.
         draft_tokens: [L] token of each row's node, the roots' included.
-        likelihoods: [L] float32, log-probability of that token at its parent; of roots any.
-        is_typical: [L] bool, whether that token is typical there; of roots any.
+        likelihoods: [L] float32, log-probability of that token at its parent; arbitrary for roots.
+        is_typical: [L] bool, whether that token is typical there; arbitrary for roots.
         cu_num_logits: [B + 1] int32, first row of each request.
 
     """

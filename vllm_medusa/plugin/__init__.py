@@ -1,1 +1,1 @@
-"""The vLLM plugin: the only room, beside `engines`, that imports vLLM."""
+"""The vLLM plugin: beside `engines`, the only folder that imports vLLM."""

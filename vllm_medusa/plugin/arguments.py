@@ -1,7 +1,8 @@
-"""How a user asks for Medusa: vLLM's ``speculative_config``, with our method and keys in it.
+"""The user's way to ask for Medusa: vLLM's ``speculative_config`` with our method and keys.
 
-``EngineArgs.create_engine_config`` is wrapped: our values are taken out and checked, vLLM gets a
-``custom_class`` proposer, our worker class and, in ``additional_config``, the resolved options.
+``EngineArgs.create_engine_config`` is wrapped. The wrapper takes our values out and checks them.
+vLLM gets a ``custom_class`` proposer, our worker class and, in ``additional_config``, the resolved
+options.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ logger = plugin_logger(__name__)
 
 
 def wrap_add_cli_args(original: Any) -> Any:
-    """Teach the parser of ``EngineArgs`` (``engine/arg_utils.py``) the method ``medusa``."""
+    """Add the method ``medusa`` to the parser of ``EngineArgs`` (``engine/arg_utils.py``)."""
 
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
@@ -54,7 +55,7 @@ def wrap_add_cli_args(original: Any) -> Any:
 
 
 def _bare_method_or(parse: Any) -> Any:
-    """``--speculative-config medusa``, where vLLM takes JSON only."""
+    """Parse ``--speculative-config medusa``; vLLM itself accepts JSON only."""
 
     def parse_speculative_config(text: str) -> Any:
         return {"method": METHOD} if text == METHOD else parse(text)
@@ -90,7 +91,7 @@ def wrap_create_engine_config(original: Any) -> Any:
         _check_fit(vllm_config, config, heads)
         collect_errors()
         patches.apply("front end")
-        # For an engine core in this process, whose plugins are loaded already.
+        # For an engine core in this process, where the plugins are loaded already.
         patches.apply("engine core")
         return vllm_config
 
@@ -130,18 +131,18 @@ def take_request(args: Any) -> MedusaOptions | None:
 
 
 def _is_method(value: Any) -> bool:
-    """Whether a value is our method's name; it may be of any type."""
+    """Whether a value, of any type, is our method's name."""
     return isinstance(value, str) and value == METHOD
 
 
 def _read_heads(args: Any, request: MedusaOptions) -> HeadsReader:
-    """Find the heads, of which only headers are read here."""
+    """Find the heads; only their headers are read here."""
     revision = request.revision if request.model else args.revision
     return HeadsReader(request.model or args.model, revision=revision)
 
 
 def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaConfig:
-    """Find the tree that a request means."""
+    """Find the tree that the user asked for."""
     choice = resolve_tree(request, heads.spec.num_heads, heads.tree_paths, heads.tree_schedule)
     return MedusaConfig(
         heads=request.model or args.model,
@@ -156,15 +157,15 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
 
 
 def _static(request: MedusaOptions, reason: str, remedy: str) -> MedusaOptions:
-    """Return what ``tree="auto"`` means on Model Runner V2.
+    """Return the options with the meaning of ``tree="auto"`` on Model Runner V2.
 
     Args:
-        request: that means dynamic trees.
-        reason: why it does not there, for an error.
-        remedy: to have dynamic trees.
+        request: options that mean dynamic trees on V1.
+        reason: why the trees are static on V2, for an error.
+        remedy: how to get dynamic trees, for an error.
 
     Raises:
-        UserError: if dynamic trees are asked for, or values given that they alone have.
+        UserError: if the user asked for dynamic trees, or gave keys that only they have.
 
     """
     given = dict(request.dynamic_values)
@@ -179,23 +180,23 @@ def _static(request: MedusaOptions, reason: str, remedy: str) -> MedusaOptions:
 
 
 def _create(original: Any, args: Any, config: MedusaConfig, *rest: Any, **kwargs: Any) -> Any:
-    """Have vLLM make its configuration."""
+    """Let vLLM make its configuration."""
     with ExitStack() as stack:
-        # Put back afterwards: vLLM may make several configurations from the same arguments.
+        # Restored afterwards: vLLM can make several configurations from the same arguments.
         for name, value in _vllm_arguments(args, config).items():
             stack.enter_context(replaced(args, name, value))
         return original(args, *rest, **kwargs)
 
 
 def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
-    """Return the values of ``EngineArgs`` that tell vLLM what to do."""
+    """Return the values of ``EngineArgs`` for vLLM."""
     return {
         "speculative_config": {
             "method": "custom_class",
             "model": PROPOSER_CLASS,
             "num_speculative_tokens": config.limits.max_nodes,
         },
-        # Asked for, vLLM would end with a list of the methods that it allows: see
+        # If the user asked for it, vLLM would end with a list of the methods that it allows: see
         # `check_asynchronous`.
         "async_scheduling": None if args.async_scheduling else args.async_scheduling,
         "spec_method": None,
@@ -207,7 +208,7 @@ def _vllm_arguments(args: Any, config: MedusaConfig) -> dict[str, Any]:
 
 
 def _check_fit(vllm_config: Any, config: MedusaConfig, heads: HeadsReader) -> None:
-    """Refuse heads of another model, now that vLLM has read the model's configuration."""
+    """Refuse heads of another model, after vLLM has read the model's configuration."""
     model_config = vllm_config.model_config
     vocab_size = model_config.get_vocab_size()
     heads.check_target(model_config.get_hidden_size(), vocab_size)

@@ -1,4 +1,4 @@
-"""Versions of vLLM, and checked patching of what has no official seam."""
+"""Versions of vLLM, and patches that are checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_supported_version() -> bool:
 def plugin_logger(name: str) -> Any:
     """Return a logger of vLLM's for a module of ours.
 
-    vLLM sets up the logger ``vllm`` alone: under any other name nothing below a warning is shown.
+    vLLM configures only the logger ``vllm``: other names show nothing below a warning.
     """
     from vllm.logger import init_logger
 
@@ -56,15 +56,15 @@ def check_version() -> None:
 
 
 def check_signature(owner: Any, name: str, parameters: Sequence[str]) -> Any:
-    """Check what is about to be patched or overridden.
+    """Check a function that will be patched or overridden.
 
     Args:
         owner: class or module.
-        name: function of it.
-        parameters: the names that its first parameters must have: what our code relies on.
+        name: name of the function.
+        parameters: required names of its first parameters, which our code relies on.
 
     Returns:
-        The attribute as it stands there: a function, or a static method around one.
+        The attribute itself: a function, or a static method around one.
 
     Raises:
         UserError: if this vLLM has no such function or its parameters differ.
@@ -86,7 +86,7 @@ def patch(owner: Any, name: str, parameters: Sequence[str], wrap: Callable[[Any]
 
     Args:
         owner: class or module.
-        name: function of it.
+        name: name of the function.
         parameters: as in `check_signature`.
         wrap: makes the replacement.
 

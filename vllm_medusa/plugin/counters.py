@@ -1,4 +1,4 @@
-"""What the plugin counts besides vLLM's own speculative-decoding metrics."""
+"""The plugin's counters, beside vLLM's own speculative-decoding metrics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ DESCRIPTIONS = {
     "chain_fallbacks": "Drafts cut to the first path because no fork blocks were free.",
     "nodes_drafted": "Draft nodes of dynamic trees.",
     "heads_nodes": "Draft nodes of dynamic trees that the heads proposed.",
-    "text_nodes": "Draft nodes of dynamic trees that the text proposed.",
-    "shared_text_nodes": "Draft nodes of dynamic trees of other requests' outputs.",
+    "text_nodes": "Draft nodes of dynamic trees that the request's own text proposed.",
+    "shared_text_nodes": "Draft nodes of dynamic trees that other requests' texts proposed.",
     "heads_accepted": "Accepted nodes of dynamic trees that the heads proposed.",
-    "text_accepted": "Accepted nodes of dynamic trees that the text proposed.",
-    "shared_text_accepted": "Accepted nodes of dynamic trees of other requests' outputs.",
+    "text_accepted": "Accepted nodes of dynamic trees that the request's own text proposed.",
+    "shared_text_accepted": "Accepted nodes of dynamic trees that other requests' texts proposed.",
     "heads_runs": "Steps of dynamic trees that ran the heads.",
-    "steps_without_drafts": "Steps of dynamic trees in which no node was worth its cost.",
+    "steps_without_drafts": "Steps of dynamic trees without drafts, because no node would pay.",
 }
 
 #: Attribute of a step's ``ModelRunnerOutput`` that takes its counts to the engine core.
@@ -26,7 +26,7 @@ OUTPUT_ATTRIBUTE = "medusa_counters"
 
 @dataclass
 class Counters:
-    """Totals of one worker since it started; `DESCRIPTIONS` says what is counted."""
+    """Totals of one worker since it started; see `DESCRIPTIONS`."""
 
     forked_requests: int = 0
     fork_paths: int = 0
@@ -48,7 +48,7 @@ class Counters:
         return {name: getattr(self, name) for name in DESCRIPTIONS}
 
     def take_increase(self) -> dict[str, int]:
-        """Return what was counted since the last call, by name, without zeros."""
+        """Return the increase since the last call, by name, without zeros."""
         totals, taken = self.to_dict(), self._taken
         self._taken = totals
         return {

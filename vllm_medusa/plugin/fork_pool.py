@@ -1,7 +1,7 @@
 """The pool of fork blocks: how large it is, and which request holds which part of it.
 
-The pool is the last blocks of the KV cache. The engine core plans it (`divide`), has its scheduler
-not know of these blocks, and tells the workers, so vLLM's own accounting of memory includes them.
+The pool is the last blocks of the KV cache. The engine core plans it (`divide`). Its scheduler does
+not know these blocks; the workers do. vLLM's own accounting of memory includes them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vllm_medusa.tree.limits import TreeLimits
 
 #: Share of the KV cache that forks take if the user does not say how many requests may have them.
 DEFAULT_SHARE = 1 / 8
-#: And never more requests than this: with so many in a batch, trees no longer pay.
+#: Most requests with forks by default: with more in a batch, trees no longer pay.
 _DEFAULT_MAX_REQUESTS = 64
-#: Share that is left to sequences where their longest is fitted into what forks leave.
+#: Share of the cache that is left to sequences if ``max_model_len`` is fitted into it.
 _FITTED_SHARE = 1 / 2
 
 #: Attribute of ``KVCacheConfig`` that tells the workers how many requests may hold forks.
@@ -29,14 +29,14 @@ _SENT = "medusa_tree_requests"
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a KV cache holds.
+    """The size of a KV cache.
 
     Attributes:
-        num_blocks: blocks of it, the null block included.
+        num_blocks: number of its blocks, the null block included.
         block_sizes: tokens of a block, for each KV-cache group.
         sequence_blocks: blocks that the longest sequence takes, for each group.
-        max_model_len: tokens of the longest sequence; None: they are yet to be fitted into the
-            cache, and ``sequence_blocks`` are those of the shortest.
+        max_model_len: tokens of the longest sequence; None: it is not fitted into the cache yet,
+            and ``sequence_blocks`` are those of the shortest sequence.
 
     """
 
@@ -52,14 +52,14 @@ class CacheShape:
         Args:
             vllm_config: vLLM's configuration.
             kv_cache_config: the whole cache, fork blocks included.
-            is_fitted: whether ``max_model_len`` fits it; if not, it is yet to be fitted.
+            is_fitted: whether ``max_model_len`` is already fitted into the cache.
 
         """
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         model_config = vllm_config.model_config
         max_model_len = model_config.max_model_len
         with replaced(model_config, "max_model_len", max_model_len if is_fitted else 1):
-            # As vLLM counts: a sliding window takes fewer than its sequence has.
+            # Counted as in vLLM: a sliding window needs fewer blocks than its sequence has.
             sequence_blocks = [
                 -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
                 for spec in specs
@@ -74,7 +74,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class ForkPool:
-    """Where the fork blocks lie.
+    """The place of the fork blocks.
 
     Attributes:
         num_requests: how many requests can hold forks at once.
@@ -109,8 +109,8 @@ def plan_fork_pool(
     """Divide a KV cache between the scheduler and the forks.
 
     Args:
-        limits: of the trees.
-        cache: its shape; the scheduler keeps room for one sequence.
+        limits: limits of the trees.
+        cache: shape of the cache; the scheduler keeps room for one sequence.
         max_num_seqs: most requests in a batch.
         max_tree_requests: requests that the user wants to hold forks at once.
 
@@ -122,7 +122,7 @@ def plan_fork_pool(
     per_request = sum(geometry.blocks_per_request for geometry in geometries)
     if per_request == 0:
         return ForkPool(0, cache.num_blocks, geometries)
-    # The sequence, in each group a block for the tree behind it, and the null block.
+    # The sequence, in each group a block for the tree after it, and the null block.
     reserved = 1 + sum(cache.sequence_blocks) + len(cache.block_sizes)
     num_requests = min((cache.num_blocks - reserved) // per_request, max_num_seqs)
     if num_requests < 1:
@@ -138,7 +138,7 @@ def plan_fork_pool(
 
 
 def divide(vllm_config: Any, kv_cache_configs: Sequence[Any], config: MedusaConfig) -> ForkPool:
-    """Plan the fork pool, and have the workers' configurations of the KV cache say so.
+    """Plan the fork pool, and write its size to the workers' configurations of the KV cache.
 
     Args:
         vllm_config: vLLM's configuration.

@@ -1,4 +1,4 @@
-"""How our parts find themselves in vLLM's configuration, in whichever process they run."""
+"""How our code finds its part of vLLM's configuration, in every process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def medusa_config_of(vllm_config: Any) -> MedusaConfig | None:
 def masks_trees(vllm_config: Any) -> bool:
     """Whether the drafts of grammar requests are masked as trees.
 
-    With a reasoning parser they are not: a grammar may then begin in the middle of the drafts,
-    which vLLM finds by going through them as a chain.
+    With a reasoning parser they are not: then a grammar can begin in the middle of the drafts, and
+    vLLM finds this point by treating the drafts as a chain.
     """
     reasoning = vllm_config.structured_outputs_config
     return medusa_config_of(vllm_config) is not None and not (

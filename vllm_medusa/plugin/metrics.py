@@ -1,9 +1,10 @@
 """The plugin's counters among vLLM's metrics: ``/metrics`` and ``LLM.get_metrics()``.
 
-The way of a count through vLLM's processes: a worker counts (`counters.Counters`); the increase of
-a step goes to the engine core on that step's ``ModelRunnerOutput``, from there to the front end in
-``SchedulerStats``, as vLLM's own statistics do, and there into Prometheus counters named
-``vllm:medusa_...``. All of it is integers in a dict of the steps in which something was counted.
+A count goes through vLLM's processes like this. A worker counts (`counters.Counters`). The increase
+of a step goes to the engine core on that step's ``ModelRunnerOutput``, and from there to the front
+end in ``SchedulerStats``, like vLLM's own statistics. There it is added to Prometheus counters with
+the names ``vllm:medusa_...``. The message is a dict of integers, and only steps that counted
+something have one.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class MedusaStatLogger(AggregateStatLoggerBase):
 
     Args:
         prometheus: vLLM's own logger, whose kind of counters (Prometheus or Ray) and labels
-            (``model_name``, ``engine``) these take over. It unregisters all ``vllm:`` metrics of
-            the engine before, these included, so it must exist first.
+            (``model_name``, ``engine``) are used here too. It unregisters all ``vllm:`` metrics of
+            an earlier engine, also ours, so it must be created first.
 
     """
 
@@ -59,7 +60,7 @@ class MedusaStatLogger(AggregateStatLoggerBase):
                 counters[engine_idx].inc(increase)
 
     def log_engine_initialized(self) -> None:
-        """Say nothing: the engine core does (`memory`)."""
+        """Log nothing: the engine core logs the start (`memory`)."""
 
 
 def wrap_stat_loggers(original: Any) -> Any:
@@ -90,7 +91,7 @@ def wrap_prometheus(original: Any) -> Any:
 
 
 def wrap_update_from_output(original: Any) -> Any:
-    """Put our counts into a step's statistics, and leave positions out that no path has."""
+    """Put our counts into a step's statistics, and remove positions that no path has."""
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = original(self, scheduler_output, model_runner_output)
@@ -113,10 +114,10 @@ def _max_depth(scheduler: Any) -> int | None:
 
 
 def _cut_positions(stats: Any, max_depth: int) -> None:
-    """Leave ``max_depth`` positions of a step's ``SpecDecodingStats``.
+    """Keep only ``max_depth`` positions of a step's ``SpecDecodingStats``.
 
-    vLLM counts accepted tokens by position for as many positions as there are draft tokens. Of the
-    drafted ones, which it counts too, it makes no metric.
+    vLLM counts accepted tokens by position, with a position for each draft token. It also counts
+    drafted tokens by position, but makes no metric of them.
     """
     if stats is not None:
         del stats.num_accepted_tokens_per_pos[max_depth:]
@@ -126,9 +127,9 @@ def _cut_positions(stats: Any, max_depth: int) -> None:
 def _add_to_stats(outputs: dict[int, Any], increase: dict[str, int]) -> None:
     """Put a step's counts into the ``SchedulerStats`` among its outputs, if there are any.
 
-    ``SchedulerStats`` is sent by its declared fields, so a new one would be lost on the way. Of
-    ``num_kv_fetch_reqs_by_stage``, a dict of integers made anew for each step, vLLM reads its own
-    keys only.
+    Only the declared fields of ``SchedulerStats`` are sent, so a new field would be lost. The field
+    ``num_kv_fetch_reqs_by_stage`` is a new dict of integers for each step, of which vLLM reads only
+    its own keys.
     """
     for output in outputs.values():
         if output.scheduler_stats is not None:

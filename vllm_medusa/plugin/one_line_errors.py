@@ -1,9 +1,10 @@
-"""One line for a user's mistake, where Python would print a traceback of ours.
+"""One line for a user's mistake, instead of a traceback.
 
-Some mistakes show only in a process that vLLM made for the engine: that the KV cache has no room
-for forks, that heads hold NaN. Such a process says what is wrong in a file that the front end made
-and named in the environment, and ends without a word. The front end, which waits for it, raises the
-error as its own: so the line comes last, where people look, and ``LLM(...)`` raises a `UserError`.
+Some mistakes are found only in a process that vLLM started for the engine: the KV cache has no room
+for forks, or heads hold NaN. Such a process writes the error to a file, whose path the front end
+put into the environment, and ends without output. The front end, which waits for the process,
+raises the error as its own. So the line is the last one that is printed, and ``LLM(...)`` raises a
+`UserError`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _RAY_NODE = re.compile(r"\bip=([\w.:]+)")
 
 @cache
 def install_one_line_errors() -> None:
-    """Print uncaught errors of ours as one line; all others as before. Once in a process."""
+    """Print our uncaught errors as one line; other errors are unchanged. Once in a process."""
     previous = sys.excepthook
 
     def excepthook(
@@ -48,7 +49,7 @@ def install_one_line_errors() -> None:
 
 @cache
 def collect_errors() -> None:
-    """Have the processes that vLLM makes from this one say here what is wrong."""
+    """Collect here the errors of the processes that vLLM starts from this one."""
     descriptor, path = tempfile.mkstemp(prefix="vllm-medusa-", suffix=".txt")
     os.close(descriptor)
     os.environ[_FILE_VARIABLE] = path
@@ -58,7 +59,7 @@ def collect_errors() -> None:
 def _end_collecting(path: Path, pid: int) -> None:
     if os.getpid() != pid:
         return
-    # Nobody waited for the process: one of several engines, or one of another front end.
+    # The front end did not wait for this process: it is one of several engines or front ends.
     if message := _collected():
         _print_line(message)
     path.unlink(missing_ok=True)
@@ -66,7 +67,7 @@ def _end_collecting(path: Path, pid: int) -> None:
 
 @contextmanager
 def handed_over() -> Iterator[None]:
-    """Say a `UserError` to the front end, if this is a process that vLLM made for the engine."""
+    """Send a `UserError` to the front end, if vLLM started this process for the engine."""
     try:
         yield
     except UserError as error:
@@ -80,27 +81,27 @@ def handed_over() -> Iterator[None]:
 
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """End a process that vLLM made for the engine without a traceback of a user's mistake.
+    """End a process that vLLM started for the engine without a traceback of a user's mistake.
 
-    vLLM would log the traceback there, and ``multiprocessing`` print it once more. In any other
-    process the error is left alone.
+    vLLM would log the traceback, and ``multiprocessing`` would print it again. In other processes
+    the error is unchanged.
     """
     try:
         with handed_over():
             yield
     except Exception as error:
-        # Of a worker that has said what is wrong, vLLM tells its engine core in words of its own.
+        # If a worker has sent its error, vLLM gives the engine core an error with another text.
         if _is_vllm_process() and (isinstance(error, UserError) or _collected()):
             raise SystemExit(1) from None
         raise
 
 
 @contextmanager
-def said_by_ray_workers() -> Iterator[None]:
-    """Raise what is wrong in a worker on Ray as a `UserError` of this process.
+def errors_of_ray_workers() -> Iterator[None]:
+    """Raise the error of a worker on Ray as a `UserError` of this process.
 
-    Ray raises an error of a worker as one that is of its class too, whose text is the worker's
-    traceback and which has the error itself as ``cause`` (``RayTaskError`` in ray/exceptions.py).
+    Ray raises an error of a worker as an error that has the same class, the worker's traceback as
+    its text and the error itself as ``cause`` (``RayTaskError`` in ray/exceptions.py).
     """
     try:
         yield
@@ -119,17 +120,17 @@ def said_by_ray_workers() -> Iterator[None]:
 
 
 def wrap_executor(original: Any) -> Any:
-    """End the engine core's process in one line for what its workers find while they are made."""
+    """End the engine core's process in one line if its workers find a mistake at their start."""
 
     def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        with exit_in_one_line(), said_by_ray_workers():
+        with exit_in_one_line(), errors_of_ray_workers():
             original(self, vllm_config, *args, **kwargs)
 
     return initialise
 
 
 def wrap_wait_for_engine_startup(original: Any) -> Any:
-    """Raise what an engine core's process has said, where vLLM says that it has ended."""
+    """Raise the error that an engine core's process has sent, when vLLM finds that it has ended."""
 
     def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -145,16 +146,16 @@ def wrap_wait_for_engine_startup(original: Any) -> Any:
 
 
 def _collected() -> str:
-    """Return what a process has said is wrong."""
+    """Return the error that a process has sent."""
     with suppress(KeyError, OSError):
         return Path(os.environ[_FILE_VARIABLE]).read_text(encoding="utf-8")
     return ""
 
 
 def _is_vllm_process() -> bool:
-    """Whether vLLM made this process, for an engine core or a worker.
+    """Whether vLLM started this process, for an engine core or a worker.
 
-    It names them so in ``v1/engine/utils.py`` and ``v1/executor/multiproc_executor.py``.
+    vLLM sets their names in ``v1/engine/utils.py`` and ``v1/executor/multiproc_executor.py``.
     """
     return multiprocessing.current_process().name.startswith(("EngineCore", "VllmWorker"))
 

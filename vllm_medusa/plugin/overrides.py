@@ -1,8 +1,8 @@
-"""Every method of vLLM that a class or an object of ours replaces, checked like patched functions.
+"""All methods of vLLM that our classes and objects override, checked like patched functions.
 
-A subclass is fitted to the names and parameters of its base as closely as a patch, but Python does
-not notice when the base moves on. So what is overridden is listed with the parameters that our code
-relies on, and checked when the worker class is built.
+A subclass depends on the names and parameters of its base as much as a patch, but Python does not
+notice if the base changes. So the overridden methods are listed here with the parameters that our
+code relies on. They are checked when the worker class is built.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Override:
     """One overridden method.
 
     Attributes:
-        where: with which model runner.
+        where: the model runner, or `worker` for both.
         owner: ``module:Class``, or ``module:`` for a name in that module.
-        name: of the method.
-        parameters: names that its first parameters must have.
-        by: what overrides it, below ``vllm_medusa.plugin.worker``.
-        why: what is added.
+        name: name of the method.
+        parameters: required names of its first parameters.
+        by: the class that overrides it, in ``vllm_medusa.plugin.worker``.
+        why: what the override adds.
 
     """
 
@@ -112,7 +112,7 @@ OVERRIDES = (
         "path forks are set up",
     ),
     Override(
-        "V1", _V1, "_update_states", ("self", "scheduler_output"), _RUNNER, "forks are given back"
+        "V1", _V1, "_update_states", ("self", "scheduler_output"), _RUNNER, "fork blocks are freed"
     ),
     Override(
         "V1",
@@ -128,10 +128,17 @@ OVERRIDES = (
         "_dummy_sampler_run",
         ("self", "hidden_states"),
         _RUNNER,
-        "a draft for each request that is made up",
+        "a draft for each dummy request",
     ),
-    Override("V1", _V1, "_dummy_run", ("self",), _RUNNER, "no forks in a step that is made up"),
-    Override("V1", _V1, "sample_tokens", ("self", "grammar_output"), _RUNNER, "counters go along"),
+    Override("V1", _V1, "_dummy_run", ("self",), _RUNNER, "no forks in a dummy step"),
+    Override(
+        "V1",
+        _V1,
+        "sample_tokens",
+        ("self", "grammar_output"),
+        _RUNNER,
+        "counters are sent with the output",
+    ),
     Override(
         "V1",
         _V1,
@@ -141,7 +148,12 @@ OVERRIDES = (
         "the accepted path is committed",
     ),
     Override(
-        "V1", _V1, "_bookkeeping_sync", ("self",), _RUNNER, "generators are not rewound for chunks"
+        "V1",
+        _V1,
+        "_bookkeeping_sync",
+        ("self",),
+        _RUNNER,
+        "generators are not rewound after prompt chunks",
     ),
     Override(
         "V1",
@@ -168,7 +180,9 @@ OVERRIDES = (
         _RUNNER,
         "trees are drafted",
     ),
-    Override("V1", _V1, "take_draft_token_ids", ("self",), _RUNNER, "parents go along"),
+    Override(
+        "V1", _V1, "take_draft_token_ids", ("self",), _RUNNER, "parents are sent with the drafts"
+    ),
     Override(
         "V1",
         _V1_SAMPLER,
@@ -214,7 +228,9 @@ OVERRIDES = (
         _V2_RUNNER,
         "accepted K/V is moved",
     ),
-    Override("V2", _V2, "take_draft_token_ids", ("self",), _V2_RUNNER, "parents go along"),
+    Override(
+        "V2", _V2, "take_draft_token_ids", ("self",), _V2_RUNNER, "parents are sent with the drafts"
+    ),
     Override(
         "V2",
         _V2_SPECULATOR,

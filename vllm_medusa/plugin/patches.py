@@ -1,8 +1,8 @@
-"""Every function of vLLM that is patched: where, by what, why, and what upstream would end it.
+"""All patched functions of vLLM: where, by what, why, and what would make the patch unnecessary.
 
-`apply` is the one place that patches, called for each process by `register`, by `arguments` and by
-`worker.worker`. What is named here is imported only then, so that a process loads no more of vLLM
-than it would anyway. Without Medusa in its configuration each wrapper calls vLLM's own code.
+Only `apply` patches. `register`, `arguments` and `worker.worker` call it, each for its process. The
+modules that are named here are imported only then, so that a process loads no more of vLLM than
+without the plugin. Without Medusa in its configuration each wrapper calls vLLM's own code.
 ``docs/patches.md`` is made from this list and from `overrides`.
 """
 
@@ -86,7 +86,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _GRAMMAR_MANAGER = "vllm.v1.structured_output:StructuredOutputManager"
 _LOGGERS = "vllm.v1.metrics.loggers"
 
-_METHOD_SEAM = "a registry of speculative methods with keys of their own"
+_METHOD_REGISTRY = "a registry of speculative methods with keys of their own"
 _TREE_DRAFTS = "drafts that come with their parents"
 
 PATCHES = (
@@ -96,8 +96,8 @@ PATCHES = (
         name="add_cli_args",
         parameters=("parser",),
         wrapper=f"{_ARGUMENTS}:wrap_add_cli_args",
-        why="`--speculative-config medusa` and `--spec-method medusa` parse",
-        until=_METHOD_SEAM,
+        why="`--speculative-config medusa` and `--spec-method medusa` are accepted",
+        until=_METHOD_REGISTRY,
     ),
     Patch(
         process="all",
@@ -106,7 +106,7 @@ PATCHES = (
         parameters=("self",),
         wrapper=f"{_ARGUMENTS}:wrap_create_engine_config",
         why="our keys are taken out; vLLM gets a `custom_class` proposer and our worker class",
-        until=_METHOD_SEAM,
+        until=_METHOD_REGISTRY,
     ),
     Patch(
         process="all",
@@ -114,8 +114,8 @@ PATCHES = (
         name="_get_v2_model_runner_unsupported_features",
         parameters=("self",),
         wrapper=f"{_V2_CONFIG}:wrap_unsupported_features",
-        why="Model Runner V2 takes our method, which is called `custom_class` there",
-        until=_METHOD_SEAM,
+        why="Model Runner V2 accepts our method, which has the name `custom_class` there",
+        until=_METHOD_REGISTRY,
     ),
     Patch(
         process="all",
@@ -124,7 +124,7 @@ PATCHES = (
         parameters=("self",),
         wrapper=f"{_V2_CONFIG}:wrap_post_init",
         why="on V2: asynchronous scheduling, and numbers of drafts by batch size",
-        until=_METHOD_SEAM,
+        until=_METHOD_REGISTRY,
     ),
     Patch(
         process="all",
@@ -132,8 +132,8 @@ PATCHES = (
         name="_validate_spec_decode",
         parameters=("self", "speculative_config"),
         wrapper=f"{_SAMPLING}:wrap_validate_spec_decode",
-        why="`min_p` and `logit_bias` are allowed, what trees cannot honour is refused",
-        until="refusals by what a sampler can do, not by whether tokens are speculated",
+        why="`min_p` and `logit_bias` are allowed; what trees do not support is refused",
+        until="refusals that depend on the sampler, not on speculation",
     ),
     Patch(
         process="front end",
@@ -141,7 +141,7 @@ PATCHES = (
         name="wait_for_engine_startup",
         parameters=("handshake_socket", "core_engines"),
         wrapper=f"{_ERRORS}:wrap_wait_for_engine_startup",
-        why="what only the engine's process can know of a mistake is said last, in one line",
+        why="an error that only the engine's process can find is printed last, in one line",
         until="start-up errors sent to the front end with their message",
     ),
     Patch(
@@ -151,8 +151,8 @@ PATCHES = (
         parameters=("self", "vllm_config"),
         wrapper=f"{_METRICS}:wrap_stat_loggers",
         why="our counters are among vLLM's metrics. The entry points `vllm.stat_logger_plugins` "
-        "serve `vllm serve` only, and switch statistics on where the user switched them off",
-        until="that entry point for all engines, without a side effect",
+        "serve `vllm serve` only, and turn on statistics that the user turned off",
+        until="this entry point for all engines, without the side effect",
     ),
     Patch(
         process="front end",
@@ -161,7 +161,7 @@ PATCHES = (
         parameters=("self", "vllm_config"),
         wrapper=f"{_METRICS}:wrap_prometheus",
         why="`/metrics` has a position for each depth of a tree, not for each node",
-        until="a number of positions apart from the number of draft tokens",
+        until="a number of positions that is independent of the number of draft tokens",
     ),
     Patch(
         process="engine core",
@@ -169,7 +169,7 @@ PATCHES = (
         name="__init__",
         parameters=("self", "vllm_config"),
         wrapper=f"{_ERRORS}:wrap_executor",
-        why="a mistake that a worker finds, also on Ray, ends the engine's process in one line",
+        why="a user's mistake that a worker finds, also on Ray, ends the process with one line",
         until="start-up errors sent to the front end with their message",
     ),
     Patch(
@@ -178,8 +178,9 @@ PATCHES = (
         name="_initialize_kv_caches",
         parameters=("self", "vllm_config"),
         wrapper=f"{_MEMORY}:wrap_initialize_kv_caches",
-        why="hands the configuration to the next two; no room for forks ends the process in a line",
-        until="the next two with the configuration among their arguments",
+        why="gives the configuration to the next two; if forks do not fit, the process ends with "
+        "one line",
+        until="the configuration as an argument of the next two",
     ),
     Patch(
         process="engine core",
@@ -187,8 +188,8 @@ PATCHES = (
         name="get_kv_cache_configs",
         parameters=("vllm_config", "kv_cache_specs", "available_memory"),
         wrapper=f"{_MEMORY}:wrap_get_kv_cache_configs",
-        why="`max_model_len=auto` is fitted into the KV cache less the fork blocks",
-        until="blocks that a plugin may keep for itself",
+        why="`max_model_len=auto` is fitted into the KV cache without the fork blocks",
+        until="KV-cache blocks that a plugin can reserve",
     ),
     Patch(
         process="engine core",
@@ -196,8 +197,8 @@ PATCHES = (
         name="generate_scheduler_kv_cache_config",
         parameters=("kv_cache_configs",),
         wrapper=f"{_MEMORY}:wrap_generate_scheduler_kv_cache_config",
-        why="the scheduler plans with the KV cache less the fork blocks",
-        until="blocks that a plugin may keep for itself",
+        why="the scheduler gets the KV cache without the fork blocks",
+        until="KV-cache blocks that a plugin can reserve",
     ),
     Patch(
         process="engine core",
@@ -210,7 +211,7 @@ PATCHES = (
             "scheduled_spec_decode_tokens",
         ),
         wrapper=f"{_GRAMMARS}:wrap_grammar_bitmask",
-        why="each node is masked for its own path, not for the nodes before it",
+        why="each node's mask follows the node's own path, not all nodes before it",
         until=_TREE_DRAFTS,
     ),
     Patch(
@@ -219,7 +220,7 @@ PATCHES = (
         name="validate_tokens",
         parameters=("self", "request", "spec_tokens"),
         wrapper=f"{_GRAMMARS}:wrap_validate_tokens",
-        why="drafts are not cut at the first node that a chain could not go on with",
+        why="drafts are not cut at the first node that would not be allowed in a chain",
         until=_TREE_DRAFTS,
     ),
     Patch(
@@ -228,8 +229,8 @@ PATCHES = (
         name="_create_grammar",
         parameters=("self", "request"),
         wrapper=f"{_GRAMMARS}:wrap_create_grammar",
-        why="an accepted path may run on behind a grammar's end",
-        until="`GuidanceGrammar.accept_tokens` that ignores what follows the end",
+        why="an accepted path can continue after a grammar's end",
+        until="`GuidanceGrammar.accept_tokens` that ignores tokens after the end",
     ),
     Patch(
         process="engine core",
@@ -237,7 +238,7 @@ PATCHES = (
         name="update_draft_token_ids",
         parameters=("self", "draft_token_ids"),
         wrapper=f"{_PARENTS}:wrap_update_draft_token_ids",
-        why="a grammar's request keeps the parents of its drafts",
+        why="a request with a grammar keeps the parents of its drafts",
         until=_TREE_DRAFTS,
     ),
     Patch(
@@ -255,7 +256,7 @@ PATCHES = (
         name="_update_after_schedule",
         parameters=("self", "scheduler_output"),
         wrapper=f"{_MAX_NODES}:wrap_update_after_schedule",
-        why="a request runs no more drafts than its own `max_nodes`",
+        why="a request runs at most its own `max_nodes` drafts",
         until="a number of drafts for each request",
     ),
     Patch(
@@ -264,8 +265,8 @@ PATCHES = (
         name="update_from_output",
         parameters=("self", "scheduler_output", "model_runner_output"),
         wrapper=f"{_METRICS}:wrap_update_from_output",
-        why="our counters go along with the step's statistics, with a position for each depth",
-        until="statistics that a plugin may add to",
+        why="our counters are sent with the step's statistics, which get a position for each depth",
+        until="statistics that a plugin can extend",
     ),
     Patch(
         process="engine core",
@@ -273,9 +274,9 @@ PATCHES = (
         name="_update_request_with_output",
         parameters=("self", "request", "new_token_ids"),
         wrapper=f"{_SESSIONS}:wrap_update_request_with_output",
-        why="a streaming-input session goes on behind the token that stopped it, not behind all "
+        why="a streaming-input session continues after the token that stopped it, not after all "
         "that were accepted",
-        until="vLLM 0.33, which does so",
+        until="vLLM 0.33, which does this",
         versions=("0.32",),
     ),
     Patch(
@@ -284,8 +285,8 @@ PATCHES = (
         name="create_model",
         parameters=("self", "vllm_config", "model_config", "prefix"),
         wrapper=f"{_MERGED}:wrap_create_model",
-        why="a target does not see the tensors of heads that lie in its directory",
-        until="models that skip tensors which a proposer claims",
+        why="the target's loader does not see the tensors of heads in the target's directory",
+        until="models that skip the tensors of a proposer",
     ),
     Patch(
         process="worker",

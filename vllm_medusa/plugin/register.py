@@ -1,8 +1,8 @@
 """The plugin's entry point.
 
-vLLM calls `register` in every process (entry point group ``vllm.general_plugins``), often more
-than once. It patches what has no official seam (`patches`). Everything else hangs on the worker
-class that `arguments` names in ``parallel_config.worker_cls`` (`worker.worker`).
+vLLM calls `register` in every process (entry point group ``vllm.general_plugins``), often more than
+once. It patches functions that have no official extension point (`patches`). Everything else starts
+from the worker class that `arguments` names in ``parallel_config.worker_cls`` (`worker.worker`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from vllm_medusa.plugin import compat, one_line_errors, patches
 
 
 def register() -> None:
-    """Make vLLM know ``medusa``; does nothing when called again in the same process."""
+    """Add ``medusa`` to vLLM; further calls in the same process do nothing."""
     one_line_errors.install_one_line_errors()
     if not compat.is_supported_version():
-        # Leave it alone, but say so to who asks for Medusa, where its arguments still fit.
+        # Patch nothing else, but give users who ask for Medusa an error, if the arguments still
+        # fit.
         for entry in patches.PATCHES:
             if entry.owner == "vllm.engine.arg_utils:EngineArgs":
                 with contextlib.suppress(UserError):
@@ -38,7 +39,8 @@ def register() -> None:
 def _initialise_amx() -> None:
     """Ask the kernel for AMX in this process.
 
-    vLLM's bfloat16 attention dies of SIGILL on AMX machines in worker processes that never asked.
+    On machines with AMX, vLLM's bfloat16 attention ends with SIGILL in worker processes that did
+    not ask (docs/vllm-bugs.md).
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

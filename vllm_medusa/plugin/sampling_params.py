@@ -1,4 +1,4 @@
-"""What a request may say with draft trees: sampling parameters, and options of its own."""
+"""Sampling parameters of requests with draft trees, and a request's own options."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SAMPLING_EPS = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """What a request says of its drafts; None where it says nothing.
+    """A request's own options; None: not given.
 
     Attributes:
-        max_nodes: the most draft nodes that it wants.
+        max_nodes: most draft nodes of its trees.
         acceptance: ``"lossless"`` or ``"typical"``.
-        posterior_threshold, posterior_alpha: of typical acceptance, as in `TypicalRule`.
+        posterior_threshold, posterior_alpha: for typical acceptance, as in `TypicalRule`.
 
     """
 
@@ -42,7 +42,7 @@ class RequestOptions:
 
     @classmethod
     def of(cls, sampling_params: Any) -> RequestOptions:
-        """Read the parameters of a request, which have been checked."""
+        """Read the checked parameters of a request."""
         if sampling_params is None or not sampling_params.extra_args:
             return _NOTHING_SAID
         given = _parsed(sampling_params.extra_args.get(EXTRA_ARGS_KEY))
@@ -70,7 +70,7 @@ def typical_rule_of(sampling_params: Any, default: TypicalRule | None) -> Typica
 def check_extra_args(sampling_params: Any) -> None:
     """Check a request's ``extra_args={"medusa": {"max_nodes": N, "acceptance": ...}}``.
 
-    HTTP has no dictionaries there (``vllm_xargs``): a JSON text is taken as well.
+    Over HTTP (``vllm_xargs``) values cannot be dictionaries, so a JSON text is accepted too.
 
     Raises:
         VLLMValidationError: naming what is wrong; it ends that request only.
@@ -99,7 +99,7 @@ def _check_options(values: Any, sampling_params: Any) -> None:
 
     """
     if not isinstance(values, dict) or not values or not values.keys() <= _KEYS:
-        raise UserError(f"it is not known; give a dictionary of some of {', '.join(sorted(_KEYS))}")
+        raise UserError(f"it is unknown; give a dictionary with some of {', '.join(sorted(_KEYS))}")
     nodes = values.get("max_nodes", 0)
     if type(nodes) is not int or nodes < 0:
         raise UserError(f"max_nodes={shown(nodes)} must be 0 (no drafts) or a larger integer")
@@ -124,10 +124,10 @@ def _parsed(given: Any) -> Any:
 
 
 def wrap_validate_spec_decode(original: Any) -> Any:
-    """Allow ``min_p`` and ``logit_bias``, and refuse what a tree cannot honour.
+    """Allow ``min_p`` and ``logit_bias``, and refuse what trees do not support.
 
-    vLLM refuses the two with any speculation (``SamplingParams._validate_spec_decode``); our
-    sampler takes each node's token from its own processed distribution, so they just work.
+    vLLM refuses both with any speculation (``SamplingParams._validate_spec_decode``). Our sampler
+    takes each node's token from the node's own processed distribution, so trees support them.
     """
     from vllm.exceptions import VLLMValidationError
 

@@ -1,4 +1,4 @@
-"""What Medusa draft trees do not support: refused at start-up, each with the reason."""
+"""Configurations that are refused at start-up, each with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_before(args: Any, worker_class: str) -> None:
             f"worker_cls={shown(args.worker_cls)} cannot be combined with method 'medusa', which "
             "brings its own worker class; leave worker_cls out"
         )
-    # Here, because vLLM would first ask for a token budget that LoRA with drafts needs.
+    # Checked here, because vLLM would first require a token budget for LoRA with drafts.
     if args.enable_lora:
         raise UserError(
             "enable_lora=True is not supported with Medusa: the heads were trained for the base "
@@ -33,8 +33,8 @@ def check_asynchronous(args: Any, vllm_config: Any) -> None:
 
     Args:
         args: ``EngineArgs``, as the user gave them.
-        vllm_config: what vLLM made of them while ``async_scheduling`` was left to it: given the
-            user's word, it ends with a list of the speculative methods that it would allow.
+        vllm_config: vLLM's configuration, made without the user's ``async_scheduling``. With it,
+            vLLM would end with a list of the speculative methods that it allows.
 
     Raises:
         UserError: naming the setting, its value and the remedy.
@@ -48,7 +48,7 @@ def check_asynchronous(args: Any, vllm_config: Any) -> None:
 
 
 def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
-    """Refuse a configuration that trees cannot be verified in.
+    """Refuse a configuration in which trees cannot be verified.
 
     Raises:
         UserError: naming the setting, its value and the remedy.
@@ -89,7 +89,7 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "model",
             architectures,
             model.is_encoder_decoder,
-            "encoder-decoder models have no seam for it; serve without speculative_config",
+            "the plugin cannot draft for encoder-decoder models; serve without speculative_config",
         ),
         (
             "model",
@@ -101,7 +101,7 @@ def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "runner",
             model.runner_type,
             model.runner_type != "generate",
-            "there is nothing to draft for; leave speculative_config out",
+            "only models that generate text use drafts; leave speculative_config out",
         ),
         (
             "structured_outputs_config.backend",
@@ -123,7 +123,7 @@ def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, An
             "sources",
             sources,
             sources is not None and "heads" not in sources,
-            "the text is searched on the host, for which Model Runner V2 does not wait; add "
+            "the text is searched on the host, and Model Runner V2 does not wait for the host; add "
             "'heads', or use V1 with VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
@@ -143,25 +143,25 @@ def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, An
             "watermark_config",
             "given",
             getattr(vllm_config, "watermark_config", None) is not None,
-            "a watermark follows the drafts as a chain; leave it out",
+            "a watermark needs drafts that are a chain; leave it out",
         ),
         (
             "enable_batch_sharded_sampling",
             True,
             bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
-            "ranks would accept paths that the others do not know; leave it out",
+            "a rank would not know the paths that other ranks accept; leave it out",
         ),
         (
             "return_sampling_mask",
             True,
             bool(getattr(model, "return_sampling_mask", False)),
-            "masks are not returned by path yet; leave it out",
+            "masks for tree nodes are not returned yet; leave it out",
         ),
     ]
 
 
 def _refused_with_masks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
-    """What attention to trees does not know, beside what it shares with forks."""
+    """Return what attention to trees does not support on V2."""
     model = vllm_config.model_config
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     kv_role = getattr(vllm_config.kv_transfer_config, "kv_role", None)
@@ -190,15 +190,16 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
         (
             "kv_offloading_size",
             offloading_size,
-            # vLLM makes a connector of it, which the user has never heard of.
+            # vLLM turns it into a connector, whose name the user does not know.
             offloading_size is not None,
-            "it saves blocks before the accepted path is in them; leave it out or use tree='chain'",
+            "it saves blocks before the accepted tokens are in them; leave it out or use "
+            "tree='chain'",
         ),
         (
             "model",
             architectures,
             model.use_mla,
-            "MLA caches have no attention to trees yet; use tree='chain'",
+            "attention to trees does not support MLA caches yet; use tree='chain'",
         ),
         (
             "model",
@@ -216,7 +217,7 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
             "kv_transfer_config.kv_connector",
             getattr(vllm_config.kv_transfer_config, "kv_connector", None),
             vllm_config.kv_transfer_config is not None,
-            "a connector saves blocks before the accepted path is in them; use tree='chain'",
+            "a connector saves blocks before the accepted tokens are in them; use tree='chain'",
         ),
         (
             "enable_dbo",
@@ -234,7 +235,7 @@ def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
 
 
 def check_attention(attn_groups: Sequence[Sequence[Any]], block_sizes: Sequence[int]) -> None:
-    """Refuse attention backends whose cache forks cannot be written to.
+    """Refuse attention backends that cannot write the K/V of forks.
 
     Args:
         attn_groups: vLLM's attention groups, by KV-cache group.
@@ -273,7 +274,7 @@ def _check_token_budget(vllm_config: Any, config: MedusaConfig) -> None:
 
 
 def _avoid_full_cuda_graphs(vllm_config: Any) -> None:
-    """Full graphs fix the number of sequences, which forks change; piecewise ones are right."""
+    """Use piecewise graphs: full graphs fix the number of sequences, which forks change."""
     from vllm.config import CUDAGraphMode
 
     compilation = vllm_config.compilation_config

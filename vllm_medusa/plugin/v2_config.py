@@ -1,7 +1,7 @@
-"""Model Runner V2 for our method: what vLLM's configuration would refuse, and what trees want.
+"""Model Runner V2 for our method: what vLLM would refuse, and the settings that trees need.
 
-vLLM lists the speculative methods that V2 and asynchronous scheduling do not know by name, and ours
-is called ``custom_class`` there. Whether V2 runs at all stays vLLM's choice.
+vLLM has lists of the names of speculative methods that V2 and asynchronous scheduling support. Our
+method has the name ``custom_class`` there. vLLM still decides whether V2 is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REFUSAL = "speculative method 'custom_class'"
 
 
 def wrap_unsupported_features(original: Any) -> Any:
-    """Count our method among those that V2 supports. Every process asks, again and again."""
+    """Add our method to those that V2 supports. Every process calls this often."""
 
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
         features = original(self)
@@ -29,7 +29,7 @@ def wrap_unsupported_features(original: Any) -> Any:
 
 
 def wrap_post_init(original: Any) -> Any:
-    """Set what trees want on V2.
+    """Make the settings that trees need on V2.
 
     Trees by batch size, and asynchronous scheduling, which 0.32 allows for the methods in a list
     that it looks up as a global name.
@@ -48,7 +48,7 @@ def wrap_post_init(original: Any) -> Any:
 
 
 def _set_sizes(vllm_config: Any, config: MedusaConfig) -> None:
-    """V2 schedules, captures and pads numbers of drafts by batch size by itself."""
+    """Give V2 the numbers of drafts by batch size; it schedules, captures and pads by them."""
     if config.sizes_by_batch is not None:
         vllm_config.speculative_config.num_speculative_tokens_per_batch_size = [
             tuple(size) for size in config.sizes_by_batch
@@ -56,7 +56,7 @@ def _set_sizes(vllm_config: Any, config: MedusaConfig) -> None:
 
 
 def _asynchronous_scheduling() -> ExitStack:
-    """Let 0.32 count our method among those of whose drafts the scheduler knows the number only."""
+    """Add our method in 0.32 to those of whose drafts the scheduler knows only the number."""
     from vllm.config import vllm as module
 
     stack = ExitStack()

@@ -1,1 +1,1 @@
-"""What all tools print, draw and note: tables, plots, provenance, progress."""
+"""Output of all tools: tables, plots, provenance, progress."""

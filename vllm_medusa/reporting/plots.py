@@ -14,10 +14,10 @@ PICTURE_KINDS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": N
 
 
 def check_matplotlib(extra: str) -> None:
-    """Say at once, not after hours, if the figures cannot be drawn.
+    """Raise at once, not after hours, if figures cannot be drawn.
 
     Args:
-        extra: of this package that brings matplotlib.
+        extra: the extra of this package that installs matplotlib.
 
     Raises:
         UserError: matplotlib is not installed.

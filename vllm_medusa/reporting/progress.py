@@ -1,4 +1,4 @@
-"""How long work tells how far it is."""
+"""Progress of long work."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import rich.console
 import rich.progress
 import rich.text
 
-#: Told how many more of the things that a stage counts are done.
+#: Called with the number of things that are newly done.
 Progress: TypeAlias = Callable[[int], object]
 
 _SECONDS_BETWEEN_LINES = 30.0
-#: Over which rates and the time left are estimated.
+#: Time over which rates and the time left are estimated.
 _SECONDS_OF_RATE = 600.0
 
 
@@ -30,8 +30,8 @@ class Bar(AbstractContextManager["Bar"]):
         total: how many there will be.
         done: of these, how many there are already.
         is_shown: whether to show anything.
-        writes_lines: whether to write lines where nothing moves.
-        above: makes what a terminal shows above the bar.
+        writes_lines: whether to write lines if the output is not a terminal.
+        above: makes the content above the bar on a terminal.
         console: where to show it; None: standard error.
     """
 
@@ -72,7 +72,7 @@ class Bar(AbstractContextManager["Bar"]):
         self._last_line = time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count what was done, with a word on it that stays until the next one."""
+        """Add to what is done, with a text that stays until the next one."""
         self._bar.update(self._task, advance=count)
         if note is not None:
             self._bar.update(self._task, note=note)
@@ -80,8 +80,8 @@ class Bar(AbstractContextManager["Bar"]):
             self._write_line()
 
     def set_total(self, total: int) -> None:
-        """Say anew how many there will be."""
-        # `update` would forget the rate so far.
+        """Change the total."""
+        # `update` would reset the rate.
         task = self._bar.tasks[0]
         task.total = total
         if task.completed < total:
@@ -94,7 +94,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate of the time that the rest takes; None before there is one."""
+        """Estimated time for the rest; None if there is no estimate yet."""
         return self._bar.tasks[0].time_remaining
 
     def _write_line(self) -> None:
@@ -128,7 +128,7 @@ class _Speed(rich.progress.ProgressColumn):
 
 
 class _Progress(rich.progress.Progress):
-    """With something above it."""
+    """A progress bar with content above it."""
 
     above: Callable[[], Iterable[Any]] = tuple
 

@@ -17,7 +17,7 @@ from vllm_medusa import __version__
 from vllm_medusa.errors import UserError
 
 _PACKAGES = ("vllm", "torch", "transformers", "numpy", "accelerate", "pyarrow", "ray")
-#: What decides how fast a CPU multiplies.
+#: Instruction sets that decide how fast a CPU multiplies.
 _CPU_FLAGS = re.compile(r"\b(amx_\w+|avx512_bf16|avx512f|avx2)\b")
 
 
@@ -57,7 +57,7 @@ def provenance(device_name: str | None) -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """What ran: command, versions and revision; None of a package that is not installed."""
+    """Command, versions and revision; None for a package that is not installed."""
     return {
         "command": shlex.join(["vllm-medusa", *sys.argv[1:]]),
         "versions": {

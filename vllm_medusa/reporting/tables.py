@@ -1,4 +1,4 @@
-"""Tables for the terminal and for Markdown, of one description."""
+"""Tables for the terminal and for Markdown, from one description."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import rich.table
 
-#: Columns of a terminal that cannot say how wide it is.
+#: Width of a terminal of unknown width.
 _WIDTH = 200
 
 
@@ -22,7 +22,7 @@ class Table:
         title: above it.
         columns: their headings.
         rows: of as many texts each.
-        texts: the columns that hold words: those are not aligned to the right, and may wrap.
+        texts: columns with words; they are aligned to the left and may wrap.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Table:
                 column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
             )
         for row in self.rows:
-            table.add_row(*map(rich.text.Text, row))  # no markup in what users named
+            table.add_row(*map(rich.text.Text, row))  # names from users are not markup
         return table
 
 

@@ -1,4 +1,4 @@
-"""Pictures of draft trees: who proposed each node, how likely it was, what was accepted."""
+"""Pictures of draft trees: sources, path probabilities and accepted nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_medusa.reporting.plots import empty_figure, save_figure
 
-#: Colour of a node by who proposed it; of a static tree nobody is named.
+#: Colour of a node by its sources; a static tree has none.
 _COLOURS = {
     ("heads",): "#bcd9ff",
     ("text",): "#ffdf9e",
@@ -22,7 +22,7 @@ _COLOURS = {
     (): "#e9ecef",
 }
 _ROOT, _EDGE, _ACCEPTED = "#ffffff", "#adb5bd", "#2d6a4f"
-#: Inches of a node's place, and of what stands above and below a tree.
+#: Size in inches of a node's place, and of the space above and below a tree.
 _NODE_WIDTH, _NODE_HEIGHT, _TREE_MARGIN = 1.5, 0.55, 0.9
 
 
@@ -31,13 +31,13 @@ class VerifiedTree:
     """One step of one request.
 
     Attributes:
-        step: number of the engine's step that verified it; the first one, the prompt's, is 0.
-        root: the last token that was sampled before.
+        step: number of the engine's step that verified it; the prompt's step is 0.
+        root: the last sampled token before the step.
         tokens: of each draft node.
         parents: of each draft node; 0 is the root, the first draft node is 1.
-        sampled: tokens that the step gave: the accepted ones and one more.
-        probability: that the text goes through each node, from the root on; empty if not known.
-        sources: who proposed each node; empty if not known.
+        sampled: tokens of the step: the accepted ones and one more.
+        probability: path probability of each node; empty if not known.
+        sources: sources of each node; empty if not known.
     """
 
     step: int
@@ -50,7 +50,7 @@ class VerifiedTree:
 
     @classmethod
     def of_events(cls, events: Sequence[dict[str, Any]]) -> list[VerifiedTree]:
-        """The trees among what `engines.watching` wrote down."""
+        """Return the trees among the events that `engines.watching` wrote."""
         names = {field.name for field in fields(cls)}
         return [cls(**event) for event in events if event.keys() <= names]
 
@@ -89,7 +89,7 @@ class VerifiedTree:
         return heights
 
     def source_of(self, node: int) -> tuple[str, ...]:
-        """Who proposed a draft node."""
+        """The sources of a draft node."""
         return tuple(self.sources[node - 1]) if self.sources else ()
 
     def _children(self, node: int) -> list[int]:
@@ -106,7 +106,7 @@ def draw_trees(
     """Draw trees, one below the other.
 
     Args:
-        trees: one at least.
+        trees: at least one.
         decode: tokens to text.
         out: the file, of one of `plots.PICTURE_KINDS`.
     """
@@ -156,12 +156,12 @@ def _write_box(
 
 
 def _write(axes: Any, place: tuple[float, float], text: str, **style: Any) -> None:
-    # Dollar signs are no mathematics here.
+    # Dollar signs do not begin mathematics here.
     axes.text(*place, text, ha="center", va="center", parse_math=False, **style)
 
 
 def _add_legend(figure: Any, trees: Sequence[VerifiedTree]) -> None:
-    """Name the colours that occur."""
+    """Add a legend of the colours that occur."""
     from matplotlib.patches import Patch
 
     occurring = {tree.source_of(node + 1) for tree in trees for node in range(len(tree.tokens))}

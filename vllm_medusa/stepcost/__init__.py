@@ -1,1 +1,1 @@
-"""What a step of the engine costs: measuring, table, curve."""
+"""Step costs of the engine: measuring, table, stages."""

@@ -1,8 +1,8 @@
-"""What an engine step costs by batch size and draft tokens, measured on one machine.
+"""Step costs by batch size and draft tokens, measured on one machine.
 
-`vllm_medusa.stepcost.measure` measures it. A cost is relative: the time of a step that verifies so
-many drafts over that of a step without speculation in the same round, so that a machine whose
-speed drifts does not decide.
+`vllm_medusa.stepcost.measure` measures them. A cost is relative: the time of a step that verifies
+drafts divided by that of a step without speculation in the same round. So a machine whose speed
+changes does not distort it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Relative:
-    """A step's time over that without speculation: median and quartiles over the rounds."""
+    """A step's time divided by that without speculation: median and quartiles over the rounds."""
 
     value: float
     low: float
@@ -60,14 +60,14 @@ class StepCosts:
     """The measured costs, interpolated between numbers of draft tokens.
 
     A chain is interpolated between no drafts and the measured chain, a tree between no drafts and
-    the measured trees: a tree's forks cost something that a chain has not.
+    the measured trees: a tree's forks have a cost that a chain does not have.
 
     Args:
-        rows: measured; without speculation and at least one tree for every batch size.
-        provenance: how, where and when.
+        rows: measured rows; for every batch size one without speculation and at least one tree.
+        provenance: how, where and when they were measured.
 
     Raises:
-        UserError: if some are missing.
+        UserError: if rows are missing.
 
     """
 
@@ -78,8 +78,8 @@ class StepCosts:
         for batch_size in self.batch_sizes:
             if self._row(batch_size, 0) is None or not self._rows(batch_size, False):
                 raise UserError(
-                    f"the step costs lack no speculation or a tree at batch size {batch_size}; "
-                    "measure them again"
+                    "the step costs lack a row without speculation, or a tree, at batch size "
+                    f"{batch_size}; measure them again"
                 )
         self.max_drafts = min(self._rows(size, False)[-1].num_drafts for size in self.batch_sizes)
 
@@ -93,7 +93,7 @@ class StepCosts:
         """Return the cost of verifying a tree, given by its paths, or nothing if it has none.
 
         Raises:
-            UserError: if the tree is larger than any that was measured.
+            UserError: if the tree is larger than all measured ones.
 
         """
         is_chain = bool(paths) and all(path == (0,) * len(path) for path in paths)
@@ -125,7 +125,7 @@ class StepCosts:
         """Read what `to_dict` made.
 
         Raises:
-            UserError: it is something else.
+            UserError: it does not have this form.
 
         """
         if values.get("format") != COSTS_FORMAT:
@@ -140,8 +140,8 @@ class StepCosts:
             raise UserError("the step costs are damaged; measure them again") from None
         if len({len(row.round_ms) for row in rows}) != 1 or not rows[0].round_ms:
             raise UserError(
-                "the step costs hold no measurements, or not as many rounds in all rows; measure "
-                "them again"
+                "the step costs hold no measurements, or the rows have different numbers of "
+                "rounds; measure them again"
             )
         return cls(rows, provenance)
 
@@ -163,7 +163,7 @@ def read_step_costs(path: Path) -> StepCosts:
     """Read a file of step costs.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or is not such a file.
 
     """
     values = read_json(path, "a file of step costs, or a calibration.json")

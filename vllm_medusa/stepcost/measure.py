@@ -16,7 +16,7 @@ from vllm_medusa.reporting.progress import Progress
 from vllm_medusa.stepcost.costs import StepCost, StepCosts
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
-#: Tokens of context at which steps are timed.
+#: Tokens of the prompts of timed steps.
 PROMPT_TOKENS = 128
 MAX_TOKENS = 48
 ROUNDS = 5
@@ -25,7 +25,7 @@ ROUNDS = 5
 def trees_to_measure(
     paths: Sequence[TreePath], sizes: Sequence[int], num_heads: int
 ) -> list[tuple[TreePath, ...]]:
-    """Return no tree, the chain of all heads, and the trees of the first so many ``paths``."""
+    """Return no tree, the chain of all heads, and trees of the first ``paths`` in these sizes."""
     trees = {tuple(paths[:size]) for size in sizes}
     chain = DraftTree.chain(num_heads).paths
     return [(), chain, *sorted(trees - {chain}, key=len)]
@@ -49,18 +49,18 @@ def measure_step_costs(
     Args:
         options: arguments of ``vllm.LLM``.
         heads: ``speculative_config`` without a tree.
-        trees: paths of each; none for no speculation, which must be among them.
+        trees: paths of each; no paths is no speculation, which must be among them.
         token_ids: text to cut prompts from.
-        batch_sizes: to measure.
-        rounds: timed ones, after one that warms up.
-        engines_at_once: engines in memory at a time; the others run after them, and are then not
-            interleaved with them. None is all.
+        batch_sizes: batch sizes to measure.
+        rounds: number of timed rounds, after one that warms up.
+        engines_at_once: engines in memory at the same time; the others run after them and are not
+            interleaved with them. None: all.
         environment: environment variables of the engines, beside the caller's own.
         progress: counts runs, one warm-up and ``rounds`` for each tree and batch size.
         provenance: kept with the result.
 
     Raises:
-        UserError: if an engine does not come up.
+        UserError: if an engine does not start.
 
     """
     rows: list[StepCost] = []
@@ -126,7 +126,7 @@ def with_tree(
     """Return the options of an engine with a tree, given by its paths, or without speculation."""
     if not tree:
         return dict(options)
-    # Every request of the largest batch is to have its forks, else it would draft a chain.
+    # Every request of the largest batch needs its forks, or it would draft a chain.
     paths = [list(path) for path in tree]
     config = {**heads, "tree": paths, "max_tree_requests": max_batch_size}
     return {**options, "speculative_config": config}

@@ -1,4 +1,4 @@
-"""Where a step of the plugin goes: heads, forks, attention, sampling, commit."""
+"""Times of the stages of a step: heads, forks, attention, sampling, commit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vllm_medusa.stepcost.measure import MAX_TOKENS, cut_prompts, with_tree
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 TIMERS = {"VLLM_MEDUSA_TIMERS": "1"}
-#: Stages of `plugin.worker.timers` that are parts of another one, and of which; a part of a part
-#: comes behind it.
+#: Stages of `plugin.worker.timers` that are part of another stage, and that stage; a part of a part
+#: comes after it.
 _PARTS = {
     "plan": "prepare",
     "attention": "forward",
@@ -23,7 +23,7 @@ _PARTS = {
     "heads": "draft",
     "selector": "heads",
 }
-#: What a table calls the stages, in the order of a step. What a stage's parts take is not in it.
+#: Headings of the stages, in the order of a step. A stage's time is without its parts.
 STAGES = {
     "prepare": "inputs",
     "plan": "fork plan",
@@ -40,7 +40,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Where the steps of one tree go at one batch size.
+    """Stage times of the steps of one tree at one batch size.
 
     Attributes:
         batch_size: requests that decode.
@@ -74,8 +74,8 @@ def measure_stages(
 ) -> list[StageTimes]:
     """Time the stages of every tree's steps at every batch size, one engine after another.
 
-    The arguments are those of `step_cost.measure_step_costs`; no speculation has no stages of
-    ours and is left out. ``progress`` counts runs, two for each tree and batch size.
+    The arguments are those of `measure.measure_step_costs`. No speculation has none of our stages
+    and is left out. ``progress`` counts runs, two for each tree and batch size.
     """
     result = []
     for tree in filter(None, trees):
@@ -103,7 +103,7 @@ def measure_stages(
 def stage_table(times: Sequence[StageTimes]) -> Table:
     """Return the times as a table."""
     table = Table(
-        "Where a step goes, in ms (medians)",
+        "Time of the stages of a step, in ms (medians)",
         ("draft nodes", "leaf paths", "batch", "step", *STAGES.values(), "rest"),
         texts=(),
     )
@@ -115,7 +115,7 @@ def stage_table(times: Sequence[StageTimes]) -> Table:
 
 
 def _exclusive(step: Mapping[str, float]) -> dict[str, float]:
-    """Each stage without its parts."""
+    """The time of each stage without its parts."""
     times = {stage: step.get(stage, 0.0) for stage in STAGES}
     for part, whole in _PARTS.items():
         times[whole] -= times[part]

@@ -1,4 +1,4 @@
-"""What the heads' tools need to know of the target model: its sizes and its lm_head."""
+"""The target model for the tools: its sizes and its lm_head."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -25,7 +25,7 @@ class Target:
         hidden_size: of its final hidden states.
         vocab_size: rows of its lm_head.
         is_tied: whether its lm_head is its input embedding; None if config.json does not say.
-        end_tokens: that end its answers, by generation_config.json, or else by config.json.
+        end_tokens: tokens that end its answers, from generation_config.json, or else config.json.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Target:
 
 
 def read_target(name: str, *, revision: str | None = None) -> Target:
-    """Read the sizes of a target model; of a hub name, fetch the JSON files only.
+    """Read the sizes of a target model; for a hub name download only the JSON files.
 
     Raises:
-        UserError: no such model, or no causal language model.
+        UserError: no such model, or not a causal language model.
     """
     location = resolve(name, "model", None, revision=revision)
     config_path = location / "config.json"

@@ -28,7 +28,7 @@ class _Conversation:
         self._rows: list[tuple[str, list[int], list[bool]]] = []
 
     def next_request(self) -> list[int] | None:
-        """All tokens before the next answer; None if there is none to give, or no room."""
+        """All tokens before the next answer; None if no answer is missing or there is no room."""
         if self.prompt.text is not None:
             return None if self.num_answers else self._model.tokens_of_text(self.prompt.text)
         while self._waiting:
@@ -42,7 +42,7 @@ class _Conversation:
         return None
 
     def add(self, request: list[int], answer: list[int]) -> None:
-        """Take an answer to a request."""
+        """Add an answer to the last request."""
         self.num_answers += 1
         self._said.append(Turn("assistant", self._model.text_of(answer)))
         if not self._rows or self._rows[-1][1] != request[: len(self._rows[-1][1])]:
@@ -60,7 +60,7 @@ class _Conversation:
 
 
 def asked_turns(prompt: Prompt) -> list[Turn]:
-    """Return the turns that the target model gets: answers in the file give way to its own."""
+    """Return the turns that the target gets: its own answers replace those of the file."""
     return [turn for turn in prompt.turns if turn.role != "assistant"]
 
 
@@ -89,17 +89,17 @@ def answer_prompts(
 ) -> list[Row]:
     """Answer prompts turn by turn, all conversations' first turns at once, then all second ones.
 
-    A conversation is one row, as long as its tokens up to an answer begin with the row so far. If
-    they do not (a chat template that drops thinking or trims answers, a sample that the tokenizer
-    would write in other tokens), the later answer begins a new row, `ID#TURN`: each answer in a row
-    follows exactly the tokens that a server would have fed the model. A conversation ends early
-    where the next turn leaves no room for an answer.
+    A conversation is one row if its tokens before each answer begin with the row so far. If they do
+    not (a chat template that removes thinking or trims answers, a sample that the tokenizer would
+    split into other tokens), the later answer begins a new row, `ID#TURN`. So each answer in a row
+    follows exactly the tokens that a server would have given the model. A conversation ends early
+    if the next turn leaves no room for an answer.
 
     Args:
         prompts: to answer.
-        model: whose answers.
+        model: the model that answers.
         generate: answers a batch.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Returns:
         The rows, in the order of the prompts.

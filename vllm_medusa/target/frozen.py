@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.resolve import resolve
 
-# Logits held at once, by device: what fits into a CPU's cache, what keeps a GPU busy.
+# Logits in memory at the same time, by device: they fit into a CPU's cache, or keep a GPU busy.
 _CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
 
 
 def chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Return C: of how many positions to hold the logits at once."""
+    """Return C: the number of positions whose logits are in memory at the same time."""
     return max(16, _CHUNK_LOGITS.get(device.type, 2**24) // vocab_size)
 
 
@@ -42,8 +42,8 @@ class FrozenTarget:
         self._lm_head: nn.Linear | None = model.get_output_embeddings()
         if self._body is None or self._body is model or self._lm_head is None:
             raise UserError(
-                f"the target is a {type(model).__name__}, which does not show its decoder and its "
-                "lm_head; name a causal language model"
+                f"the target is a {type(model).__name__}, which does not expose its decoder and "
+                "its lm_head; name a causal language model"
             )
         self.weight: Tensor = self._lm_head.weight
         self.embedding: Tensor = model.get_input_embeddings().weight
@@ -55,9 +55,9 @@ class FrozenTarget:
     def hidden(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Compute the hidden states after the final norm, which vLLM feeds the heads.
 
-        A position attends to its own document only: `transformers` takes every place where
-        position_ids do not rise by one for the start of a document, if it gets neither an
-        attention mask nor a cache. `check` proves that this target keeps to it.
+        A position attends only to its own document: without an attention mask and a cache,
+        `transformers` begins a document wherever position_ids do not rise by one. `check` proves
+        that this target does so.
 
         Args:
             tokens: [B, S] int64, packed documents.
@@ -84,13 +84,13 @@ class FrozenTarget:
         self._compiled_shape = shape
 
     def fingerprint(self) -> str:
-        """Return a hash of the lm_head, which tells two targets of the same sizes apart."""
+        """Return a hash of the lm_head, which differs between targets of the same sizes."""
         weight = self.weight.detach().cpu().contiguous().view(torch.uint8)
         return hashlib.sha256(weight.numpy().data).hexdigest()[:16]
 
     @torch.no_grad()
     def check(self, needs_distribution: bool) -> None:
-        """Check on a few tokens what training relies on and few targets lack.
+        """Check on a few tokens two properties that training relies on.
 
         Args:
             needs_distribution: whether the loss needs the target's own distribution.
@@ -125,15 +125,15 @@ def load_target(
     """Load the target with `transformers`.
 
     Raises:
-        UserError: there is no such model.
-        UserError: it cannot be loaded, or is no causal language model.
+        UserError: there is no such model, it cannot be loaded, or it is not a causal language
+            model.
     """
     from transformers import AutoModelForCausalLM
 
-    resolve(name, "model", None, revision=revision)  # its message says more than transformers'
+    resolve(name, "model", None, revision=revision)  # its message is more precise
     try:
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except Exception as exc:  # transformers raises its own, the hub's, safetensors' and OS errors
+    except Exception as exc:  # its own errors, and those of the hub, safetensors and the OS
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
             f"model {name!r}: transformers cannot load it ({type(exc).__name__}: {reason}); name a "
@@ -143,7 +143,7 @@ def load_target(
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
-    """Compare to what rounding in the tensors' dtype explains."""
+    """Whether the tensors are equal up to rounding in their dtype."""
     tolerance = 1e-4 if first.dtype == torch.float32 else 0.05
     scale = first.float().abs().max()
     return bool((first.float() - second.float()).abs().max() <= tolerance * scale)

@@ -1,4 +1,4 @@
-"""The precision that this machine multiplies fast."""
+"""The data type in which this machine multiplies fast."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Literal
 
 
 def fast_dtype() -> Literal["bfloat16", "float32"]:
-    """Return ``bfloat16`` where the hardware has its products, else ``float32``.
+    """Return ``bfloat16`` if the hardware has instructions for it, else ``float32``.
 
-    A processor without them takes many times longer for bfloat16 than for float32.
+    Without them a processor takes many times longer for bfloat16 than for float32.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What decides the rows that `distill` makes, apart from the prompts and the weights."""
+"""The settings that decide the rows of `distill`, apart from the prompts and the weights."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class AnswerSettings:
     """How the target model answers; the same settings give the same answers."""
 
     model: str
-    """Target model: directory or hub name."""
+    """The target model: directory or hub name."""
     revision: str | None = None
-    """Of the model, if a hub name."""
+    """Revision of the model, if it is a hub name."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """0 is greedy."""
+    """Temperature of sampling; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the probability to sample from, likeliest tokens first."""
+    """Sample from the most probable tokens that have this probability in all (top-p)."""
     max_tokens: PositiveInt = 512
-    """Tokens of an answer, its end token included, at most."""
+    """Largest number of tokens of an answer, its end token included."""
     max_prompt_tokens: PositiveInt | None = None
-    """Tokens before an answer, at most; a longer prompt is bad (what --max-tokens leaves of the
-    model's context)."""
+    """Largest number of tokens before an answer; longer prompts are bad lines (what --max-tokens
+    leaves of the model's context)."""
     seed: int = 0
-    """Of the samples; each answer has its own, made from this, its prompt's id and its turn."""
+    """Seed of the samples; each answer gets its own from it, the prompt's id and the turn."""
     batch_size: PositiveInt | None = None
-    """Prompts at once (vLLM's default)."""
+    """Number of prompts at the same time (vLLM's default)."""
     llm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vllm.LLM, such as '{"dtype": "float32"}'."""
+    """More arguments of vllm.LLM, such as '{"dtype": "float32"}'."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -64,6 +64,6 @@ class AnswerSettings:
 
 
 def answer_seed(seed: int, prompt_id: str, turn: int) -> int:
-    """Return the seed of one answer, whatever batch or shard it is made in: 63 bits."""
+    """Return the seed (63 bits) of one answer, which does not depend on its batch or shard."""
     digest = hashlib.sha256(f"{seed}\n{turn}\n{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""The target model as `distill` sees it: tokenizer, chat template, context, fingerprint."""
+"""The target model for `distill`: tokenizer, chat template, context, fingerprint."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def chat_text(tokenizer: Any, turns: Sequence[Turn]) -> str:
 
 
 def load_answering_model(settings: AnswerSettings) -> AnsweringModel:
-    """Read all of the target model but its weights.
+    """Read everything of the target model except its weights.
 
     Raises:
-        UserError: no such model.
-        UserError: no tokenizer, one that does not fit, or a context too short for the settings.
+        UserError: no such model, no tokenizer, one that does not fit, or a context that is too
+            short for the settings.
     """
     target = read_target(settings.model, revision=settings.revision)
     location = resolve(settings.model, "model", None, revision=settings.revision)
@@ -113,15 +113,15 @@ def load_answering_model(settings: AnswerSettings) -> AnsweringModel:
 
 
 def load_tokenizer(model: str, revision: str | None, llm_options: Mapping[str, Any]) -> Any:
-    """Load the tokenizer that vLLM would take.
+    """Load the tokenizer that vLLM would use.
 
     Args:
         model: directory or hub name.
         revision: of a hub name.
-        llm_options: arguments of ``vllm.LLM``, which may name another tokenizer.
+        llm_options: arguments of ``vllm.LLM``, which can name another tokenizer.
 
     Raises:
-        UserError: none that can be loaded.
+        UserError: no tokenizer that can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -132,7 +132,7 @@ def load_tokenizer(model: str, revision: str | None, llm_options: Mapping[str, A
             revision=llm_options.get("tokenizer_revision", revision),
             trust_remote_code=bool(llm_options.get("trust_remote_code", False)),
         )
-    except Exception as exc:  # the library raises whatever its file readers do
+    except Exception as exc:  # the library raises any error of its file readers
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
             f"{name}: no tokenizer that can be loaded ({reason}); give a model with its tokenizer"
@@ -157,7 +157,7 @@ def _max_model_len(settings: AnswerSettings, location: Path, tokenizer: Any) -> 
 
 
 def _fingerprint(directory: Path) -> str:
-    """Hash the names, sizes and a few blocks of the model's files: other weights show at once."""
+    """Hash the names, sizes and a few blocks of the model's files, so that other weights differ."""
     digest = hashlib.sha256()
     paths = {path for pattern in _FINGERPRINTED for path in directory.glob(pattern)}
     for path in sorted(paths):

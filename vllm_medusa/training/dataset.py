@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm_medusa.data.rows import Row, read_rows
 from vllm_medusa.errors import UserError
 
-#: More held-out rows than this would measure no better and cost time.
+#: Most held-out rows: more would take time and measure no better.
 MAX_HELD_OUT_ROWS = 512
 
 
@@ -44,8 +44,8 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         held_out: share of the rows to hold out; at least one row and at most `MAX_HELD_OUT_ROWS`.
 
     Raises:
-        UserError: the directory or a shard cannot be read.
-        UserError: rows that do not fit the target, or too few with answers.
+        UserError: the directory or a shard cannot be read, rows do not fit the target, or too few
+            rows have answers.
     """
     digest = hashlib.sha256()
     rows: list[tuple[bytes, Row]] = []

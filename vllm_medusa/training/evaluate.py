@@ -1,4 +1,4 @@
-"""What measurements on held-out rows say of heads in training."""
+"""Measures heads in training on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.tree.draft_tree import DraftTree, TreePath
 
 TREE_SIZES = (8, 16, 24, 32, 48, 64)
-#: Heads are chosen by the acceptance length that the best tree of so many nodes can be expected to
-#: have: a size that is served.
+#: Heads are chosen by the expected acceptance length of the best tree of this many nodes, a usual
+#: size.
 CHOSEN_BY = 32
 
 
@@ -69,7 +69,7 @@ def _figures(
     trees: dict[str, Sequence[TreePath]] = {
         f"chain of {num_heads}": DraftTree.chain(num_heads).paths
     }
-    # No more than were ever right.
+    # At most the paths that were ever right.
     trees |= {f"tree of {size}": paths[:size] for size in TREE_SIZES if size <= len(paths)}
     resamples = resample(len(set(prompt_ids)), seed=0)
     lengths = {

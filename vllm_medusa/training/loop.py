@@ -31,13 +31,13 @@ from vllm_medusa.training.settings import TrainSettings
 
 _LOGGER = logging.getLogger(__name__)
 
-# What a run may find under another name and still be the same run: fingerprints stand for them.
+# Names that may differ in the same run, because fingerprints identify their contents.
 _NAMES = ("model", "revision", "data", "heads")
 
 
 @dataclass
 class History:
-    """What happened so far.
+    """The history of a training.
 
     Attributes:
         losses: [steps][heads], each head's loss.
@@ -63,7 +63,7 @@ class Outcome:
 
     Attributes:
         heads: the best ones, rounded to the dtype that they are written in.
-        continuations: what they do on the held-out answers.
+        continuations: their ranks on the held-out answers.
         num_steps, tokens_per_step: of training; tokens with their padding.
     """
 
@@ -78,7 +78,7 @@ class Training:
     """One training run, from its settings to its best heads.
 
     Args:
-        settings: what to do.
+        settings: settings of the run.
         save_every: steps between checkpoints, beside those at each measurement.
         compile_target: whether to compile the target's body (torch.compile).
 
@@ -146,7 +146,7 @@ class Training:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step, with padding."""
+        """Tokens of a step, padding included."""
         per_batch = self._batches.num_sequences * self._batches.sequence_length
         return per_batch * self._batches_per_step
 
@@ -158,8 +158,7 @@ class Training:
         """Train to the end, from the directory's last checkpoint if there is one.
 
         Raises:
-            UserError: the directory belongs to another run.
-            UserError: a checkpoint cannot be written.
+            UserError: the directory belongs to another run, or a checkpoint cannot be written.
         """
         with self._accelerator.main_process_first():
             state = directory.open(self.identity)
@@ -188,7 +187,7 @@ class Training:
         return max(1, math.ceil(sequences * share / per_step))
 
     def _step(self, step: int, all_sequences: list[list[list[int]]]) -> list[float]:
-        """Learn from one step's batches, of which this process takes its share."""
+        """Learn from this process's share of one step's batches."""
         settings, accelerator = self.settings, self._accelerator
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         learnt = [
@@ -212,7 +211,7 @@ class Training:
         return values
 
     def _after(self, done: int, directory: RunDirectory) -> None:
-        """Measure and save, when it is time to."""
+        """Measure and save in the steps that do so."""
         history = self._history
         is_eval = done % self._eval_every == 0 or done == self.num_steps
         if is_eval:
@@ -247,7 +246,7 @@ class Training:
         self._history = History(**state["history"])
 
     def _finish(self, directory: RunDirectory) -> Outcome:
-        """Take the best heads as they will be written, and measure those."""
+        """Round the best heads as they will be written, and measure them."""
         self.wait()  # for the main process to write them
         best = directory.load_best(self._history.best_step)
         self._heads.load_state_dict(best["heads"])
@@ -264,7 +263,7 @@ class Training:
 
 
 def _make_heads(settings: TrainSettings, target: FrozenTarget) -> tuple[TrainedHeads, str | None]:
-    """Make the heads to train, and a hash of those that stay as they are."""
+    """Make the heads to train, and a hash of the heads that do not change."""
     if settings.heads is None:
         return TrainableHeads(settings, target), None
     checkpoint = load_heads(

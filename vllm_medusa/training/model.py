@@ -29,8 +29,8 @@ class TrainableHeads(nn.Module):
 
     Args:
         settings: the heads' number and kind.
-        target: whose lm_head they use or start from and whose embedding root-aware heads see the
-            root by; neither is trained.
+        target: its lm_head is used or copied, and root-aware heads use its embedding; neither is
+            trained.
 
     Raises:
         UserError: a rank is above the hidden size.
@@ -134,12 +134,12 @@ class TrainableHeads(nn.Module):
 
 
 class HeadsAsTheyAre(nn.Module):
-    """Heads of a checkpoint, which stay as they are, with a selector that is trained in float32.
+    """Heads of a checkpoint, which do not change, with a selector that is trained in float32.
 
     Args:
-        checkpoint: the heads; a selector that they have is left out.
-        settings: of the training.
-        target: that the heads were made for.
+        checkpoint: the heads; their own selector, if any, is left out.
+        settings: settings of the training.
+        target: the target of the heads.
 
     Raises:
         UserError: the selector's rank is above the size of the target's embeddings.
@@ -160,7 +160,7 @@ class HeadsAsTheyAre(nn.Module):
     def checkpoint(self, dtype: torch.dtype, base_model: str) -> HeadsCheckpoint:
         """Return the heads with the selector, all in the heads' own dtype, without their trees.
 
-        The trees are of the ranks that guesses had before.
+        The trees belong to the ranks without the selector.
         """
         spec = self._checkpoint.spec
         tensors = self.selector.canonical_tensors()
@@ -181,10 +181,10 @@ TrainedHeads = TrainableHeads | HeadsAsTheyAre
 
 
 def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) -> Selector:
-    """Make a selector that knows tokens from each other by the target's embedding of them.
+    """Make a selector whose table of parents comes from the target's embedding.
 
-    Its parents' table is what the embedding's first principal axes, not centred, say of each token,
-    each axis scaled to a mean square of one. So what is learnt of a token holds for its likes too.
+    The table holds each token's coordinates on the embedding's first principal axes (not centred),
+    each axis scaled to a mean square of one. So similar tokens learn together.
 
     Raises:
         UserError: its rank is above the size of the target's embeddings.
@@ -227,7 +227,7 @@ def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         `up @ down` is the truncated singular value decomposition.
     """
     exact = weight.double()
-    # Of the small Gram matrix: a decomposition of the V x H matrix itself would take minutes.
+    # From the small Gram matrix: a decomposition of the V x H matrix itself would take minutes.
     _, vectors = torch.linalg.eigh(exact.T @ exact)
     down = vectors[:, -rank:].flip(1).T
     up = exact @ down.T

@@ -28,9 +28,9 @@ def rate_factor(step: int, num_steps: int, warmup: float) -> float:
 class HeadsOptimizer:
     """The optimizer of the settings over the heads' parameters.
 
-    With Muon (`torch.optim.Muon`, rates matched to AdamW's), each block's matrix, and each on the
-    root, is orthogonalised on its own, so it sees views of the stacked weights; biases, lm_heads
-    and selectors get AdamW.
+    With Muon (`torch.optim.Muon`, rates matched to AdamW's), the matrix of each block and of each
+    head's root is orthogonalised separately, as a view of the stacked weights. Biases, lm_heads and
+    selectors get AdamW.
 
     Args:
         heads: to be trained.

@@ -1,7 +1,7 @@
 """Packing rows (here: documents) into sequences of equal length, and what the loss looks at.
 
-Which sequences a step sees follows from the seed and the step's number alone, so a run that was
-killed goes on with exactly the batches that it would have seen.
+The sequences of a step depend only on the seed and the step's number, so a run that was killed
+continues with exactly the batches that it would have had.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vllm_medusa.data.rows import Row
 
-# Documents are packed best-fit among so many at a time: enough for little padding, few enough that
-# the order stays random.
+# Number of documents that are packed (best fit) at a time: enough for little padding, few enough
+# that the order stays random.
 _WINDOW = 512
 
 

@@ -1,4 +1,4 @@
-"""What a training leaves beside the heads: their tree, provenance, and a report."""
+"""The files that a training writes beside the heads: a tree, the provenance, a report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
         training: the run.
         outcome: its end.
         path: the directory to make.
-        out: the name that it will get.
+        out: its later name.
 
     Returns:
         the report's figures.

@@ -29,7 +29,7 @@ def train(
     Under ``accelerate launch`` every process calls this.
 
     Args:
-        settings: what to do; all of it decides the result.
+        settings: settings of the run, which decide the result.
         out: directory to make; until it is complete, the state is in `<out>.partial`.
         save_every: steps between checkpoints, beside those at each measurement.
         compile_target: whether to compile the target's forward pass.
@@ -38,8 +38,8 @@ def train(
         the report (`report.json`).
 
     Raises:
-        UserError: settings, a model or rows that cannot be used, or a
-            directory that cannot be written; its message is one line.
+        UserError: settings, a model or rows that cannot be used, or a directory that cannot be
+            written.
     """
     if save_every is not None and save_every < 1:
         raise UserError(f"--save-every {save_every}: must be 1 or more")

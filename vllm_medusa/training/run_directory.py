@@ -1,8 +1,8 @@
 """The directory in which a training keeps its state until the heads are done.
 
-It lies beside the heads' directory, which appears only when it is complete. Every file in it is
-written whole or not at all, and the checkpoint is the last one written, so a run that is killed
-anywhere goes on from its last checkpoint with nothing missing.
+It is beside the heads' directory, which appears only when it is complete. Every file in it is
+written completely or not at all, and the checkpoint is written last. So a run that is killed at any
+point continues from its last checkpoint, and nothing is missing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RunDirectory:
             made = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.out}: is there and was not made by vllm-medusa train; {remedy}"
+                f"{self.out}: exists and was not made by vllm-medusa train; {remedy}"
             ) from None
         check_same(identity, made, str(self.out))
         return True
@@ -73,9 +73,8 @@ class RunDirectory:
         """Return the last checkpoint of the run that left the directory, if one did.
 
         Raises:
-            UserError: the directory belongs to a run with other settings, or its checkpoint
-                cannot be read.
-            UserError: it cannot be written.
+            UserError: the directory belongs to a run with other settings, its checkpoint cannot be
+                read, or it cannot be written.
         """
         remove_temporary_files(self.path)
         left = self.path / _IDENTITY
@@ -93,7 +92,7 @@ class RunDirectory:
                 path.unlink()
 
     def save_best(self, step: int, heads: dict[str, Any]) -> None:
-        """Keep the best heads so far; they count from the checkpoint that names their step."""
+        """Keep the best heads so far; the next checkpoint names their step."""
         self._save(_best(step), heads)
 
     def load_best(self, step: int) -> dict[str, Any]:
@@ -125,7 +124,7 @@ class RunDirectory:
             value: dict[str, Any] = torch.load(
                 self.path / name, weights_only=True, map_location="cpu"
             )
-        except Exception as exc:  # a damaged file fails in a dozen ways
+        except Exception as exc:  # a damaged file can raise many kinds of errors
             raise UserError(
                 f"{self.path / name}: is damaged ({type(exc).__name__}); remove {self.path} to "
                 "train from the start"

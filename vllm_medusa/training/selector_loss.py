@@ -12,14 +12,14 @@ from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Of one head and C predicted tokens, n guesses each.
+    """The guesses of one head for C predicted tokens, n each.
 
     Attributes:
         head: k.
         parents: [C] int64, the token before each predicted one.
         tokens: [C, n] int64.
         logits: [C, n] float32, scaled.
-        wanted: [C, n] float32, the share of the target that each guess has.
+        wanted: [C, n] float32, the target's probability of each guess.
     """
 
     head: int
@@ -32,10 +32,9 @@ class _Candidates:
 class SelectorLoss:
     """Collects the heads' best guesses of a batch, chunk by chunk, and learns from all at once.
 
-    A head's guesses compete among themselves: the loss is the cross entropy of the softmax over
-    them, with the selector's terms, to the target's distribution, of which what lies on other
-    tokens does not count. It reaches the selector only, not the heads, whose own loss decides
-    which guesses there are.
+    The loss is the cross entropy of the softmax over a head's guesses, with the selector's terms,
+    to the target's distribution; other tokens do not count. It changes only the selector, not the
+    heads, whose own loss decides the guesses.
 
     Args:
         selector: to be trained.

@@ -1,4 +1,4 @@
-"""What a training run is asked to do; all of it decides the result, to the bit."""
+"""The settings of a training run, which decide the result bit for bit."""
 
 from __future__ import annotations
 
@@ -23,63 +23,63 @@ class TrainSettings:
     model: str
     """The target model: directory or hub name."""
     revision: str | None = None
-    """Of the target model, if a hub name."""
+    """Revision of the target model, if it is a hub name."""
     data: str
     """Rows that vllm-medusa distill wrote."""
     num_heads: PositiveInt = 4
-    """Medusa heads."""
+    """Number of Medusa heads."""
     num_layers: PositiveInt = 1
-    """Residual blocks in each head."""
+    """Number of residual blocks in each head."""
     lm_head: Literal["shared", "own", "low-rank"] = "shared"
-    """The target's, a copy per head, or two factors per head."""
+    """lm_head of the heads: the target's, a copy for each head, or two low-rank factors each."""
     rank: PositiveInt | None = None
-    """Of the two factors; for --lm-head low-rank only."""
+    """Rank of the two factors; only for --lm-head low-rank."""
     root_aware: bool = False
-    """Let the heads see the root, the token that the target has just sampled."""
+    """Let the heads read the root, the token that the target sampled last."""
     selector: bool = False
-    """Train a selector too, which ranks a head's best guesses again by the token before."""
+    """Also train a selector, which ranks a head's best guesses again by their parent token."""
     selector_only: bool = False
-    """Train a selector alone, for the heads of --heads."""
+    """Train only a selector, for the heads of --heads."""
     selector_rank: PositiveInt = 64
-    """Of the selector's tables."""
+    """Rank of the selector's tables."""
     heads: str | None = None
-    """Heads that stay as they are; for --selector-only."""
+    """Existing heads, which do not change; for --selector-only."""
     loss: Literal["kl", "lk", "ce"] = "kl"
-    """Learn the target's distribution (kl), how to have samples accepted by it (lk), or the rows'
+    """What to learn: the target's distribution (kl), the acceptance of samples (lk), or the rows'
     tokens (ce)."""
     kl_temperature: PositiveFloat = 1.0
-    """Of the target's distribution; below 1 sharpens it towards its argmax."""
+    """Temperature of the target's distribution; a value below 1 sharpens it."""
     decay: Annotated[Share, Field(gt=0)] = 0.8
-    """Head k's loss counts decay^k (paper, section 2.2.1: 0.8)."""
+    """Weight of head k's loss is decay^k (paper, section 2.2.1)."""
     loss_positions: Share = 1.0
-    """Share of the answers' tokens, drawn at each step, that the loss looks at."""
+    """Share of the answers' tokens that the loss uses, drawn again at each step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of the matrices."""
+    """Weight decay of the matrices."""
     warmup: Share = 0.03
-    """Share of the steps in which the rate rises; then it falls by half a cosine to zero."""
+    """Share of the steps in which the rate rises; then it falls to zero by half a cosine."""
     steps: PositiveInt | None = None
-    """How many steps to train; give this or --epochs."""
+    """Number of steps; give this or --epochs."""
     epochs: PositiveFloat | None = None
-    """How often to see each row; give this or --steps."""
+    """How often each row is used; give this or --steps."""
     batch_tokens: PositiveInt = 4096
-    """Tokens of one forward pass of one process, at most."""
+    """Largest number of tokens of one forward pass of one process."""
     grad_accumulation: PositiveInt = 1
-    """Forward passes per step."""
+    """Number of forward passes of a step."""
     clip: PositiveFloat = 1.0
     """Largest norm of a step's gradient."""
     dtype: Literal["bfloat16", "float32"] = field(default_factory=fast_dtype)
-    """Of the target and of the products (bfloat16 where the hardware has its products, else
-    float32); the heads' weights are float32 while they train."""
+    """Data type of the target and of the products (bfloat16 if the hardware has instructions for
+    it, else float32); the heads' weights are float32 in training."""
     held_out: Share = 0.05
-    """Share of the rows that is measured, not learnt."""
+    """Share of the rows that is used to measure, not to learn."""
     eval_every: PositiveInt | None = None
-    """Steps between measurements (a tenth of all)."""
+    """Steps between measurements (a tenth of all steps)."""
     seed: NonNegativeInt = 0
-    """Of the rows' order."""
+    """Seed of the order of the rows."""
 
     def __post_init__(self) -> None:
         if not self.loss_positions:

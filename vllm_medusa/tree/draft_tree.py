@@ -151,7 +151,7 @@ class DraftTree:
         )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise `UserError` if the tree asks a head for more guesses than it has tokens."""
+        """Raise `UserError` if the tree needs more guesses of a head than it has tokens."""
         if self.top_k > vocab_size:
             raise UserError(
                 f"the tree asks for rank {self.top_k - 1} but a head knows {vocab_size} tokens; "
@@ -205,11 +205,11 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
     Args:
         path: of the file.
-        what: what it is, and
-        remedy: what to do if it is no JSON, both for the error.
+        what: what the file is, for the error.
+        remedy: what to do if it is not JSON, for the error.
 
     Raises:
-        UserError: if it cannot be read or is no JSON.
+        UserError: if it cannot be read or is not JSON.
 
     """
     try:
@@ -226,7 +226,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def _name(path: Path) -> str:
-    """Return the path of a file as a message shows it: longer than other values."""
+    """Return the path of a file as a message shows it; it may be longer than other values."""
     return shown(str(path), 260).strip("'")
 
 

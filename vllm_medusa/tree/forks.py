@@ -30,8 +30,8 @@ PAD_SLOT = -1
 class ForkGeometry:
     """How a request's fork blocks are laid out, for one KV block size.
 
-    The blocks of a fork form a ring: block ``k`` of the sequence lies at ring place ``k % ring``.
-    So when the tail moves on to the next block, that block is already in its place.
+    The blocks of a fork form a ring: block ``k`` of the sequence is at ring place ``k % ring``.
+    So when the tail goes on to the next block, that block is already in its place.
 
     Attributes:
         block_size: tokens of a block.
@@ -46,7 +46,7 @@ class ForkGeometry:
 
     @classmethod
     def of(cls, max_paths: int, max_depth: int, block_size: int) -> ForkGeometry:
-        """Return the geometry for trees of so many fork paths and of such a depth."""
+        """Return the geometry for trees with at most these fork paths and this depth."""
         ring = (block_size - 1 + max_depth) // block_size + 1
         return cls(block_size=block_size, ring=ring, num_forks=max_paths - 1)
 
@@ -84,7 +84,7 @@ def expand_block_table(
         fork_base: [B] int64, first fork block of each request; unused where not forked.
 
     Returns:
-        [Q, W + ring]; entries behind a pseudo-sequence's last block are arbitrary.
+        [Q, W + ring]; entries after a pseudo-sequence's last block are arbitrary.
 
     """
     rows = block_table.index_select(0, indices.seq_req)
@@ -128,7 +128,7 @@ def commit_writes(
         indices: the step's.
         commit_slots: [C] from `write_slots`.
         path: [B, D + 1] accepted nodes from the root on (`Acceptance.path`).
-        length: [B] how many of them behind the root were accepted.
+        length: [B] number of accepted nodes, without the root.
 
     Returns:
         ``(source, slots)``, each [C] int64: the place among the step's E writes that holds the
@@ -154,7 +154,7 @@ def mirror_copies(
 
     Args:
         geometry: layout of the forks in this KV-cache group.
-        first_path: [M] first fork path, at least 1, of each request that is to find its tail.
+        first_path: [M] first fork path, at least 1, of each request that gets the tail.
         num_paths: [M] all of its paths; those from ``first_path`` on get a copy.
         tail_block: [M] block that holds each request's partial tail.
         block_idx: [M] its index in the request's block table.

@@ -1,4 +1,4 @@
-"""What no draft tree exceeds."""
+"""Upper limits of draft trees."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SOURCES = ("heads", "text")
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicTrees:
-    """Bounds of trees that are made anew for every request and step.
+    """Limits of dynamic trees, which are new for each request in each step.
 
     Attributes:
-        max_nodes: draft nodes of a request's tree.
-        max_depth: depth of a tree; text goes on where the heads end.
-        max_paths: leaf paths of a tree. On vLLM's V1 runner each costs a sequence of its own.
-        sources: of candidates, some of `SOURCES`.
-        shared_text: whether outputs of requests that have finished are a source too.
-        learn: whether probabilities go on being learnt while serving.
-        measure_costs: whether step costs are measured at start-up, to draft what pays; if not, each
-            step drafts as many nodes as may be.
+        max_nodes: most draft nodes of a request's tree.
+        max_depth: largest depth of a tree. With text as a source it can exceed the number of heads.
+        max_paths: most leaf paths of a tree. On vLLM's V1 runner each needs its own sequence.
+        sources: sources of candidates, some of `SOURCES`.
+        shared_text: whether outputs of finished requests are a source too.
+        learn: whether the curves learn while serving.
+        measure_costs: whether step costs are measured at start-up, to draft only what pays; if not,
+            each step drafts as many nodes as the limits allow.
 
     """
 
@@ -36,7 +36,7 @@ class DynamicTrees:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DynamicTrees:
-        """Make the bounds of JSON values; what is left out is as by default."""
+        """Make the limits from JSON values; missing keys have their defaults."""
         given = dict(values)
         if "sources" in given:
             given["sources"] = tuple(given["sources"])
@@ -45,7 +45,7 @@ class DynamicTrees:
 
 @dataclass(frozen=True)
 class TreeLimits:
-    """What no draft tree of an engine exceeds: draft nodes, depth and fork paths."""
+    """Most draft nodes, depth and most fork paths of an engine's draft trees."""
 
     max_nodes: int
     max_depth: int

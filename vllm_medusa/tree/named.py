@@ -1,4 +1,4 @@
-"""Trees that go by a name.
+"""Trees with a name.
 
 ``published.json`` holds the nine 63-node trees of the reference implementation, which were found
 for its checkpoints on GPUs. The ``cpu-*`` trees and the default are ours: orders of paths by
@@ -25,7 +25,7 @@ AUTO = "auto"
 #: Chance that head 0's guess of each rank is right: an assumption that gives sensible shapes, not a
 #: measurement. Heads that come with a calibrated tree do not use it.
 _RANK_PROBABILITIES = (0.60, 0.15, 0.07, 0.04, 0.025, 0.018, 0.013, 0.010, 0.008, 0.006)
-#: Each further head is right this much less often than the one before.
+#: Factor on these chances for each further head.
 _DEPTH_DECAY = 0.75
 
 DEFAULT_NUM_DRAFT_TOKENS = 16
@@ -42,7 +42,7 @@ def named_tree(name: str, num_heads: int) -> DraftTree:
 
     Args:
         name: one of `tree_names`.
-        num_heads: the ``chain`` and ``cpu-*`` trees are made for as many heads.
+        num_heads: number of heads that the ``chain`` and ``cpu-*`` trees are made for.
 
     Raises:
         UserError: if there is no tree of that name.

@@ -26,7 +26,7 @@ class NodeRows:
         parents: [B, N + 1] as in `StepTrees`.
         depths: [B, N + 1] as in `StepTrees`.
         ancestors: [B, N + 1, D + 1] as in `StepTrees`.
-        starts: first row of each request, and R behind the last.
+        starts: first row of each request, then R.
 
     """
 

@@ -1,7 +1,7 @@
-"""The tree schedule: which draft tree pays at which batch size.
+"""The tree schedule: a draft tree for each range of batch sizes.
 
-The larger the batch, the less a step has to spare for drafts. The trees of a schedule lie within
-one another, so that one layout serves all of them (`DraftTree.from_stages`).
+With a larger batch fewer drafts pay. Each tree of a schedule is part of the larger ones, so one
+layout serves all of them (`DraftTree.from_stages`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ScheduleEntry:
     """The tree of a range of batch sizes.
 
     Attributes:
-        max_batch_size: last batch size of the range, which begins behind the entry before; None:
+        max_batch_size: last batch size of the range, which begins after the entry before; None:
             all larger ones.
         paths: the tree's paths; empty: nothing is drafted.
 
@@ -51,8 +51,8 @@ class TreeSchedule:
         """Build a schedule from ``(max_batch_size, paths)`` pairs.
 
         Raises:
-            UserError: if batch sizes do not rise, a tree is not valid or not within another, or
-                nothing is drafted at any batch size.
+            UserError: if batch sizes do not rise, a tree is not valid or not part of another one,
+                or nothing is drafted at any batch size.
 
         """
         before = 0
@@ -75,7 +75,7 @@ class TreeSchedule:
         schedule = cls(tuple(checked))
         if not any(entry.paths for entry in checked):
             raise UserError("the tree schedule drafts nothing at any batch size; remove it")
-        # Raises if the trees do not lie within one another.
+        # Raises if a tree is not part of the larger ones.
         schedule.tree()
         return schedule
 
@@ -101,7 +101,7 @@ class TreeSchedule:
 def nodes_for_batch(sizes: Sequence[tuple[int, int, int]], batch_size: int) -> int:
     """Return how many draft nodes ``sizes`` (`TreeSchedule.sizes`) has for a batch size.
 
-    As in vLLM's ``build_dynamic_sd_schedule_lookup``, a batch size between two ranges or behind the
+    As in vLLM's ``build_dynamic_sd_schedule_lookup``, a batch size between two ranges or after the
     last one belongs to the range before it.
     """
     return next(nodes for first, _, nodes in reversed(sizes) if first <= batch_size)

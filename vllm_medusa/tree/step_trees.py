@@ -1,6 +1,6 @@
-"""The draft trees of one step as arrays: every request may have another tree at every step.
+"""The draft trees of one step as arrays: each request can have a new tree in each step.
 
-A tree is told by the parents of its draft nodes. Node 0 is the root, the last sampled token, and
+A tree is given by the parents of its draft nodes. Node 0 is the root, the last sampled token, and
 the parent of a node always comes before it. So every prefix of the nodes is a tree too: when the
 scheduler cuts a request's drafts to fit a budget, what is left is still valid.
 """
@@ -21,7 +21,7 @@ IntArray: TypeAlias = NDArray[np.int64]
 class StepTrees:
     """The trees of B requests, of at most N draft nodes and of depth D at most.
 
-    What the arrays hold for nodes that a request does not run is in range, and means nothing.
+    Entries of nodes that a request does not run are in range but have no meaning.
 
     Attributes:
         num_drafts: [B] draft nodes of each request.

@@ -17,11 +17,12 @@ from vllm_medusa.tree.rows import NodeRows
 
 @dataclass(frozen=True, kw_only=True)
 class TypicalRule:
-    """When a draft token of probability p counts: ``p > min(threshold, alpha * exp(-entropy))``.
+    """A draft token of probability p is typical if ``p > min(threshold, alpha * exp(-entropy))``.
 
     Attributes:
-        posterior_threshold: no token of a higher probability is refused.
-        posterior_alpha: how far below a typical token's probability one may be.
+        posterior_threshold: every token with a larger probability is typical.
+        posterior_alpha: factor on ``exp(-entropy)``; with a smaller one less likely tokens are
+            typical.
 
     """
 
@@ -88,9 +89,9 @@ def take_typical(
 ) -> Tensor:
     """Put draft tokens in place of the target's samples, so that the best typical path is accepted.
 
-    A draft token counts if it is typical at its parent; a path counts if all its tokens do. The
-    longest one is taken, of several that whose tokens the target finds likeliest. Behind its end
-    the target's sample stays.
+    A path is typical if all its draft tokens are typical, each at its parent. The longest typical
+    path is taken; if there are several, the one with the largest probability. After its end the
+    target's sample stays.
 
     Args:
         rows: the step's trees.
@@ -125,6 +126,6 @@ def take_typical(
     path = rows.ancestors[torch.arange(batch, device=nodes.device), best]
     before, behind = path[:, :-1], path[:, 1:]
     drafts = draft_tokens.gather(1, (behind - 1).clamp(min=0))
-    # A path that is shorter repeats its last node, whose sample stays.
+    # A shorter path repeats its last node, whose sample stays.
     tokens = torch.where(before == behind, target_tokens.gather(1, before), drafts)
     return target_tokens.scatter(1, before, tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_medusa.tree.rows import NodeRows
 
-#: Fills the places of an output row behind its last token, as in vLLM's ``RejectionSampler``.
+#: Fills the places of an output row after its last token, as in vLLM's ``RejectionSampler``.
 PLACEHOLDER_TOKEN_ID = -1
 
 
@@ -20,8 +20,8 @@ class Acceptance:
     Attributes:
         node: [B] int64, the last accepted node; 0 if no draft was accepted.
         length: [B] int64, number of accepted draft tokens: the depth of ``node``.
-        path: [B, D + 1] int64, the nodes from the root to ``node``; ``node`` repeats behind.
-        tokens: [B, D + 1] int64, the accepted tokens and the bonus or recovered one behind them,
+        path: [B, D + 1] int64, the nodes from the root to ``node``; then ``node`` is repeated.
+        tokens: [B, D + 1] int64, the accepted tokens and the bonus or recovered one after them,
             then ``PLACEHOLDER_TOKEN_ID``.
 
     """
@@ -35,16 +35,16 @@ class Acceptance:
 def accept_lossless(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor) -> Acceptance:
     """Accept the drafts that agree with the target's own tokens.
 
-    From the root on, the child whose token is the one taken from the target's distribution at the
-    current node is accepted; where no child has it, that token ends the step. Every emitted token
-    is a sample of the target, so the output law is the target's, for any tree. Of siblings with
-    the same token the first counts.
+    The walk begins at the root. At each node it accepts the child that has the token taken from the
+    target's distribution at this node. If no child has it, this token is emitted and ends the step.
+    Every emitted token is a sample of the target, so the output has the target's distribution, for
+    any tree. If siblings have the same token, the first one counts.
 
     Args:
         rows: the step's trees.
         target_tokens: [B, N + 1] token taken from the target at each node.
-        draft_tokens: [B, N] token of each draft node; what it holds for nodes that a request does
-            not run does not matter.
+        draft_tokens: [B, N] token of each draft node; entries of nodes that a request does
+            not run are ignored.
 
     Returns:
         The acceptance. It is computed by a fixed number of tensor operations, on the tensors'

@@ -1,6 +1,6 @@
-"""What the heads guess: per depth, whatever the path (arXiv 2401.10774, section 2.1).
+"""The heads' guesses: the same for all paths of a depth (arXiv 2401.10774, section 2.1).
 
-With a selector a head guesses something else below every parent.
+With a selector a head's guesses depend on the parent.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class HeadsSource:
     """Turns the heads' guesses into probabilities.
 
     Args:
-        curve: gives them, by a guess's own probability, depth and rank.
-        observer: is shown what became of the candidates; None is nobody.
-        superset: says which guesses there are.
+        curve: gives the probabilities, from the head's own probability, depth and rank.
+        observer: gets the outcomes of the candidates; None: no observer.
+        superset: the rank paths, which name the guesses.
 
     """
 
@@ -35,20 +35,20 @@ class HeadsSource:
         """Return the guesses with the probability that each is right.
 
         Args:
-            tokens: [B, T, k] guesses of the superset's tables, the likeliest first.
-            probability: [B, T, k] that the head gives them.
+            tokens: [B, T, k] guesses of the superset's tables, the most probable first.
+            probability: [B, T, k] the head's own probabilities of them.
 
         """
         features = head_features(probability)
-        # One layout, for which all is compiled ahead.
+        # One memory layout, for which the functions are compiled ahead.
         guesses = Guesses(np.ascontiguousarray(tokens), self._curve.predict(features, self._groups))
         self._last = (guesses, features)
         return guesses
 
     def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's guesses with what the texts then were.
+        """Compare the last step's guesses with the tokens that followed.
 
-        A guess counts where the text went through its parent, whoever proposed that.
+        A guess counts if its parent was right, whatever the parent's source.
         """
         if self._last is None or self._observer is None:
             return
@@ -75,7 +75,7 @@ def _observations(
     emitted: Ints,
     counts: Ints,
 ) -> tuple[Floats, Ints, Floats, Bools]:
-    """Return what an `Observer` is shown of guesses [B, T, k] whose parents were right.
+    """Return the arguments of `Observer.observe` for guesses [B, T, k] whose parents were right.
 
     Args:
         children, tables: of the superset.
@@ -106,7 +106,7 @@ def _observations(
 
 @compiled
 def _tables_along(children: Ints, tables: Ints, tokens: Ints, emitted: Ints, counts: Ints) -> Ints:
-    """Return [B, K] the table of guesses below each depth of the text, -1 where there is none.
+    """Return [B, K] the table of guesses at each depth of the text; -1: there is none.
 
     The arguments are those of `_observations`.
     """

@@ -1,6 +1,7 @@
-"""What followed a request's last tokens in the outputs of requests that have finished.
+"""The tokens that followed a request's last tokens in the outputs of finished requests.
 
-Off unless asked for: by how fast a text comes, a user can find out that another was given the same.
+Off by default: from the speed of a text, a user can find out that another user received the same
+text.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from vllm_medusa.draft.types import Candidates, Emitted, Request, Source
 
 
 class SharedTextSource:
-    """Proposes how other requests' outputs went on.
+    """Proposes the continuations in other requests' outputs.
 
     Args:
         curve: gives the nodes' probabilities.
-        observer: is shown what became of the candidates; None is nobody.
-        max_depth: of the trees.
-        max_tokens: outputs of so many tokens in all are kept at most; then the older half goes.
+        observer: gets the outcomes of the candidates; None: no observer.
+        max_depth: largest depth of the trees.
+        max_tokens: most tokens of outputs that are kept; then the older half is removed.
 
     """
 
@@ -51,7 +52,7 @@ class SharedTextSource:
         return self._continuations.propose(places, [self._finished] * len(places), endings)
 
     def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's candidates with what the texts then were."""
+        """Compare the last step's candidates with the tokens that followed."""
         self._continuations.learn(emitted)
 
     def finish(self, key: str) -> None:

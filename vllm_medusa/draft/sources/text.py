@@ -1,4 +1,4 @@
-"""What followed earlier occurrences of a request's last tokens in its own prompt and output."""
+"""The tokens that followed earlier occurrences of a request's last tokens in its own text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from vllm_medusa.draft.types import Candidates, Emitted, Request, Source
 
 
 class TextSource:
-    """Proposes how a request's own text went on.
+    """Proposes the continuations in a request's own prompt and output.
 
     Args:
         curve: gives the nodes' probabilities.
-        observer: is shown what became of the candidates; None is nobody.
-        max_depth: of the trees.
-        max_tokens: of a longer text, the last ones are searched, half of so many at least.
+        observer: gets the outcomes of the candidates; None: no observer.
+        max_depth: largest depth of the trees.
+        max_tokens: of a longer text only the last tokens are searched, at least half of this
+            number.
 
     """
 
@@ -35,7 +36,7 @@ class TextSource:
         return self._continuations.propose(places, indexes, [index.ending() for index in indexes])
 
     def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's candidates with what the texts then were."""
+        """Compare the last step's candidates with the tokens that followed."""
         self._continuations.learn(emitted)
 
     def finish(self, key: str) -> None:

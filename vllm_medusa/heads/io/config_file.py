@@ -1,4 +1,4 @@
-"""The config.json beside the heads: what tensors do not say, and what contradicts them."""
+"""The config.json beside the heads: values that tensors do not give, and contradictions."""
 
 import math
 from pathlib import Path
@@ -8,14 +8,14 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.files import read_json
 
 NATIVE_FORMAT = "vllm_medusa.heads/1"
-#: Of heads that see the last token or have a selector: a reader of the first format refuses it.
+#: Format of root-aware heads and of heads with a selector; readers of format 1 refuse it.
 NATIVE_FORMAT_2 = "vllm_medusa.heads/2"
 
 
 class ConfigFile:
     """Checked access to config.json; an absent file is an empty one.
 
-    ModelOpt keeps its counts in a nested "medusa" object, which is read as if it were at the top.
+    ModelOpt keeps its counts in a nested "medusa" object, which is read like the top level.
 
     Raises:
         UserError: not a JSON object, or of a later version of our own format.
@@ -83,8 +83,8 @@ class ConfigFile:
     def check_count(self, what: str, actual: int, *names: str) -> tuple[str, ...]:
         """Compare a count with what the tensors hold.
 
-        More than they hold means that some are missing. Fewer is a known fault of published
-        configs (two heads said, five held).
+        A larger count means that tensors are missing. A smaller one is a known fault of published
+        configs (2 in the config, 5 in the tensors).
 
         Returns:
             A note if the config says fewer.

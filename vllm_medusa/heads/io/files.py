@@ -1,9 +1,9 @@
-"""Which files hold tensors, and reading single tensors from them.
+"""Finds the files that hold tensors, and reads single tensors from them.
 
-Nothing here knows what Medusa heads are called: `TensorStore` is a lazy `key -> tensor` view of the
-safetensors or torch files of one directory. Tensors are memory-mapped: of a merged seven-billion-
-parameter model the names, shapes and dtypes cost its headers, and what is read of its heads costs
-just that. Torch files of before PyTorch 1.6, which are no zip archives, are read whole.
+Nothing here depends on the names of Medusa heads. `TensorStore` is a lazy `key -> tensor` view of
+the safetensors or torch files of one directory. Tensors are memory-mapped: from a merged model with
+seven billion parameters only the headers and the heads are read. Torch files from before PyTorch
+1.6 are not zip archives and are read completely.
 """
 
 import json
@@ -54,7 +54,7 @@ class _SafetensorsFile:
         self.keys = sorted(stored | self._aliases.keys())
 
     def read(self, key: str) -> torch.Tensor:
-        # Mapped anew, so that what was read of one tensor leaves memory with that tensor.
+        # Mapped again for each tensor, so that its pages are freed together with it.
         tensor: torch.Tensor = self._mapped().get_tensor(self._aliases.get(key, key))
         return tensor
 
@@ -103,7 +103,7 @@ def _torch_load(path: Path) -> Any:
             f"{path}: holds pickled code or objects, which are never executed; save the heads "
             "again as safetensors or as a state_dict of tensors"
         ) from None
-    except Exception:  # torch does not say which: it depends on where the bytes end
+    except Exception:  # which error torch raises depends on where the bytes end
         raise damaged from None
 
 
@@ -172,12 +172,13 @@ class TensorStore:
 def open_store(location: Path, select: Selector) -> TensorStore:
     """Open the weights of a directory or of a single file.
 
-    In a directory, safetensors files go before torch files, as in vLLM, unless only the torch files
-    hold what is wanted. Where an index lists the tensors of shards, unread shards are not opened.
+    In a directory, safetensors files are preferred to torch files, as in vLLM, unless only the
+    torch files hold the wanted tensors. Where an index lists the tensors of shards, unread shards
+    are not opened.
 
     Args:
         location: an existing file or directory.
-        select: what is wanted.
+        select: selects the wanted tensors.
 
     Raises:
         UserError: no weights files, an unreadable file or index, or one key in two files.
@@ -230,7 +231,7 @@ def read_index(path: Path) -> dict[str, Path]:
     """Read the index of sharded weights: which file beside it holds each tensor.
 
     Raises:
-        UserError: not such an index.
+        UserError: it is not such an index.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(

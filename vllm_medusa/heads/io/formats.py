@@ -62,8 +62,9 @@ class Plan:
     """Where the canonical tensors of one checkpoint come from.
 
     Attributes:
-        num_heads, num_layers: as the names say; None in the native style, whose shapes say it.
-        slots: what each tensor of the checkpoint (by its stored name) is.
+        num_heads, num_layers: given by the names; None in the native style, where the shapes give
+            them.
+        slots: the canonical place of each tensor of the checkpoint, by its stored name.
     """
 
     source_format: SourceFormat
@@ -82,16 +83,16 @@ def expected_names(
     has_bias: bool,
     others: Collection[str] = (),
 ) -> dict[str, Slot]:
-    """Return every tensor name of complete heads in one style, and what each of them is.
+    """Return every tensor name of complete heads in one style, with its canonical place.
 
     Args:
         style: how the names are built.
-        num_heads: Medusa heads; no matter in the native style, like num_layers.
+        num_heads: number of Medusa heads; ignored in the native style, like num_layers.
         num_layers: residual blocks per head.
         lm_head: which lm_heads the heads have.
         has_bias: whether the blocks have biases.
-        others: tensors that are called like their canonical selves: those that restrict the draft
-            vocabulary (`token_map`, or `d2t` and `t2d`), of root-aware heads and of a selector.
+        others: tensors with their canonical names: those that restrict the draft vocabulary
+            (`token_map`, or `d2t` and `t2d`), those of root-aware heads and of a selector.
     """
     heads, layers = range(num_heads), range(num_layers)
     kinds = ("weight", "bias") if has_bias else ("weight",)
@@ -135,7 +136,7 @@ def is_heads_tensor(key: str) -> bool:
 def head_names(keys: Iterable[str]) -> dict[str, str]:
     """Select the tensors that belong to the heads: from names without prefix to stored names.
 
-    Beside a backbone these are the names with a prefix or that no backbone uses; without one, all.
+    Beside a backbone these are the names that have a prefix or that no backbone uses; else all.
 
     Raises:
         UserError: two tensors whose names differ in the prefix only.
@@ -161,7 +162,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
     Args:
         location: the checkpoint, for messages.
         keys: the names of all its tensors.
-        original_lm_head: what vLLM's config.json says: one lm_head for all heads, which is the
+        original_lm_head: the key of vLLM's config.json: one lm_head for all heads, which is the
             target's own if the checkpoint holds none.
 
     Raises:

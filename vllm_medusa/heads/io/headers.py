@@ -1,4 +1,4 @@
-"""What the headers of weights files say of a plan's tensors: shapes and dtypes, no values."""
+"""Shapes and dtypes of a plan's tensors, from the headers of the weights files."""
 
 from dataclasses import dataclass
 
@@ -40,10 +40,10 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
     """Read and check the shapes and dtypes of a plan's tensors.
 
     Returns:
-        By canonical name. Of maps in the form of the speculators library `d2t` and `t2d`.
+        The headers by canonical name; for maps of the speculators library `d2t` and `t2d`.
 
     Raises:
-        UserError: a file is unreadable, or a tensor is of the wrong shape or dtype.
+        UserError: a file is unreadable, or a tensor has a wrong shape or dtype.
     """
     sizes: dict[str, int] = {}
     headers: dict[str, Header] = {}

@@ -1,4 +1,4 @@
-"""From what the user wrote (directory, file or hub name) to local files."""
+"""From the user's name of a checkpoint (directory, file or hub name) to local files."""
 
 import os
 import re
@@ -15,18 +15,19 @@ def resolve(
 ) -> Path:
     """Return the local directory or file of a checkpoint, downloading hub repositories.
 
-    Of a hub repository only the JSON files and the files that may hold what is wanted are
+    From a hub repository only the JSON files and the files that can hold the wanted tensors are
     downloaded: the shards that an index names, else the safetensors files, and torch files only if
-    those lack it. Without network, or with `HF_HUB_OFFLINE=1`, the hub's local cache is used.
+    those lack the tensors. Without network, or with `HF_HUB_OFFLINE=1`, the hub's local cache is
+    used.
 
     Args:
         name: existing path, or hub name (`owner/name`).
-        what: what it is, for messages ("heads").
-        select: which tensors are wanted; None if only JSON files are.
-        revision: of a hub name.
+        what: kind of checkpoint, for messages ("heads").
+        select: selects the wanted tensors; None: only JSON files are wanted.
+        revision: revision of a hub name.
 
     Raises:
-        UserError: neither an existing path nor a repository that can be had.
+        UserError: neither an existing path nor an available repository.
     """
     # `os.path`, because `Path` raises where a name is too long or names no user.
     path = os.path.expanduser(name)
@@ -45,7 +46,7 @@ def resolve(
         at = "" if revision is None else f" at revision {shown(revision)}"
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
-            f"{what} {shown(name)}{at}: no such directory, and not to be had from the hub or its "
+            f"{what} {shown(name)}{at}: no such directory, and not found on the hub or in its "
             f"local cache ({type(exc).__name__}: {reason}); check the name, the network and "
             "HF_HUB_OFFLINE, or give a local directory"
         ) from None

@@ -19,7 +19,7 @@ def make_spec(
     headers: dict[str, Header],
     target_vocab_size: int | None,
 ) -> HeadsSpec:
-    """Describe heads; what config.json says of them must be what the headers say.
+    """Describe heads; config.json must agree with the headers.
 
     Args:
         location: the checkpoint, for messages.
@@ -61,7 +61,7 @@ def make_spec(
 
 
 def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str, ...]:
-    """Check that config.json promises nothing that the tensors lack; note where it says less."""
+    """Check that config.json promises nothing that the tensors lack; note smaller counts."""
     notes = config.check_count(
         "heads", spec.num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
     )

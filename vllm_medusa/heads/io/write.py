@@ -1,6 +1,7 @@
 """Writing Medusa heads, in our own format and in those of other programs.
 
-What a format cannot hold is refused, never dropped or approximated. Formats differ in:
+If a format cannot hold the heads, they are refused; nothing is dropped or approximated. The
+formats:
 
 ============== ========================= ========= ========== ============ ======================
 format         lm_heads                  no biases token map  logit_scale  layers per head
@@ -80,7 +81,8 @@ def save_heads(
             _write_weights(tensors, staged / _WEIGHTS_FILE[write_format])
             text = json.dumps(config, indent=2)
             (staged / "config.json").write_text(text + "\n", encoding="utf-8")
-            # safetensors lets the owner alone read its files; others may have to serve them.
+            # safetensors files are readable by the owner only, but another user may have to serve
+            # them.
             shutil.copymode(staged / "config.json", staged / _WEIGHTS_FILE[write_format])
             if checkpoint.tree_paths is not None:
                 write_tree_file(staged / TREE_FILE, checkpoint.tree_paths)
@@ -94,7 +96,7 @@ def save_heads(
 
 
 def needs_lm_head(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> bool:
-    """Tell whether the format has no way to say that these heads use the target's lm_head."""
+    """Whether the format cannot say that these heads use the target's lm_head."""
     spec = checkpoint.spec
     if spec.lm_head != "target":
         return False
@@ -104,7 +106,7 @@ def needs_lm_head(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> boo
 
 
 def with_target_lm_head(checkpoint: HeadsCheckpoint, weight: torch.Tensor) -> HeadsCheckpoint:
-    """Give heads that use the target's lm_head that lm_head as a tensor of their own.
+    """Return heads that use the target's lm_head with a copy of it as their own tensor.
 
     Args:
         checkpoint: heads of kind `target`.
@@ -138,19 +140,19 @@ def _fit(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> HeadsCheckpo
         spec = dataclasses.replace(spec, lm_head="own")
         tensors["lm_head.weight"] = tensors["lm_head.weight"].expand(spec.num_heads, -1, -1)
     if _STYLE[write_format] == "sequential" and not spec.has_bias:
-        # Those programs always have biases: zeros leave the heads what they are.
+        # These programs always use biases; zeros do not change the heads.
         spec = dataclasses.replace(spec, has_bias=True)
         tensors["blocks.bias"] = torch.zeros_like(tensors["blocks.weight"][..., 0])
     return dataclasses.replace(checkpoint, spec=spec, tensors=tensors)
 
 
 def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]:
-    """What the format has no place for, with a remedy each."""
+    """Everything that the format cannot hold, each with a remedy."""
     spec = checkpoint.spec
     sequential = _STYLE[write_format] == "sequential"
     losses: list[str] = []
     for is_there, what in (
-        (spec.root_size, "the matrices by which these heads see the last token"),
+        (spec.root_size, "the matrices with which these heads read the last token"),
         (spec.selector_rank, "the selector, which re-ranks these heads' guesses by their parent,"),
     ):
         if is_there:

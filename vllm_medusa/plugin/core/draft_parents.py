@@ -1,8 +1,8 @@
-"""The way of a draft tree's parents from the worker to the engine core.
+"""Sends the parents of a draft tree from the worker to the engine core.
 
-vLLM sends a request's draft tokens there as a plain list. Only grammars need to know more of the
-tree. So the worker sends the parents of the drafts of requests with structured outputs along, as an
-attribute of the ``DraftTokenIds``, and the scheduler keeps them with the request.
+vLLM sends a request's draft tokens as a plain list. Only grammars need the whole tree. So for
+requests with structured outputs the worker also sends the parents of the drafts, as an attribute of
+the ``DraftTokenIds``, and the scheduler keeps them with the request.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def parents_of(request: Any, tokens: Sequence[int]) -> Sequence[int]:
     """Return the parents of a request's scheduled drafts; 0 is the root.
 
     Args:
-        request: of the scheduler.
-        tokens: its drafts, of which the scheduler may have cut the last. Placeholders (-1), which
-            no worker has drafted, all hang below the root.
+        request: the scheduler's request.
+        tokens: its drafts; the scheduler can have cut the last ones. For placeholders (-1), which
+            no worker has drafted, the parent is always the root.
 
     """
     if not tokens or tokens[0] < 0:
@@ -37,10 +37,10 @@ def parents_of(request: Any, tokens: Sequence[int]) -> Sequence[int]:
 
 
 def wrap_update_draft_token_ids(original: Any) -> Any:
-    """Keep the parents that come with drafts, on either way by which these get to the scheduler.
+    """Keep the parents that come with drafts, on both ways to the scheduler.
 
-    ``update_draft_token_ids_in_output`` (``v1/core/sched/scheduler.py``) is that of asynchronous
-    scheduling, to which the drafts come when their step is scheduled already.
+    ``update_draft_token_ids_in_output`` (``v1/core/sched/scheduler.py``) is the way of asynchronous
+    scheduling, where the drafts arrive after their step has been scheduled.
     """
 
     def update(self: Any, draft_token_ids: Any, *args: Any) -> None:

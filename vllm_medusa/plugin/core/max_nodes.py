@@ -1,7 +1,8 @@
-"""A request's own ``max_nodes`` where the scheduler counts drafts ahead: asynchronous scheduling.
+"""A request's own ``max_nodes`` with asynchronous scheduling.
 
-Model Runner V2 drafts as many nodes for every request of a batch; the scheduler says how many of
-them each request runs. The nodes are in an order in which the first ones, however many, are a tree.
+Model Runner V2 drafts the same number of nodes for every request of a batch. The scheduler decides
+how many of them each request runs. In the order of the nodes the first ones, however many, are a
+tree.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from vllm_medusa.plugin.sampling_params import RequestOptions
 
 
 def wrap_update_after_schedule(original: Any) -> Any:
-    """Plan no more drafts for a request's next step than it wants."""
+    """Plan at most ``max_nodes`` drafts for a request's next step."""
 
     def _update_after_schedule(self: Any, scheduler_output: Any) -> None:
         original(self, scheduler_output)

@@ -1,4 +1,4 @@
-"""The engine core's view of the KV cache: without the fork blocks."""
+"""The engine core's KV cache without the fork blocks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vllm_medusa.plugin.one_line_errors import exit_in_one_line
 
 logger = plugin_logger(__name__)
 
-#: Forks that the user asked for are said to be many from this share of the KV cache on.
+#: Share of the KV cache from which on forks that the user asked for cause a warning.
 _LARGE_SHARE = 1 / 2
 
 _vllm_config: ContextVar[Any] = ContextVar("vllm_config", default=None)
 
 
 def wrap_initialize_kv_caches(original: Any) -> Any:
-    """Have the functions that this method calls know the configuration."""
+    """Give the configuration to the functions that this method calls."""
 
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         token = _vllm_config.set(vllm_config)
@@ -40,10 +40,10 @@ def wrap_initialize_kv_caches(original: Any) -> Any:
 
 
 def wrap_get_kv_cache_configs(original: Any) -> Any:
-    """Fit ``max_model_len=auto`` into what forks leave of the KV cache.
+    """Fit ``max_model_len=auto`` into the KV cache without the fork blocks.
 
-    vLLM fits it into the whole cache, which then has no room for forks. So it is told once more, of
-    a cache of fewer blocks, what the longest sequence may be.
+    vLLM fits it into the whole cache, which then has no room for forks. So vLLM fits it once more,
+    into a cache with fewer blocks.
     """
 
     def get_kv_cache_configs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def wrap_get_kv_cache_configs(original: Any) -> Any:
         pool = plan_fork_pool(config.limits, cache, max_num_seqs, config.max_tree_requests)
         num_blocks = pool.first_block - len(cache.block_sizes)
         logger.info(
-            "Medusa: max_model_len is fitted into %d of %d KV blocks, the others are for forks",
+            "Medusa: max_model_len is fitted into %d of %d KV blocks; the others are for forks",
             num_blocks,
             cache.num_blocks,
         )
@@ -76,7 +76,7 @@ def wrap_get_kv_cache_configs(original: Any) -> Any:
 
 
 def wrap_generate_scheduler_kv_cache_config(original: Any) -> Any:
-    """Divide the KV cache: the workers are told, the scheduler sees its own part only."""
+    """Divide the KV cache: workers know all of it, the scheduler only its own part."""
 
     def generate_scheduler_kv_cache_config(kv_cache_configs: Any) -> Any:
         kv_cache_config = original(kv_cache_configs)
@@ -110,14 +110,15 @@ def _described(config: MedusaConfig) -> str:
     limits = config.limits
     return (
         f"heads {config.heads}, tree {config.tree_name} ({limits.max_nodes} nodes, "
-        f"{limits.max_paths} leaves, depth {limits.max_depth}), acceptance lossless"
+        f"{limits.max_paths} leaves, depth {limits.max_depth}), "
+        f"acceptance {'lossless' if config.typical is None else 'typical'}"
     )
 
 
 def _warn_of_size(
     config: MedusaConfig, pool: ForkPool, vllm_config: Any, cache: CacheShape
 ) -> None:
-    """Say what forks leave to the scheduler where that is little, or fewer than were asked for."""
+    """Warn if forks leave few blocks to the scheduler, or if fewer requests get them than asked."""
     wanted = config.max_tree_requests
     if not pool.num_blocks:
         return
@@ -149,5 +150,5 @@ def _warn_of_size(
         "One request's forks take more than the eighth of the cache that forks have by default: "
         "give vLLM more KV cache memory, a smaller block_size or a tree of fewer leaves."
         if wanted is None
-        else "Lower max_tree_requests for more of them.",
+        else "Lower max_tree_requests to leave more blocks.",
     )

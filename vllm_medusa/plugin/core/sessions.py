@@ -1,9 +1,9 @@
-"""Streaming-input sessions (``StreamingInput``): one request that goes on with further input.
+"""Streaming-input sessions (``StreamingInput``): a request that continues with more input.
 
-A session stops like any request, at a stop token say, and goes on from its tokens in the KV cache:
-all but the last. An accepted path may hold more tokens behind the one that stopped it. vLLM leaves
-them out of the text; before 0.33 it counts them as computed all the same, and the session goes on
-with K/V that are not its own. What a worker holds is put right in `v1.runner`.
+A session stops like any request, for instance at a stop token. It continues from its tokens in the
+KV cache, which are all except the last. An accepted path can hold more tokens after the one that
+stopped the session. vLLM leaves them out of the text. But vLLM 0.32 counts them as computed, so the
+session would continue with wrong K/V. `v1.runner` corrects the state of the worker.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from vllm_medusa.plugin.identity import medusa_config_of
 
 
 def wrap_update_request_with_output(original: Any) -> Any:
-    """Count the tokens that a stop has left out as not computed, as vLLM 0.33 does.
+    """Count the tokens after a stop as not computed, as vLLM 0.33 does.
 
-    Patches ``Scheduler._update_request_with_output``. With asynchronous scheduling they are not
-    counted: they stay among the request's ``num_output_placeholders``.
+    Patches ``Scheduler._update_request_with_output``. With asynchronous scheduling these tokens
+    are not counted as computed anyway: they stay in the request's ``num_output_placeholders``.
     """
 
     def _update_request_with_output(

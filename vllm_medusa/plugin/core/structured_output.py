@@ -1,9 +1,9 @@
 """Grammars over trees: each node's mask follows the node's own path.
 
-vLLM walks a request's drafts as a chain, in the engine core (``v1/structured_output``). In a tree
-the siblings would then be masked by one another's state. Here the walk goes down and up the tree
-instead. A node that its grammar forbids needs no pruning: its parent's mask forbids its token, so
-the target never takes it.
+vLLM treats a request's drafts as a chain, in the engine core (``v1/structured_output``). In a tree
+a node would then be masked after its siblings' tokens. Here the walk is depth-first, down and up
+the tree. A node that the grammar forbids need not be removed: its parent's mask forbids its token,
+so the target never takes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_medusa.plugin.identity import masks_trees, medusa_config_of
 
 
 def wrap_grammar_bitmask(original: Any) -> Any:
-    """Mask trees where requests draft them."""
+    """Mask the drafts as trees."""
 
     def grammar_bitmask(
         self: Any,
@@ -34,7 +34,7 @@ def wrap_grammar_bitmask(original: Any) -> Any:
 
 
 def wrap_validate_tokens(original: Any) -> Any:
-    """Leave drafts whole where they are trees."""
+    """Do not cut drafts that are trees."""
 
     def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
         if request.use_structured_output and _masks_trees(self):
@@ -45,7 +45,7 @@ def wrap_validate_tokens(original: Any) -> Any:
 
 
 def wrap_create_grammar(original: Any) -> Any:
-    """Have grammars take accepted paths that run on behind their end."""
+    """Let grammars accept paths that continue after the grammar's end."""
 
     def _create_grammar(self: Any, request: Any) -> Any:
         grammar = original(self, request)
@@ -57,11 +57,11 @@ def wrap_create_grammar(original: Any) -> Any:
 
 
 def stop_at_the_end(grammar: Any) -> None:
-    """Have a grammar ignore what an accepted path holds behind the grammar's end.
+    """Let a grammar ignore the tokens of an accepted path after the grammar's end.
 
-    Given one token a step, vLLM's grammars ignore all behind their end, and the request goes on
-    without one (``ignore_eos``). Given several at once, ``GuidanceGrammar`` refuses those behind
-    the end, and the request ends with an error.
+    If they get one token for each step, vLLM's grammars ignore everything after their end, and the
+    request continues without a grammar (``ignore_eos``). If it gets several tokens at once,
+    ``GuidanceGrammar`` refuses those after the end, and the request ends with an error.
     """
     accept = grammar.accept_tokens
 
@@ -86,12 +86,13 @@ def _tree_bitmask(
     drafts: dict[str, list[int]],
 ) -> Any:
     """Return the packed masks of all rows: each request's root, then its drafts."""
-    # As many as the speculative configuration says: the most that a tree may have.
+    # The number of the speculative configuration: the most nodes of a tree.
     num_nodes = 1 + manager.vllm_config.speculative_config.num_speculative_tokens
     if manager._grammar_bitmask is None:
         rows = manager.vllm_config.scheduler_config.max_num_seqs * num_nodes
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
-    # Each request has as many rows as it has drafts in vLLM 0.32, and equally many in 0.33.
+    # In vLLM 0.32 a request has a row for each of its drafts; in 0.33 all requests have equally
+    # many.
     has_fixed_rows = minor_version() != "0.32"
     row = 0
     for req_id in req_ids:
@@ -106,10 +107,10 @@ def _tree_bitmask(
 def fill_tree(
     bitmask: Any, grammar: Any, req_id: str, tokens: Sequence[int], parents: Sequence[int]
 ) -> None:
-    """Fill the masks of one request's nodes; the grammar is left in the state it was in.
+    """Fill the masks of one request's nodes; the grammar's state is the same afterwards.
 
-    Each node gets the mask that vLLM would give it without speculation, had the request arrived
-    there. A node that no request can arrive at gets its parent's mask.
+    Each node gets the mask that vLLM would use without speculation if the node's path were the
+    text. A node whose path the grammar forbids gets its parent's mask.
 
     Args:
         bitmask: [>= 1 + D, words] int32 masks, 32 tokens a word, to be filled: node ``i`` is row
@@ -126,10 +127,10 @@ def fill_tree(
     for node, parent in zip(range(1, len(tokens) + 1), parents, strict=False):
         children[parent].append(node)
     is_filled = np.zeros(len(tokens) + 1, dtype=bool)
-    # The nodes whose parent the grammar is at or has been at, and how deep they are; the last one
-    # is next, so that the walk is depth-first.
+    # Nodes whose parent the grammar has reached, with their depths; the last one is next, so the
+    # walk is depth-first.
     waiting = [(0, 0)]
-    # Nodes below the root whose tokens the grammar has taken.
+    # Nodes below the root whose tokens the grammar has accepted.
     entered = 0
     while waiting:
         node, depth = waiting.pop()
@@ -145,7 +146,7 @@ def fill_tree(
             entered = depth
         is_filled[node] = True
         if grammar.is_terminated():
-            # From here on the request is free; the nodes below get this row, too.
+            # From here on the request has no grammar; the nodes below get this row too.
             rows[node] = -1
         else:
             grammar.fill_bitmask(bitmask, node)

@@ -1,4 +1,4 @@
-"""The target's own input embedding, which heads that see the root read it by."""
+"""The target's own input embedding, with which root-aware heads read the root."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vllm_medusa.errors import UserError
 def target_embedding(
     target: nn.Module, vocab_size: int, size: int, heads: str
 ) -> Callable[[Tensor], Tensor]:
-    """Return the layer that embeds tokens, as vLLM has split it: [B] to [B, E].
+    """Return the layer that embeds tokens, [B] to [B, E], as vLLM split it over ranks.
 
-    It is called itself, so models that scale or norm what it gives have no say here, nor had they
-    in training.
+    The layer itself is called, without the scaling or norm that some models add after it, as in
+    training.
 
     Args:
         target: the target model.
         vocab_size: of the target.
-        size: E, that the heads were trained with.
-        heads: their name, for the message.
+        size: E, of the embeddings in training.
+        heads: name of the heads, for the message.
 
     Raises:
-        UserError: if the target does not show one embedding of this size.
+        UserError: if the target does not expose exactly one embedding of this size.
 
     """
     found = [
@@ -40,8 +40,8 @@ def target_embedding(
     ]
     if len(found) != 1:
         raise UserError(
-            f"the heads {heads} see the last token by the target's embedding, and "
-            f"{type(target).__name__} shows {len(found)} of {vocab_size} tokens and size {size}; "
+            f"the heads {heads} need the target's embedding of {vocab_size} tokens and size {size}"
+            f", but {type(target).__name__} exposes {len(found)} of these; "
             "use heads that were trained for this model without --root-aware"
         )
     return found[0]

@@ -1,9 +1,9 @@
-"""The lm_heads of one tensor-parallel rank, as layers of the platform.
+"""The lm_heads of one tensor-parallel rank, as linear layers of the platform.
 
-Layers, because they are what vLLM makes fast on each platform: on a CPU their weights are prepacked
-(``dispatch_cpu_unquantized_gemm``, ``model_executor/layers/utils.py``), where one product of the
-stacked weights takes up to twice as long. The residual blocks stay one product for all heads: they
-are small, and as many calls would take longer.
+They are layers because vLLM optimises layers for each platform. On a CPU their weights are
+prepacked (``dispatch_cpu_unquantized_gemm``, ``model_executor/layers/utils.py``); one product of
+the stacked weights takes up to twice as long. The residual blocks stay one product for all heads:
+they are small, and one call for each head would take longer.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class LmHeads:
 
 
 def target_lm_heads(target: nn.Module, heads: str) -> LmHeads:
-    """Return the target's own lm_head, as vLLM has split it, for all heads.
+    """Return the target's own lm_head, as vLLM split it over ranks, for all heads.
 
     Args:
         target: the target model.
         heads: name of the heads, for the message.
 
     Raises:
-        UserError: if the target does not show its lm_head.
+        UserError: if the target does not expose its lm_head.
 
     """
     lm_head: Any = _find_lm_head(target)
     if lm_head is None:
         raise UserError(
             f"the heads {heads} use the target's lm_head, which {type(target).__name__} does not "
-            "show; convert them to lm_heads of their own (vllm-medusa convert --to vllm)"
+            "expose; convert them to lm_heads of their own (vllm-medusa convert --to vllm)"
         )
     shard = lm_head.shard_indices
     num_tokens = shard.num_org_elements
@@ -75,11 +75,11 @@ def read_lm_heads(
 
     Args:
         reader: the heads.
-        num_heads: how many of them draft.
+        num_heads: number of heads that draft.
         dtype: of the layers.
         device: of the layers.
-        rank: of this process among those that share the lm_heads.
-        world_size: how many they are.
+        rank: rank of this process among those that share the lm_heads.
+        world_size: number of these ranks.
 
     Raises:
         UserError: if the rows hold values that are not finite.

@@ -11,10 +11,10 @@ from vllm_medusa.plugin.identity import medusa_config_of
 
 
 def wrap_create_model(original: Any) -> Any:
-    """Keep the heads' tensors from the target where both lie in one directory.
+    """Hide the heads' tensors from the target if both are in one directory.
 
-    vLLM's models refuse a tensor that they have no parameter for. Every loader, and reloading too,
-    hands the tensors to the model's ``load_weights``, so that is wrapped where the model is made:
+    vLLM's models refuse a tensor without a parameter for it. Every loader, also a reload, gives the
+    tensors to the model's ``load_weights``. So this method is wrapped where the model is made:
     ``BaseModelLoader.create_model`` (``model_executor/model_loader/base_loader.py``).
     """
 

@@ -50,7 +50,7 @@ class MedusaProposer:
         self._lm_heads: LmHeads
         self._token_map: Tensor | None = None
         self._embed: Callable[[Tensor], Tensor] | None = None
-        #: Of heads with a selector: the nodes whose tokens depend on their parents'.
+        #: The nodes whose tokens depend on their parents', for heads with a selector.
         self.selector_tree: SelectorTree | None = None
         self._num_guesses = self.config.tree.top_k
 
@@ -58,7 +58,7 @@ class MedusaProposer:
         """Load as many heads as the tree is deep, each rank its rows of their lm_heads.
 
         Raises:
-            UserError: if what is read is not finite, or the heads do not fit the target.
+            UserError: if values are not finite, or the heads do not fit the target.
 
         """
         model_config = self._vllm_config.model_config
@@ -80,15 +80,15 @@ class MedusaProposer:
                 rank=get_tensor_model_parallel_rank(),
                 world_size=get_tensor_model_parallel_world_size(),
             )
-        self._read_what_sees_tokens(reader, target, vocab_size)
+        self._read_root_and_selector(reader, target, vocab_size)
         self._logit_scale = reader.spec.logit_scale
         token_map = reader.token_map
         self._token_map = None if token_map is None else token_map.to(self._device)
 
-    def _read_what_sees_tokens(
+    def _read_root_and_selector(
         self, reader: HeadsReader, target: nn.Module, vocab_size: int
     ) -> None:
-        """Find the embedding of root-aware heads, and read the selector, whole on every rank."""
+        """Find the embedding of root-aware heads, and read the whole selector on every rank."""
         spec, dtype = reader.spec, self._vllm_config.model_config.dtype
         if spec.root_size is not None:
             self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
@@ -100,7 +100,7 @@ class MedusaProposer:
             self._num_guesses = max(self._num_guesses, min(NUM_CANDIDATES, num_tokens))
 
     def _levels(self) -> tuple[Level, ...]:
-        """Return the levels of the static tree, or of the rank paths that dynamic ones hold."""
+        """Return the levels of the static tree, or of the rank paths of dynamic trees."""
         config = self.config
         if config.dynamic is None:
             return self._layout.levels
@@ -130,7 +130,7 @@ class MedusaProposer:
     def guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
         """Return the best guesses of each head, the best first.
 
-        They are as many as the tree has ranks, or as a selector ranks again if those are more.
+        There are as many as the tree has ranks, or as a selector ranks again, if this is more.
 
         Args:
             hidden_states: as for `propose`.
@@ -145,7 +145,7 @@ class MedusaProposer:
 
     @torch.inference_mode()
     def probable_guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
-        """Return what the heads guess, and how likely they hold it to be.
+        """Return the heads' guesses and their probabilities.
 
         With a draft vocabulary these are probabilities within it.
 
@@ -185,7 +185,7 @@ class MedusaProposer:
     def _best(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Choose the best of each head's logits, which come in parts [heads, B, rows]."""
         top_k = self._num_guesses
-        # Siblings are told apart by rank alone, so a rank's place among equals does not matter.
+        # Siblings differ only by their ranks, so the order of equal logits does not matter.
         best = [part.topk(min(top_k, part.shape[-1]), dim=-1) for part in parts]
         values = torch.cat([part.values for part in best])
         tokens = torch.cat([part.indices for part in best]) + self._lm_heads.first_token
@@ -198,7 +198,7 @@ class MedusaProposer:
 
 def _best_of_all_ranks(values: Tensor, tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """[K, B, k] of each rank, from [K, B, at most k] of this one; a rank may have fewer rows."""
-    # In one piece and as float32, which vLLM's collectives take on every platform and which holds
+    # In one piece and as float32, which vLLM's collectives accept on every platform and which holds
     # every token id exactly.
     guesses = torch.stack((values.float(), tokens.float()))
     missing = top_k - guesses.shape[-1]

@@ -1,9 +1,9 @@
-"""Where a step goes: times of its stages, for ``vllm-medusa bench --profile-steps``.
+"""Times of the stages of a step, for ``vllm-medusa bench --profile-steps``.
 
-Off unless the environment has ``VLLM_MEDUSA_TIMERS=1``: then nothing of this is installed, and no
-step pays for it. Methods of the runner and of what hangs on it are wrapped from outside, so that
-the code of a step stays free of it. On a CPU a stage's time is the host's clock; on an accelerator
-it lies between two events on its stream, which are read when the run is over.
+They are off unless the environment has ``VLLM_MEDUSA_TIMERS=1``. If off, nothing is installed and
+no step is slower. Methods of the runner and of its objects are wrapped from outside, so the code of
+a step does not contain timers. On a CPU a stage is timed with the host's clock, on an accelerator
+with two events on its stream, which are read after the run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def are_wanted() -> bool:
 class StepTimers:
     """Times the stages of a runner's steps.
 
-    Stages that lie within others count there too: the plan of the forks is a part of preparing,
-    attention and the K/V writes (with those to the forks) are parts of the forward pass, the heads
-    are a part of drafting, and the selector is a part of the heads.
+    Some stages are parts of others, and their time counts in both: the fork plan is part of
+    preparing, attention and the K/V writes (also those to forks) are part of the forward pass, the
+    heads are part of drafting, and the selector is part of the heads.
 
     Args:
         runner: a `MedusaRunnerMixin` whose KV cache exists.
@@ -57,7 +57,7 @@ class StepTimers:
                 self._wrap(layer.impl, "do_kv_cache_update", "write")
 
     def take(self) -> list[dict[str, float]]:
-        """Return by step since the last call the milliseconds spent in each stage."""
+        """Return the milliseconds of each stage, for each step since the last call."""
         if self._uses_events:
             torch.accelerator.synchronize()
         steps, self._steps = self._steps, []

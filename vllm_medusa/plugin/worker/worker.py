@@ -1,7 +1,7 @@
-"""The worker class of the platform, with our model runner in it.
+"""The worker class of the platform, with our model runner.
 
-vLLM resolves ``parallel_config.worker_cls`` by name in every worker process; the class is built
-then, because only then is the platform known.
+vLLM looks up ``parallel_config.worker_cls`` by name in every worker process. The class is built at
+that moment, because the platform is not known earlier.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _WorkerMixin(_Base):
     use_v2_model_runner: bool
     _timers: timers.StepTimers | None = None
 
-    # The first two run while vLLM makes the worker, which may end with its process. In the others
-    # vLLM waits for the worker's answer.
+    # In the first two methods vLLM starts the worker, whose process can end. In the others vLLM
+    # waits for the worker's answer.
 
     def init_device(self) -> None:
         with exit_in_one_line():
@@ -74,7 +74,8 @@ class _WorkerMixin(_Base):
     def medusa_step_times(self) -> list[dict[str, float]]:
         """Return the stages of every step since the last call, in milliseconds (`timers`).
 
-        The first call begins to time; without ``VLLM_MEDUSA_TIMERS=1`` there never is anything.
+        The first call starts the timers; without ``VLLM_MEDUSA_TIMERS=1`` the result is always
+        empty.
         """
         if self._timers is None and timers.are_wanted():
             if self.use_v2_model_runner:

@@ -1,7 +1,7 @@
 """Logits processing with each node's own history.
 
-What a request's parameters forbid or penalise depends on its output so far. A node's output so far
-is the request's plus the tokens on the way to the node, so each row is processed for its own path.
+A request's parameters forbid or penalise tokens depending on its output so far. For a node this is
+the request's output plus the tokens of the node's path, so each row is processed for its own path.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NodeConstraints:
     """Applies a batch's sampling constraints to the logits of all nodes of a step.
 
     Args:
-        rows: whose rows the logits are.
+        rows: rows of the logits.
         draft_tokens: [B, N] token of each draft node.
         outputs: the output tokens of each request so far; the lists that vLLM itself appends to.
 
@@ -82,7 +82,7 @@ class NodeConstraints:
 
     @cached_property
     def _path_tokens(self) -> Tensor:
-        """[R, D] tokens of the drafts on the way to each row's node, then -1."""
+        """[R, D] draft tokens of the path to each row's node, then -1."""
         rows = self._rows
         nodes = rows.ancestors[rows.req, rows.node][:, 1:]
         if not nodes.numel():
@@ -145,11 +145,11 @@ class NodeConstraints:
         return self._apply_custom(processor, logits)
 
     def _apply_custom(self, processor: LogitsProcessor, logits: Tensor) -> Tensor:
-        """Apply a processor of the user's, whose interface knows one row per request.
+        """Apply a processor of the user, whose interface has one row per request.
 
-        It is called once per node with a batch of that node's rows, the requests' output lists
-        extended by the node's path meanwhile. The loop over nodes runs only where such a
-        processor was loaded.
+        It is called once per node with a batch of that node's rows. During the call the requests'
+        output lists are extended by the node's path. The loop over nodes runs only if such a
+        processor is loaded.
         """
         result = logits.clone()
         rows = self._rows
@@ -192,8 +192,8 @@ def _apply_min_tokens(
 ) -> Tensor:
     """Forbid the stop tokens at the nodes whose output is still too short.
 
-    As in ``MinTokensLogitsProcessor.apply``, a row of a structured output that would have no token
-    left keeps its stop tokens.
+    As in ``MinTokensLogitsProcessor.apply``, a row of a structured output keeps its stop tokens if
+    it would have no other token.
     """
     for req, (min_tokens, output, stop_ids, is_structured) in processor.min_toks.items():
         if not stop_ids:

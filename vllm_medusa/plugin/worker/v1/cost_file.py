@@ -1,4 +1,4 @@
-"""Step costs on the disk, so that an engine that starts again need not measure them again."""
+"""Step costs in a file, so that later starts of the engine need not measure them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CostFile:
     """The costs of one model with its heads, on one kind of machine.
 
     Attributes:
-        facts: all that decides what a step costs; the file repeats them.
+        facts: everything that decides the step costs; the file repeats them.
 
     """
 
@@ -54,7 +54,7 @@ class CostFile:
 
     @property
     def path(self) -> Path:
-        """Where the costs are kept."""
+        """Path of the file."""
         name = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
         return Path(envs.VLLM_CACHE_ROOT) / "medusa_step_costs" / f"{name}.json"
 
@@ -67,7 +67,7 @@ class CostFile:
             return CostCurve.from_dict(values["costs"]) if values["facts"] == self.facts else None
         except (KeyError, UserError) as error:
             logger.warning(
-                "Medusa: step costs are measured anew: %s is damaged: %s", self.path, error
+                "Medusa: step costs are measured again: %s is damaged: %s", self.path, error
             )
             return None
 

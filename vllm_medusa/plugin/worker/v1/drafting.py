@@ -1,4 +1,4 @@
-"""Who drafts the next step's trees, and what it is asked."""
+"""The drafters of the next step's trees, and their input."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class DraftingBatch:
 
     Attributes:
         req_ids: the requests, B.
-        sampled: tokens that the step gave each; none for a chunk of a prompt.
+        sampled: tokens that each request got in the step; none for a chunk of a prompt.
         texts: prompt and output of each request so far.
-        num_prompt_tokens: how many of these are the prompt's.
+        num_prompt_tokens: number of prompt tokens in each text.
         hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
-        max_paths: fork paths that each request's next tree may have.
-        max_nodes: draft nodes that it may have; 0: the request drafts nothing.
+        max_paths: most fork paths of each request's next tree.
+        max_nodes: most draft nodes of it; 0: the request drafts nothing.
 
     """
 
@@ -53,7 +53,7 @@ class DraftingBatch:
 
     @property
     def roots(self) -> NDArray[np.int64]:
-        """[B] last token that was sampled for each; any where none was."""
+        """[B] last sampled token of each request; arbitrary if there is none."""
         return np.array([tokens[-1] if tokens else 0 for tokens in self.sampled], dtype=np.int64)
 
 
@@ -61,13 +61,13 @@ class Drafter(Protocol):
     """Drafts trees."""
 
     def num_paths(self, batch_size: int) -> int:
-        """Return how many fork paths its trees may have at a batch size."""
+        """Return the most fork paths of its trees at a batch size."""
 
     def finish(self, req_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended."""
+        """Drop the data of requests that have ended."""
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
-        """Return a tree for each request; one without nodes where nothing is to be drafted."""
+        """Return a tree for each request; it has no nodes if the request drafts nothing."""
 
 
 NO_DRAFT = Draft([], ())
@@ -78,7 +78,7 @@ class StaticDrafter:
 
     Args:
         proposer: has the heads and the tree.
-        layout: of the tree.
+        layout: layout of the tree.
 
     """
 
@@ -92,10 +92,10 @@ class StaticDrafter:
         return sum(start <= num_nodes for start in self._layout.path_starts)
 
     def finish(self, req_ids: Iterable[str]) -> None:
-        """Hold nothing for requests."""
+        """Do nothing: this drafter keeps no data of requests."""
 
     def draft(self, batch: DraftingBatch) -> list[Draft]:
-        """Return the tree, or its first path where a request may have no more."""
+        """Return the tree, or its first path for requests that can have only one."""
         num_nodes = self._num_nodes(len(batch.req_ids))
         if not num_nodes or not any(batch.max_nodes):
             return [NO_DRAFT] * len(batch.req_ids)

@@ -1,7 +1,7 @@
-"""Dynamic trees: another tree for every request and step, of the nodes that pay.
+"""Dynamic trees: a new tree for each request in each step, of the nodes that pay.
 
-`vllm_medusa.draft` has the sources of candidates, says how likely each node is and chooses over the
-whole batch; here it meets the runner.
+`vllm_medusa.draft` has the sources of candidates, gives each node its probability and chooses nodes
+over the whole batch. This file connects it to the runner.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
 
 
 class DynamicDrafter:
-    """Drafts the nodes of all requests that maximise the expected tokens per time.
+    """Drafts the nodes of all requests that maximise the expected tokens per second.
 
     Args:
-        proposer: has the heads; its configuration's trees are dynamic.
-        costs: of a step; None is to draft as many nodes as may be.
-        counters: take what was drafted.
+        proposer: has the heads; its configuration has dynamic trees.
+        costs: step costs; None: as many nodes as the limits allow.
+        counters: count what was drafted.
 
     """
 
@@ -54,15 +54,15 @@ class DynamicDrafter:
         probabilities = probabilities_of_heads(proposer.config.heads, tree.depth, tree.top_k)
         by_parent = proposer.selector_tree is not None
         self._drafter = Drafter(settings, probabilities, costs, by_parent=by_parent)
-        # What each request drafted last: the drafts of that step, and its place in them.
+        # The last drafts of each request: the drafts of that step, and the request's place in them.
         self._drafted: dict[str, tuple[Drafts, int]] = {}
 
     def num_paths(self, batch_size: int) -> int:
-        """Return how many fork paths a tree may have."""
+        """Return the most fork paths of a tree."""
         return self._proposer.config.limits.max_paths
 
     def finish(self, req_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended."""
+        """Drop the data of requests that have ended."""
         for req_id in req_ids:
             self._drafter.finish(req_id)
             self._drafted.pop(req_id, None)
@@ -95,8 +95,8 @@ class DynamicDrafter:
             self._drafted[batch.req_ids[place]] = (drafts, row)
         return chosen
 
-    def said_of_last(self, req_id: str) -> tuple[list[float], list[list[str]]]:
-        """Return, of the nodes that a request drafted last, path probabilities and sources."""
+    def last_probabilities_and_sources(self, req_id: str) -> tuple[list[float], list[list[str]]]:
+        """Return path probabilities and sources of the nodes that a request drafted last."""
         drafts, row = self._drafted[req_id]
         draft = drafts[row]
         names = [[str(s.name).lower() for s in Source if bits & s] for bits in draft.source]
@@ -116,8 +116,8 @@ class DynamicDrafter:
         )
 
     def _count_accepted(self, batch: DraftingBatch, places: list[int]) -> None:
-        """Count by source what of the last drafts the step accepted."""
-        # Requests drafted in the same step but for those that were left out of a step since.
+        """Count the nodes of the last drafts that the step accepted, by source."""
+        # All requests drafted in the same step, except those that were not in a later step.
         steps: dict[int, tuple[Drafts, list[int], list[Sequence[int]]]] = {}
         for place in places:
             if accepted := batch.sampled[place][:-1]:
@@ -143,7 +143,7 @@ class DynamicDrafter:
         self._counters.shared_text_nodes += by_shared_text
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
-                "Medusa: trees of %s nodes; %d of the heads, %d of the text, %d of shared text; "
+                "Medusa: trees of %s nodes; %d from the heads, %d from text, %d from shared text; "
                 "%.2f tokens expected",
                 drafts.num_nodes.tolist(),
                 by_heads,

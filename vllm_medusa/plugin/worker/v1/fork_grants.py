@@ -1,4 +1,4 @@
-"""Which request holds which fork blocks, and how many of its forks hold its tail."""
+"""The fork blocks that each request holds, and how many of its forks hold its tail."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class _Grant:
     """One request's share of the pool.
 
     Attributes:
-        place: which share it is.
-        num_mirrored: fork paths that hold the request's tail; 1: its own blocks only.
-        num_tokens: up to where they hold it.
+        place: index of the share.
+        num_mirrored: fork paths that hold the request's tail; 1: only its own blocks.
+        num_tokens: number of the request's tokens up to which they hold it.
 
     """
 
@@ -26,7 +26,7 @@ class ForkGrants:
     """Grants shares of the fork pool to requests.
 
     Args:
-        num_places: shares that there are.
+        num_places: number of shares.
 
     """
 
@@ -46,7 +46,7 @@ class ForkGrants:
         return 0 if grant is None else grant.place
 
     def acquire(self, req_id: str) -> bool:
-        """Grant the request a share if it has none; return whether it has one now."""
+        """Give the request a share if it has none; return whether it has one now."""
         if req_id in self._grants:
             return True
         if not self._free:
@@ -67,7 +67,7 @@ class ForkGrants:
         return grant.num_mirrored if grant is not None and grant.num_tokens == num_tokens else 1
 
     def set_mirrored(self, req_id: str, num_tokens: int, num_mirrored: int) -> None:
-        """Note that so many fork paths hold the request's tail up to ``num_tokens``."""
+        """Record that this many fork paths hold the request's tail up to ``num_tokens``."""
         grant = self._grants.get(req_id)
         if grant is not None:
             grant.num_tokens, grant.num_mirrored = num_tokens, num_mirrored

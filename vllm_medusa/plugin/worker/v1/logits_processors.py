@@ -1,4 +1,4 @@
-"""Logits processors with draft trees: all that vLLM has without speculation."""
+"""Logits processors with draft trees: the same as in vLLM without speculation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_medusa.plugin.identity import is_medusa
 
 
 def wrap_build_logitsprocs(original: Any) -> Any:
-    """Load the processors that vLLM leaves out, or refuses, with speculative decoding.
+    """Load the processors that vLLM omits or refuses with speculative decoding.
 
     ``build_logitsprocs`` as the V1 runner calls it (``v1/worker/gpu_model_runner.py``);
     `constraints.NodeConstraints` applies them node by node.

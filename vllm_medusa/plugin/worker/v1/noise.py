@@ -1,11 +1,11 @@
 """Random numbers of sampling: one draw per request and position, not per node.
 
-All nodes at one depth stand for the same position of the text, and at most one of them is on the
-accepted path; so they may share that position's draw, and the law of the emitted tokens is exact.
-A request with a seed takes its draws from its generator one position after the other, and draws
-not used up by a step wait for the next. So the draw of the i-th output token is the i-th of the
-generator whatever was drafted and whatever else was in the batch: a seeded request gives the very
-text that vLLM gives without speculation.
+All nodes of one depth have the same position in the text, and at most one of them is on the
+accepted path. So they can share that position's draw, and the distribution of the emitted tokens is
+exact. A request with a seed takes a draw from its generator for each position, and keeps the draws
+that a step did not use for the next step. So the i-th output token uses the i-th draw of the
+generator, whatever was drafted and whatever else was in the batch: a seeded request gives the same
+text as without speculation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import (
 
 
 class SeedDraws:
-    """Draws of vLLM's CPU sampler: an integer a position, from which the kernel makes its noise.
+    """Draws of vLLM's CPU sampler: an integer for each position; the kernel makes noise from it.
 
     Follows ``TopKTopPSampler.forward_cpu``.
     """
@@ -36,12 +36,12 @@ class SeedDraws:
         return torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)[0]
 
     def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        """Return [R] tokens sampled from [R, V] logits with one draw for each row."""
         return torch.ops._C.fused_gumbel_argmax(logits, draws)
 
 
 class ExponentialDraws:
-    """Draws of vLLM's native sampler: a vector of exponential noise a position.
+    """Draws of vLLM's native sampler: a vector of exponential noise for each position.
 
     Follows ``random_sample``.
     """
@@ -61,13 +61,13 @@ class ExponentialDraws:
         return noise.exponential_(generator=generator)
 
     def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        """Return [R] tokens sampled from [R, V] logits with one draw for each row."""
         probs = logits.softmax(dim=-1, dtype=torch.float32)
         return sample_with_exponential_noise(probs, draws)
 
 
 class PositionNoise:
-    """Hands out the draws of each request's next positions.
+    """Gives the draws of each request's next positions.
 
     Args:
         use_fp64_gumbel: vLLM's setting of that name.
@@ -82,7 +82,7 @@ class PositionNoise:
             self._draws = ExponentialDraws(use_fp64_gumbel)
         self._waiting: dict[str, list[Tensor]] = {}
         self._last_step: tuple[list[str], Tensor] | None = None
-        # By request, the draws that its last step has used.
+        # The draws that the last step of each request used.
         self._used: dict[str, list[Tensor]] = {}
 
     def draw(
@@ -96,9 +96,9 @@ class PositionNoise:
 
         Args:
             req_ids: the batch's requests; not read where none has a generator.
-            shape: B and D + 1, the depth of the step's deepest tree and one.
-            generators: generators of those with a seed, by their index in the batch; requests whose
-                sample will be thrown away must not be among them.
+            shape: B and D + 1, where D is the depth of the step's deepest tree.
+            generators: generators of the seeded requests, by their index in the batch, without
+                requests whose sample will be discarded.
             logits: [R, V] float32.
 
         """
@@ -112,26 +112,26 @@ class PositionNoise:
         return draws
 
     def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """Return [R] tokens sampled from [R, V] logits with one draw a row."""
+        """Return [R] tokens sampled from [R, V] logits with one draw for each row."""
         return self._draws.sample(logits, draws)
 
     def use(self, req_ids: Sequence[str], generators: dict[int, Generator], length: Tensor) -> None:
-        """Note that a step emitted ``length + 1`` tokens of each request ([B])."""
+        """Record that a step emitted ``length + 1`` tokens of each request ([B])."""
         if generators:
             indices = list(generators)
             self._last_step = ([req_ids[index] for index in indices], length[indices])
 
     def forget(self, req_ids: set[str]) -> None:
-        """Drop the draws that wait for requests that have ended."""
+        """Drop the unused draws of requests that have ended."""
         for req_id in req_ids & self._waiting.keys():
             del self._waiting[req_id]
             self._used.pop(req_id, None)
 
     def give_back(self, counts: Mapping[str, int]) -> None:
-        """Have the last draws that requests used wait again: so many tokens were left out.
+        """Make the last used draws of requests unused again, because tokens were left out.
 
         Args:
-            counts: how many of each request's last step, by request.
+            counts: number of left-out tokens of each request's last step.
 
         """
         if not counts:
@@ -142,7 +142,7 @@ class PositionNoise:
                 self._waiting[req_id][:0] = self._used[req_id][-count:]
 
     def _drop_used(self) -> None:
-        # Read only when the next step needs it: by then the step is over, nothing waits for it.
+        # Read only when the next step needs it. Then the step is over, and nothing has to wait.
         if self._last_step is None:
             return
         req_ids, length = self._last_step

@@ -1,8 +1,8 @@
-"""How a tree is attended to and committed: path forks over vLLM's paged KV cache.
+"""Attention and commit of trees: path forks in vLLM's paged KV cache.
 
 The runner calls, in this order at every step: `begin_step` (before the attention metadata is
-built), then vLLM builds metadata and runs the model, through the two seams wrapped here, then
-`commit`. The index arithmetic is in `vllm_medusa.tree.forks`.
+built), then vLLM builds metadata and runs the model, through the two methods that are wrapped here,
+then `commit`. The index arithmetic is in `vllm_medusa.tree.forks`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vllm_medusa.tree.verify import Acceptance
 
 @dataclass
 class _GroupStep:
-    """What one KV-cache group needs in a step: block tables and slots (`tree.forks`)."""
+    """Block tables and slots of one KV-cache group in a step (`tree.forks`)."""
 
     rows: Tensor
     slots: Tensor
@@ -42,9 +42,9 @@ class _GroupStep:
 
 
 class _Layer:
-    """One attention layer, its K/V write seam wrapped.
+    """One attention layer, whose K/V write is wrapped.
 
-    A step's K/V is kept until the commit writes the accepted part of it again.
+    It keeps a step's K/V until the commit writes the accepted part again.
     """
 
     def __init__(self, forks: PathForks, layer: Any, group: int) -> None:
@@ -86,16 +86,16 @@ class PathForks:
     """Verifies trees with the platform's own attention kernel.
 
     Args:
-        pool: where the fork blocks are.
+        pool: place of the fork blocks.
         attn_groups: vLLM's attention groups, by KV-cache group; their ``build_metadata`` is
             wrapped.
         layers: vLLM's attention layers by name; their K/V writes are wrapped.
         device: of the KV cache.
 
     Attributes:
-        pool: where the fork blocks are.
-        forks: indices of the current step if it is forked, else None.
-        grants: which request holds which fork blocks.
+        pool: place of the fork blocks.
+        forks: indices of the current step if it has forks, else None.
+        grants: the fork blocks that each request holds.
 
     """
 
@@ -130,7 +130,7 @@ class PathForks:
         return np.array([self.grants.num_mirrored(*pair) for pair in tokens], dtype=np.int64)
 
     def group_step(self, group: int) -> _GroupStep:
-        """Return what a KV-cache group needs in the current step."""
+        """Return block tables and slots of a KV-cache group in the current step."""
         return self._groups[group]
 
     def begin_step(
@@ -162,7 +162,7 @@ class PathForks:
             self._groups.append(_GroupStep(expand_block_table(*where), slots, commit_slots))
 
     def end_step(self) -> None:
-        """Forget the current step, so that vLLM's next one runs as its own."""
+        """Drop the current step, so that the next step runs without forks."""
         self.forks = None
 
     def commit(self, acceptance: Acceptance) -> None:
@@ -174,7 +174,7 @@ class PathForks:
                 self.forks.device, step.commit_slots, acceptance.path, acceptance.length
             )
             if self._device.type == "cpu":
-                # Nothing to wait for on the host: leave out what would be skipped.
+                # On a CPU there is nothing to wait for: omit the writes that would be skipped.
                 written = (slots >= 0).nonzero().flatten()
                 source, slots = source[written], slots[written]
                 if not len(written):
@@ -183,7 +183,7 @@ class PathForks:
                 layer.commit(source, slots)
 
     def note_committed(self, sampled: Sequence[Sequence[int]]) -> None:
-        """Note how far the forks of each request hold its tail, once its tokens are known.
+        """Record how far the forks of each request hold its tail, once its tokens are known.
 
         Args:
             sampled: [B] tokens that the step emitted; none for a chunk of a prompt.

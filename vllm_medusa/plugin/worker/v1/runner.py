@@ -1,4 +1,4 @@
-"""One step of the engine with draft trees: what is added to vLLM's V1 model runner.
+"""One step of the engine with draft trees: our additions to vLLM's V1 model runner.
 
 Read the methods in the order of a step: vLLM calls `_prepare_inputs`, builds the attention
 metadata and runs the model (through `path_forks.PathForks`), calls `_sample` (which ends in
@@ -62,7 +62,7 @@ class MedusaRunnerMixin(_Base):
         self._parents: dict[str, tuple[int, ...]] = {}
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Wrap the attention seams once the layers and their caches exist."""
+        """Set up the forks, once the layers and their caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         is_profiling = kwargs.get("is_profiling", args[0] if args else False)
         if self.drafter.config.limits.max_paths == 1 or is_profiling:
@@ -74,13 +74,14 @@ class MedusaRunnerMixin(_Base):
         self.forks = PathForks(pool, self.attn_groups, layers, self.device)
 
     def prepare_drafting(self) -> None:
-        """Measure what dynamic trees need to know of this machine, once the engine is warm."""
+        """Measure step costs for dynamic trees, once the engine is warm."""
         if self.drafter.config.dynamic is not None:
             self.tree_drafter = DynamicDrafter(self.drafter, step_costs(self), self.counters)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        """Give back what finished and preempted requests held."""
-        # Sessions (`core.sessions`) that go on with further input, from another end of their text.
+        """Free the fork blocks and the data of finished and preempted requests."""
+        # Sessions (`core.sessions`) that continue with more input; their text ends at another
+        # place.
         continued = {
             new.req_id: self._num_left_out(new)
             for new in scheduler_output.scheduled_new_reqs
@@ -100,7 +101,7 @@ class MedusaRunnerMixin(_Base):
     def _num_left_out(self, continued: NewRequestData) -> int:
         """Return how many accepted tokens the scheduler left out where it stopped a session."""
         request = self.requests[continued.req_id]
-        # All that it kept is computed but the last.
+        # All the tokens that it kept are computed, except the last.
         num_kept = continued.num_computed_tokens + 1 - request.num_prompt_tokens
         return len(request.output_token_ids) - num_kept
 
@@ -122,7 +123,7 @@ class MedusaRunnerMixin(_Base):
         if step.plan.forks is not None:
             indices, paths = step.plan.forks.device, step.plan.forks.num_paths
             positions = computed.to(torch.int64)[indices.token_req] + indices.token_offset
-            # In place: compiled graphs read this very buffer.
+            # In place, because compiled graphs read this buffer.
             self.positions[: positions.numel()].copy_(positions)
             self.counters.forked_requests += int((paths > 1).sum())
             self.counters.fork_paths += int((paths - 1).sum())
@@ -131,12 +132,12 @@ class MedusaRunnerMixin(_Base):
     def _make_step(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> Step:
-        """Gather what is known of the step before it runs."""
+        """Collect everything that is known about the step before it runs."""
         req_ids = self.input_batch.req_ids
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         drafts = [scheduled.get(req_id) or [] for req_id in req_ids]
         # The scheduler gives a new request that has one token left to compute as many placeholders
-        # (-1) as others have drafts. They are run as tokens in a row; no target token equals one.
+        # (-1) as others have drafts. They run as a chain; no target token is equal to one.
         are_real = [bool(tokens) and tokens[0] >= 0 for tokens in drafts]
         parents = [
             self._parents[req_id][: len(tokens)] if is_real else (0,) * len(tokens)
@@ -168,7 +169,7 @@ class MedusaRunnerMixin(_Base):
         return TypicalBounds.make(rules, self.device) if any(rules) else None
 
     def _dummy_sampler_run(self, hidden_states: Tensor) -> Tensor:
-        """Let vLLM profile the sampler: every request has a draft of one node there."""
+        """Let vLLM profile the sampler, with a draft of one node for every request."""
         num_reqs = len(hidden_states)
         ones = np.ones(num_reqs, dtype=np.int64)
         self.rejection_sampler.step = Step(
@@ -187,7 +188,7 @@ class MedusaRunnerMixin(_Base):
         return super()._dummy_run(*args, **kwargs)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Send what this step counted along with its output."""
+        """Send the counts of this step with its output."""
         output = super().sample_tokens(grammar_output)
         if increase := self.counters.take_increase():
             setattr(output, counters.OUTPUT_ATTRIBUTE, increase)
@@ -220,7 +221,7 @@ class MedusaRunnerMixin(_Base):
             generators.update(held_back)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
-        """Heads have no context of their own that a long request could outgrow."""
+        """Heads have no limit of context length, so every input fits."""
         return common_attn_metadata is not None
 
     def propose_draft_token_ids(
@@ -257,7 +258,7 @@ class MedusaRunnerMixin(_Base):
         return [draft.tokens for draft in drafts]
 
     def take_draft_token_ids(self) -> Any:
-        """Send the trees along whose nodes the engine core masks by a grammar."""
+        """Send the parents of the drafts whose nodes the engine core masks by a grammar."""
         drafts = super().take_draft_token_ids()
         if drafts is not None:
             structured = [
@@ -276,7 +277,7 @@ class MedusaRunnerMixin(_Base):
         return [rows[index, :length] for index, length in enumerate(lengths)]
 
     def _max_paths(self, sampled_token_ids: list[list[int]]) -> list[int]:
-        """Return how many fork paths the next tree of each request may have."""
+        """Return the most fork paths of each request's next tree."""
         wanted = self.tree_drafter.num_paths(len(sampled_token_ids))
         if wanted == 1 or self.forks is None:
             return [1] * len(sampled_token_ids)
@@ -287,7 +288,7 @@ class MedusaRunnerMixin(_Base):
         return max_paths
 
     def _max_nodes(self, sampled_token_ids: list[list[int]]) -> list[int]:
-        """Return how many draft nodes the next tree of each request may have."""
+        """Return the most draft nodes of each request's next tree."""
         limit = self.drafter.config.limits.max_nodes
         max_nodes = []
         for req_id, sampled in zip(self._step.req_ids, sampled_token_ids, strict=True):
@@ -297,7 +298,7 @@ class MedusaRunnerMixin(_Base):
         return max_nodes
 
     def _may_fork(self, req_id: str) -> bool:
-        """Grant a request fork blocks if it can use them and there are any left."""
+        """Give a request fork blocks if it can use them; return whether it has some."""
         assert self.forks is not None
         params = self.requests[req_id].sampling_params
         if params is not None and params.structured_outputs and not self.masks_trees:
@@ -306,8 +307,9 @@ class MedusaRunnerMixin(_Base):
             return True
         self.counters.chain_fallbacks += 1
         logger.warning_once(
-            "All %d requests' fork blocks are in use: further requests draft the tree's first "
-            "path only. Each unit more of max_tree_requests takes %d KV blocks from the scheduler.",
+            "The fork blocks of all %d requests are in use: other requests draft only the tree's "
+            "first path. Each additional one of max_tree_requests takes %d KV blocks from the "
+            "scheduler.",
             self.forks.grants.num_places,
             self.forks.pool.blocks_per_request,
         )

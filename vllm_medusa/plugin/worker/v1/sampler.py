@@ -1,8 +1,8 @@
 """The tree sampler: one token from the target's processed distribution at every node.
 
-It stands where vLLM has its ``RejectionSampler`` (``v1/sample/rejection_sampler.py``) and follows
-``Sampler`` (``v1/sample/sampler.py``) in what it does to the logits and in which order, so that a
-node's distribution is the one that vLLM would sample from had it arrived there by itself.
+It replaces vLLM's ``RejectionSampler`` (``v1/sample/rejection_sampler.py``). It processes the
+logits in the same way and order as ``Sampler`` (``v1/sample/sampler.py``), so a node's distribution
+is the one that vLLM would sample from if the node's path were the text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TreeSampler(RejectionSampler):
     """Samples at every node of every request's tree and accepts what agrees.
 
     Attributes:
-        step: whose logits come next; set by the runner before each step.
-        acceptance: what the last step accepted.
+        step: the current step; set by the runner before each step.
+        acceptance: acceptance of the last step.
 
     """
 
@@ -47,7 +47,7 @@ class TreeSampler(RejectionSampler):
         logits: Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        """Return the emitted tokens, [B, max(D + 1, 2)] with -1 behind the last, and logprobs.
+        """Return the emitted tokens, [B, max(D + 1, 2)] with -1 after the last, and logprobs.
 
         Args:
             metadata: the step's drafts, in the order of the tree's nodes.
@@ -116,7 +116,7 @@ class TreeSampler(RejectionSampler):
     ) -> LogprobsTensors | None:
         """Return the logprobs at the accepted nodes, for all B * (D + 1) places of the output.
 
-        Those behind the last token are filtered out by ``parse_output``.
+        ``parse_output`` removes those after the last token.
         """
         if not _wants_logprobs(sampling):
             return None

@@ -1,4 +1,4 @@
-"""What is known of a step when its inputs are prepared: one value for all that takes part in it."""
+"""Everything that is known about a step when its inputs are prepared, in one value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_medusa.tree.rows import NodeRows
 from vllm_medusa.tree.step_trees import IntArray, StepTrees
 from vllm_medusa.tree.typical import TypicalBounds
 
-#: Plans are kept for so many tokens of steps, which bounds their memory (about 1 KiB a token).
+#: Most tokens of all kept plans, which limits their memory (about 1 KiB for each token).
 _KEPT_TOKENS = 32_768
 
 
@@ -25,7 +25,7 @@ class StepPlan:
 
     Attributes:
         rows: the logits' rows.
-        forks: the fork paths; None if the step runs as vLLM's own.
+        forks: the fork paths; None if the step has no forks.
         first_path_lengths: draft nodes on each request's first fork path.
 
     """
@@ -42,8 +42,8 @@ class Step:
     Attributes:
         req_ids: the batch's requests.
         outputs: the output tokens of each, so far; the lists that vLLM itself appends to.
-        discarded: indices of those whose sample will be thrown away (chunks of a prompt).
-        drafts: draft tokens that each request verifies, placeholders (-1) among them.
+        discarded: indices of the requests whose sample will be discarded (chunks of a prompt).
+        drafts: draft tokens that each request verifies, with placeholders (-1).
         num_computed: [B] tokens of each request in the KV cache, on the host.
         plan: the step's indices.
         typical: rules of typical acceptance; None if no request has one.
@@ -68,7 +68,7 @@ class StepPlanner:
     """Makes the plan of a step. Recent ones are kept: static trees need the same again and again.
 
     Args:
-        device: where the indices are needed.
+        device: device of the indices.
 
     """
 
@@ -89,12 +89,12 @@ class StepPlanner:
         Args:
             num_tokens: [B] tokens that each request runs.
             parents: for each request the parents of the draft nodes that it has logits for.
-            runs_tree: [B] whether these are drafts, not placeholders.
+            runs_tree: [B] whether these are real drafts, not placeholders.
             num_mirrored: as in `make_fork_step`; None where trees are chains only.
 
         """
         has_forks = num_mirrored is not None and runs_tree.any()
-        # A prompt's tokens matter to the forks only.
+        # Only the forks depend on the number of a prompt's tokens.
         key = (
             tuple(map(tuple, parents)),
             (num_tokens.tobytes(), runs_tree.tobytes(), num_mirrored.tobytes())
@@ -121,6 +121,6 @@ class StepPlanner:
 
 
 def _size(plan: StepPlan) -> int:
-    """Tokens of a plan: its logits' rows, or all that it runs."""
+    """Size of a plan for `_KEPT_TOKENS`: about its rows and the writes of its forks."""
     rows = plan.rows.ancestors.numel() // 8 + plan.rows.req.numel()
     return rows if plan.forks is None else rows + plan.forks.host.slot_req.numel()

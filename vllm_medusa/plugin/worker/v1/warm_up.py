@@ -1,7 +1,7 @@
-"""What a step costs on this machine: measured when an engine starts for the first time, then kept.
+"""Step costs on this machine: measured when an engine first starts, then kept in a file.
 
-It takes a few seconds at most. All tensor-parallel ranks measure the same steps and take the first
-rank's times, because ranks with other costs would draft other trees.
+This takes a few seconds at most. All tensor-parallel ranks measure the same steps and use the first
+rank's times, because ranks with different costs would draft different trees.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from vllm_medusa.plugin.worker.v1.cost_file import CostFile
 
 logger = plugin_logger(__name__)
 
-#: What is timed, "step" or "heads", and its tokens or requests.
+#: A timed task: "step" or "heads", and its number of tokens or requests.
 _Task: TypeAlias = tuple[str, int]
 #: Tokens of the steps that are timed.
 _SIZES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
-#: Requests that the heads are timed with.
+#: Numbers of requests with which the heads are timed.
 _BATCH_SIZES = (1, 8, 32)
 _ROUNDS = 5
-#: No further round is begun after so long.
+#: After this time no other round begins.
 _LIMIT_S = 2.5
-#: In the first round no further size is begun after so long: the curve goes on at its last slope.
+#: In the first round no other size is timed after this time: the curve continues with its last
+#: slope.
 _FIRST_ROUND_S = 1.0
-#: What a path beyond the first costs, as a share of a step of one token: it reads the request's
-#: context once more.
+#: Cost of each path except the first, as a share of a step of one token: the path reads the
+#: request's context once more.
 _FORK_SHARE = 0.01
 
 
@@ -44,20 +45,20 @@ def step_costs(runner: Any) -> CostCurve | None:
         runner: a model runner whose KV cache exists and whose trees are dynamic.
 
     Returns:
-        The costs, or None if they are not to be measured.
+        The costs, or None if the settings turn measuring off.
 
     """
     if not runner.drafter.config.dynamic.measure_costs:
         return None
     file = CostFile.of(runner)
     is_first = get_tp_group().is_first_rank
-    # Ranks of data parallelism take part in each other's steps. One that finds a file while another
-    # does not would leave that one waiting.
+    # Data-parallel ranks run steps together. If one rank finds a file and another does not, the
+    # second would wait for ever.
     is_alone = runner.parallel_config.data_parallel_size == 1
     kept = _agreed_costs(file.read() if is_first and is_alone else None)
     if kept is not None:
         if is_first:
-            logger.info("Medusa: step costs as measured before, in %s: %s", file.path, kept)
+            logger.info("Medusa: step costs of an earlier start, from %s: %s", file.path, kept)
         return kept
     begin = time.perf_counter()
     costs = _agreed_costs(_measure(runner, is_alone))
@@ -72,7 +73,7 @@ def step_costs(runner: Any) -> CostCurve | None:
 def _measure(runner: Any, may_end_early: bool) -> CostCurve:
     """Time the model's forward pass and its logits, and the heads.
 
-    Attention is left out: what its context costs is paid without drafts too.
+    Attention is left out: a step without drafts has its cost too.
     """
     tasks = {
         **{("step", size): partial(_step, runner, size) for size in _within(runner, _SIZES)},
@@ -114,8 +115,9 @@ def _interleaved_ms(
 ) -> dict[_Task, float]:
     """Time tasks in turns, because the speed of a machine changes; return their milliseconds.
 
-    A task's time is the median of its shares of the rounds' times. The first round is not counted:
-    everything is slower there. Of a kind of task at least the first size is timed.
+    A task's time is the median of its shares of the rounds' times, times the median round. The
+    first round does not count, because everything is slower there. Of each kind of task at least
+    the first size is timed.
     """
     begin = time.perf_counter()
 

@@ -1,12 +1,12 @@
 """Attention in which requests with drafts go to the tree kernel, all others to vLLM's own backend.
 
-vLLM's backends stay what they are: cache layout, cache writes and quantisation are theirs, and so
-are prompts and steps without drafts. The mixins here stand in front of one
-(`triton_backend`, `flash_backend`), whose cache is logically [blocks, heads, tokens, K | V].
+vLLM's backends are unchanged: they keep cache layout, cache writes and quantisation, and run
+prompts and steps without drafts. The mixins here extend such a backend (`triton_backend`,
+`flash_backend`), whose cache is logically [blocks, heads, tokens, K | V].
 
-Requests with drafts come first in a batch (``sort_batch_req_ids``), so a step is cut in two. What
-a CUDA graph captures is not: there the tree kernel, for which a request without a tree is plainly
-causal, takes all.
+Requests with drafts come first in a batch (``sort_batch_req_ids``), so a step is cut in two parts.
+A step that a CUDA graph captures is not cut: there the tree kernel runs all requests, with causal
+attention for those without a tree.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class TreeMetadata:
 
     Attributes:
         num_actual_tokens: tokens of the step.
-        num_tree_tokens: how many of them, the first ones, are the tree kernel's.
+        num_tree_tokens: number of them, from the first, that the tree kernel runs.
         step: their queries and keys; None: there are none.
-        workspace: for splits over the context.
+        workspace: memory for splits of the context.
         rest: vLLM's own metadata of the other requests; None: there are none.
 
     """
@@ -61,7 +61,7 @@ class TreeBuilderMixin(_Builder):
     """Builds `TreeMetadata`; the runner gives it the buffers.
 
     Attributes:
-        buffers: what attention reads of the trees.
+        buffers: the tree data that attention reads.
 
     """
 
@@ -81,8 +81,8 @@ class TreeBuilderMixin(_Builder):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TreeMetadata:
-        """Give the whole batch to the tree kernel, whoever will have a tree at replay."""
-        # A capture over real lengths would take long.
+        """Give the whole batch to the tree kernel: at replay any request can have a tree."""
+        # A capture with real lengths would take long.
         common_attn_metadata.seq_lens.fill_(1)
         return self._metadata(common_attn_metadata, common_attn_metadata.num_reqs, None)
 
@@ -92,7 +92,7 @@ class TreeBuilderMixin(_Builder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TreeMetadata:
-        """Cut the batch behind the last request with drafts."""
+        """Cut the batch after the last request with drafts."""
         common = common_attn_metadata
         assert self.buffers is not None
         wanted = self.buffers.num_tree_reqs
@@ -154,11 +154,11 @@ class TreeImplMixin(_Impl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The tree kernel takes queries in the model's number format.
+        # The tree kernel needs queries in the model's number format.
         self.supports_quant_query_input = False
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Never: the tree kernel writes the model's number format."""
+        """Return false: the tree kernel writes the model's number format."""
         return False
 
     def forward(
@@ -243,7 +243,7 @@ class TreeImplMixin(_Impl):
 
 
 def _num_processors(device: torch.device) -> int:
-    """Multiprocessors of the device; the interpreter runs one program after the other."""
+    """Number of multiprocessors; the interpreter runs one program after the other."""
     if device.type == "cpu":
         return 1
     from vllm.platforms import current_platform

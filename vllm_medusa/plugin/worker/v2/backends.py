@@ -1,4 +1,4 @@
-"""Which of vLLM's attention backends serve trees, and how they get into its registry."""
+"""The attention backends with trees, and their entries in vLLM's registry."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BACKENDS = {
 
 @contextmanager
 def tree_backends() -> Iterator[None]:
-    """Stand in vLLM's registry before the backends that serve trees, while a model is built.
+    """Replace backends in vLLM's registry by ours with trees, while a model is built.
 
-    Which of them serves a layer remains the platform's choice. Another engine of this process must
-    not get them, so they leave again.
+    The platform still chooses the backend of a layer. Another engine of this process must not get
+    our backends, so the registry is restored afterwards.
     """
     before = {backend: backend.get_path() for backend in _BACKENDS}
     for backend, path in _BACKENDS.items():
@@ -39,7 +39,7 @@ def tree_backends() -> Iterator[None]:
 
 
 def check_layers(attn_groups: Sequence[Sequence[Any]]) -> None:
-    """Refuse layers whose attention is not ours.
+    """Refuse layers with another attention backend.
 
     Args:
         attn_groups: vLLM's attention groups, by KV-cache group.

@@ -1,8 +1,8 @@
 """Penalties and bad words of trees: vLLM's states, our kernels.
 
-vLLM's own kernels take the rows before a row for its history, which is right in chains only. The
-other processors of ``Sampler.apply_sampling_params`` look at a row alone or at its position, and
-stay.
+vLLM's own kernels use the rows before a row as its history, which is right for chains only. The
+other processors of ``Sampler.apply_sampling_params`` depend only on a row or its position and are
+unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def follow_paths(sampler: Any, states: TreeStates) -> None:
 
 
 class _Penalties:
-    """Stands for ``PenaltiesState.apply``."""
+    """Replaces ``PenaltiesState.apply``."""
 
     def __init__(self, state: PenaltiesState, trees: TreeStates) -> None:
         self._state, self._trees = state, trees
@@ -52,7 +52,7 @@ class _Penalties:
 
 
 class _BadWords:
-    """Stands for ``BadWordsState.apply``."""
+    """Replaces ``BadWordsState.apply``."""
 
     def __init__(self, state: BadWordsState, trees: TreeStates) -> None:
         self._state, self._trees = state, trees

@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention backend with trees; prompts and steps without drafts stay its own."""
+"""vLLM's FlashAttention backend with trees; it still runs prompts and steps without drafts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TreeFlashImpl(TreeImplMixin, FlashAttentionImpl):
 
 
 class TreeFlashBackend(FlashAttentionBackend):
-    """``FLASH_ATTN`` with trees; quantised caches are `triton_backend`'s."""
+    """``FLASH_ATTN`` with trees; quantised caches need `triton_backend`."""
 
-    # FlashAttention wants its queries quantised too.
+    # FlashAttention would need quantised queries too.
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012 - as vLLM has it
 
     @staticmethod

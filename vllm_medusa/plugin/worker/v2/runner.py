@@ -1,10 +1,10 @@
-"""One step of the engine with draft trees: what is added to vLLM's Model Runner V2.
+"""One step of the engine with draft trees: our additions to vLLM's Model Runner V2.
 
 The hooks are in the order of a step. A request runs its root and N draft nodes as N + 1 scheduled
-tokens; node ``i`` gets the slot ``computed + i`` from vLLM. What is added: positions and masks
+tokens; node ``i`` gets the slot ``computed + i`` from vLLM. The additions: positions and masks
 (`prepare_attn`), attention (`attention.TreeImplMixin`), the walk down each tree and the compaction
-of what it accepted (`sample`), and the next trees (`speculator.TreeSpeculator.propose`). Nothing of
-it waits for the device.
+of what it accepted (`sample`), and the next trees (`speculator.TreeSpeculator.propose`). None of
+them waits for the device.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class TreeRunnerMixin(_Base):
     rejection_sampler: TreeSampler
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # It makes its speculator by the method's name, which is one that it does not know.
+        # The runner makes its speculator by the name of the method, and does not know ours.
         with replaced(model_runner, "init_speculator", TreeSpeculator):
             super().__init__(*args, **kwargs)
         self.trees = TreeBuffers.make(self.input_buffers.positions, self.max_num_reqs)
         self.counters = Counters()
         self._cache_groups: list[CacheGroup] = []
-        # By state index: the most drafts that the scheduler may be offered.
+        # By state index: the most drafts that the scheduler gets.
         self._max_nodes = [self.speculator.num_nodes] * self.max_num_reqs
 
     # Before the first step.
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the heads too, and put our sampler in place."""
+        """Also load the heads, and set our sampler."""
         with nullcontext() if self.speculator.is_chain else tree_backends():
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
@@ -71,10 +71,10 @@ class TreeRunnerMixin(_Base):
         follow_paths(self.sampler, states)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Find what trees need in the layers' attention and caches."""
+        """Give the layers' attention its tree data, and find the caches."""
         super().initialize_kv_cache(*args, **kwargs)
         if self.speculator.is_chain:
-            return  # any backend's causal attention is right, and nothing is ever moved
+            return  # every backend's causal attention is right, and nothing is moved
         check_layers(self.attn_groups)
         builders = [
             builder
@@ -99,7 +99,7 @@ class TreeRunnerMixin(_Base):
     # A step.
 
     def add_requests(self, scheduler_output: Any) -> None:
-        """Note which new requests cannot have any tree."""
+        """Record which new requests can have only a chain."""
         super().add_requests(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
@@ -145,12 +145,12 @@ class TreeRunnerMixin(_Base):
         )
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> Any:
-        """Nobody has a tree in a step that is made up."""
+        """Prepare a dummy step, in which no request has a tree."""
         self.trees.forget()
         return super().prepare_dummy_attn(*args, **kwargs)
 
     def capture_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Capture with no trees; those of a replay are in the buffers."""
+        """Capture without trees; at replay the trees are in the buffers."""
         self.trees.forget()
         return super().capture_model(*args, **kwargs)
 
@@ -162,10 +162,10 @@ class TreeRunnerMixin(_Base):
         return output
 
     def take_draft_token_ids(self) -> Any:
-        """Send the parents of the drafts along, for the grammars of the engine core.
+        """Send the parents of the drafts too, for the grammars of the engine core.
 
-        Synchronous scheduling runs what it gets here, so that a request's own bound is kept here;
-        asynchronous scheduling knows by itself (`core.max_nodes`).
+        Synchronous scheduling runs all drafts that it gets here, so a request's own limit is
+        applied here. For asynchronous scheduling see `core.max_nodes`.
         """
         drafts = super().take_draft_token_ids()
         if drafts is not None:

@@ -1,8 +1,8 @@
 """The tree sampler: one token from the target at every node, then each request's walk.
 
-vLLM's ``RejectionSampler`` (``v1/worker/gpu/spec_decode/rejection_sampler.py``) bounds the float32
-logits by verifying requests in chunks, and computes logprobs. Both are kept; how a chunk is
-verified is ours.
+vLLM's ``RejectionSampler`` (``v1/worker/gpu/spec_decode/rejection_sampler.py``) limits the memory
+of the float32 logits by verifying requests in chunks, and computes logprobs. Both are kept; only
+the verification of a chunk is replaced.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vllm_medusa.tree.typical import TypicalBounds, TypicalRule
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What a step accepted.
+    """The acceptance of a step.
 
     Attributes:
-        path: [B, D + 1] int32, the accepted nodes by depth; the last one repeats behind.
-        length: [B] int32, how many were accepted.
+        path: [B, D + 1] int32, the accepted nodes by depth; then the last one is repeated.
+        length: [B] int32, number of accepted nodes.
 
     """
 
@@ -46,10 +46,11 @@ class TreeSampler(RejectionSampler):
     """Samples at every node of every request's tree and accepts what agrees.
 
     Noise is a function of seed and position (`gumbel_sample`). Nodes of one depth share a position,
-    so each node draws what plain decoding draws there, and seeded text is that of no speculation.
+    so each node has the draw of plain decoding there, and seeded text is the same as without
+    speculation.
 
     Attributes:
-        acceptance: of this step; None if no request had drafts.
+        acceptance: acceptance of this step; None if no request had drafts.
 
     """
 
@@ -69,7 +70,7 @@ class TreeSampler(RejectionSampler):
         self._buffers = buffers
         self._max_depth = max_depth
         self._chunks: list[Acceptance] = []
-        # By state index: the rules on the device, and whether there is one on the host.
+        # By state index: the rules on the device, and on the host whether there is one.
         num_states = len(states.parents)
         self._typical = TypicalBounds.make([None] * num_states, device)
         self._is_typical = np.zeros(num_states, dtype=bool)
@@ -87,13 +88,13 @@ class TreeSampler(RejectionSampler):
         draft_logits: Tensor | None = None,
         invalid_drafts: Tensor | None = None,
     ) -> SamplerOutput:
-        """Return the emitted tokens, [B, D + 1], how many they are, and logprobs.
+        """Return the emitted tokens, [B, D + 1], their numbers, and logprobs.
 
         Args:
             logits: [L, V] target logits of every request's root and drafts.
             input_batch: the step's batch; positions are those of the trees.
             draft_logits: not used: the drafts are the heads' best guesses, not samples.
-            invalid_drafts: not used: what a grammar forbids its mask forbids at the parent.
+            invalid_drafts: not used: the mask at the parent forbids what a grammar forbids.
 
         """
         rows = input_batch.logits_indices
@@ -211,7 +212,7 @@ class TreeSampler(RejectionSampler):
         cu_num_logits_np: np.ndarray,
         max_num_logprobs: int,
     ) -> Any:
-        """Put the accepted path's rows where vLLM reads those of a chain: first of each request."""
+        """Put the accepted path's rows first in each request, where vLLM reads a chain's rows."""
         if max_num_logprobs == NO_LOGPROBS:
             return None
         path = self._chunks[-1].path

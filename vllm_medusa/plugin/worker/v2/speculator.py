@@ -93,7 +93,7 @@ class TreeSpeculator(BaseSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Draft, and plant the trees.
+        """Draft, and store the trees.
 
         Args:
             input_batch: the step's batch.
@@ -125,7 +125,7 @@ class TreeSpeculator(BaseSpeculator):
             last_sampled.flatten()[index],
             self._shapes[input_batch.idx_mapping_np],
         )
-        self.states.plant(parents, index)
+        self.states.set_trees(parents, index)
         return tokens
 
     def _draft(

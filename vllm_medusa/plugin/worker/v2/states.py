@@ -1,4 +1,4 @@
-"""What is kept of the trees: one part for each request, one for each step."""
+"""The data of the trees: one part for each request, one for each step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vllm_medusa.kernels import NO_TREE, trees
 class TreeStates:
     """The trees that requests run in their next step, by request-state index.
 
-    The speculator writes them together with a request's draft tokens, so that every request may
-    have another tree at every step. Between steps nothing of a tree remains in the KV cache.
+    The speculator writes them together with a request's draft tokens, so every request can
+    have a new tree in each step. Between steps nothing of a tree remains in the KV cache.
 
     Attributes:
         parents: [R, N + 1] int64, parent of each node; the root's is 0.
@@ -38,27 +38,27 @@ class TreeStates:
 
         return cls(zeros(), zeros(), zeros())
 
-    def plant(self, parents: Tensor, idx_mapping: Tensor) -> None:
-        """Give requests their next trees (`trees.plant`).
+    def set_trees(self, parents: Tensor, idx_mapping: Tensor) -> None:
+        """Give requests their next trees (`trees.set_trees`).
 
         Args:
             parents: [B, N + 1] parent of each node.
             idx_mapping: [B] state index of each request.
 
         """
-        trees.plant(self.parents, self.depths, self.ancestors, parents, idx_mapping)
+        trees.set_trees(self.parents, self.depths, self.ancestors, parents, idx_mapping)
 
 
 @dataclass
 class TreeBuffers:
-    """What attention reads of a step's trees; persistent, because CUDA graphs read the same.
+    """The tree data of a step that attention reads; persistent, because CUDA graphs read it.
 
     Attributes:
-        positions: [T] int64, the runner's own buffer; of a tree's token base plus depth.
+        positions: [T] int64, the runner's own buffer; for a tree's token base plus depth.
         ancestors: [T] int64, masks of the tokens in trees.
         base: [B] int32, position of each request's root, or `NO_TREE`.
-        num_tree_reqs: how many requests, the first ones of the batch, may have a tree in this step.
-            On the host; None: any may, which is what a CUDA graph is captured for.
+        num_tree_reqs: number of requests, from the first of the batch, that can have a tree in this
+            step. On the host; None: all can, as when a CUDA graph is captured.
 
     """
 
@@ -78,6 +78,6 @@ class TreeBuffers:
         )
 
     def forget(self) -> None:
-        """Nobody has a tree: for steps that vLLM makes up, to profile, warm up and capture."""
+        """Remove all trees, for vLLM's dummy steps: profiling, warm-up and capture."""
         self.base.fill_(NO_TREE)
         self.num_tree_reqs = None
