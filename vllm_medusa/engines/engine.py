@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.engines.process import EngineProcessError, WorkerProcess
+from vllm_medusa.engines.process import EngineProcessError
+from vllm_medusa.engines.worker_process import WorkerProcess
 from vllm_medusa.errors import UserError
 
 _WORKER = "vllm_medusa.engines.worker"
@@ -48,7 +49,8 @@ class EngineInfo:
     """What is known once an engine is up.
 
     Attributes:
-        startup_s: seconds from the start of its process on.
+        startup_s: seconds from the start of its process on; what its starter had imported before is
+            not among them.
         device: the processor's kind in PyTorch's words (``cpu``, ``cuda``, ...).
         device_name: the accelerator's name; None on a CPU.
         peak_memory_bytes: largest resident memory so far, all its processes.
@@ -183,7 +185,9 @@ class EngineProcess(WorkerProcess):
             "VLLM_NO_USAGE_STATS": "1",
             **thread_environment(default_threads()),
         }
-        super().__init__(_WORKER, {**quiet, **(environment or {})})
+        # Forks cannot use a GPU that an import has touched; imports do not on a CPU.
+        prepares = not has_accelerator()
+        super().__init__(_WORKER, {**quiet, **(environment or {})}, prepares=prepares)
         try:
             self.send({"options": dict(options), "watch": str(watch) if watch else None})
         except BaseException:
@@ -192,7 +196,8 @@ class EngineProcess(WorkerProcess):
 
     def wait(self) -> EngineInfo:
         """Wait until the engine is up."""
-        return EngineInfo(startup_s=time.monotonic() - self.started, **self.receive()["value"])
+        known = self.receive()["value"]
+        return EngineInfo(startup_s=time.monotonic() - self.started, **known)
 
     def run(
         self,
