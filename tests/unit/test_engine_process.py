@@ -133,9 +133,16 @@ def test_engines_are_prepared_one_by_one_where_there_is_a_gpu(
 
 
 def test_starter_that_was_killed_is_replaced() -> None:
-    with EngineProcess({"model": "answers"}) as started:
+    """Its engines go on, and each one's end is noticed."""
+    options = {"model": "answers"}
+    with EngineProcess(options) as started, EngineProcess(options) as other:
         psutil.Process(told_by(started)[2]).kill()
         assert started.run([[1]], 4).token_ids == [[1, 10]]
+        os.kill(started.pid, signal.SIGKILL)
+        with pytest.raises(EngineProcessError, match="was killed by signal 9"):
+            started.run([[1]], 4)
+        told_by(other)
+        assert other.run([[1]], 4).token_ids == [[1, 10]]
     with pytest.raises(EngineProcessError, match="was killed by signal 9"):
         EngineProcess({"model": "answers"})
     with EngineProcess({"model": "answers"}) as started:

@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from selectors import EVENT_READ, DefaultSelector
+from selectors import EVENT_READ, BaseSelector, DefaultSelector
 
 _LONGEST_ORDER = 2**20
 _NUM_DESCRIPTORS = 4
@@ -37,10 +37,14 @@ def main(orders: socket.socket, name: str, prepares: bool) -> None:
     # What was imported is no garbage: no fork needs to look through it.
     gc.collect()
     gc.freeze()
-    # In a fork `_next_fork` returns, so that it has closed what is the starter's alone.
+    # In a fork `_next_fork` returns, and has closed what is the starter's alone.
     if (fork := _next_fork(orders)) is not None:
         replies = _begin(*fork)
         importlib.import_module(name).main(replies)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Python's own end would take apart all that was imported, which takes seconds.
+        os._exit(0)
 
 
 def _next_fork(orders: socket.socket) -> tuple[bytes, Sequence[int]] | None:
@@ -57,11 +61,20 @@ def _next_fork(orders: socket.socket) -> tuple[bytes, Sequence[int]] | None:
                 if not order:
                     return None
                 if (pid := os.fork()) == 0:
+                    _forget(selector)
                     return order, descriptors
                 *others, news = descriptors
                 for descriptor in others:
                     os.close(descriptor)
                 selector.register(os.pidfd_open(pid), EVENT_READ, (pid, news))
+
+
+def _forget(selector: BaseSelector) -> None:
+    """Close what is there for other forks: one that is open here does not tell its end."""
+    for key in selector.get_map().values():
+        if key.data is not None:
+            os.close(key.fd)
+            os.close(key.data[1])
 
 
 def _tell_end(pidfd: int, pid: int, news: int) -> None:

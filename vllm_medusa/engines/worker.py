@@ -76,6 +76,7 @@ def _serve(messages: Iterator[Any], reply: Reply) -> None:
             reply(value=llm.reset_prefix_cache())
         else:
             reply(value=_run(llm, command, reply))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def reason_of(error: Exception) -> str:
