@@ -144,8 +144,9 @@ def test_starter_that_was_killed_is_replaced() -> None:
         told_by(other)
         assert other.run([[1]], 4).token_ids == [[1, 10]]
     with pytest.raises(EngineProcessError, match="was killed by signal 9"):
-        EngineProcess({"model": "answers"})
-    with EngineProcess({"model": "answers"}) as started:
+        EngineProcess(options)
+    with EngineProcess(options) as started:
+        started.wait()
         assert started.run([[1]], 4).token_ids == [[1, 10]]
 
 
