@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: They begin first of those with engines, so that no worker ends with one of them alone.
-LONGEST_FILES = ["test_readme_tools.py", "test_bench.py", "test_readme.py", "test_serve.py"]
+LONGEST_FILES = ["test_readme.py", "test_readme_tools.py", "test_bench.py", "test_serve.py"]
 
 # The engine in this process, quiet, off the network, small, and alone on one thread: OpenMP's
 # spinning threads make a step many times slower as soon as a second process is busy.

@@ -26,6 +26,15 @@ def answer(prompts: list[list[int]]) -> dict[str, object]:
     }
 
 
+num_prepared = 0
+
+
+def prepare() -> None:
+    """Count the calls in this process and those that it was forked from."""
+    global num_prepared
+    num_prepared += 1
+
+
 def main(reply_fd: int) -> None:
     """Serve as `vllm_medusa.engines.worker` does."""
     with os.fdopen(reply_fd, "w") as replies:
@@ -40,7 +49,8 @@ def main(reply_fd: int) -> None:
             return
         if conduct == "starts slowly":
             time.sleep(0.2)
-        info = {"device": "cpu", "device_name": None}
+        told = [os.environ.get("WORD"), os.getcwd(), os.getppid(), num_prepared]
+        info = {"device": "cpu", "device_name": json.dumps(told)}
         reply(value={**info, "peak_memory_bytes": 1, "private_memory_bytes": 1})
         for line in sys.stdin:
             command = json.loads(line)
@@ -57,7 +67,3 @@ def main(reply_fd: int) -> None:
             reply(value=answer(command["prompts"]))
         if conduct == "lingers":
             time.sleep(1000)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

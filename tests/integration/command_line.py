@@ -7,13 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import sequential_tensors
+from vllm_medusa.cli.main import main
 from vllm_medusa.heads import load_heads
 
 REPO = Path(__file__).parents[2]
@@ -74,6 +78,17 @@ def merge_heads(model: Path, heads: Path, directory: Path, prefix: str | None) -
     tensors = load_file(model / "model.safetensors")
     save_file({**tensors, **own}, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def run_tool(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    """``vllm-medusa ARGV...`` in this process, whose engines share their imports."""
+    with (
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+        patch.dict(os.environ, environment(), clear=True),
+    ):
+        status = main([str(argument) for argument in argv])
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def run_python(source: str, timeout_s: float = 240, **env: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, environment
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, environment, run_tool
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.engines.server import ServerProcess
 from vllm_medusa.stepcost.costs import read_step_costs
@@ -30,29 +30,18 @@ HAS_OWN_MEDUSA = version("vllm").startswith("0.32.")
 TIMEOUT_S = 600
 
 
-def bench_command(*arguments: str | Path) -> list[str]:
-    common = ["--model", DEMO_MODEL, "--heads", MEDUSA_HEADS, "--dtype", "float32"]
+def bench_arguments(*arguments: str | Path) -> list[str]:
+    common = ["bench", "--model", DEMO_MODEL, "--heads", MEDUSA_HEADS, "--dtype", "float32"]
     options = ["--llm-options", json.dumps(OPTIONS)]
-    return [
-        *(sys.executable, "-m", "vllm_medusa.cli.main", "bench"),
-        *map(str, [*common, *options, *arguments]),
-    ]
+    return [*map(str, [*common, *options, *arguments])]
+
+
+def bench_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "vllm_medusa.cli.main", *bench_arguments(*arguments)]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    with subprocess.Popen(
-        bench_command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=TIMEOUT_S)
-        except BaseException:
-            process.terminate()  # it stops what it started
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return run_tool(*bench_arguments(*arguments))
 
 
 #: Names of the lossless variants to a word of the command line each, or to nothing.
@@ -173,20 +162,8 @@ def test_files_of_a_run(offline: tuple[Path, Any], results: dict[str, Any]) -> N
 
 def test_compare_a_run_with_itself(offline: tuple[Path, Any]) -> None:
     out, _ = offline
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vllm_medusa.cli.main",
-            "bench",
-            "--compare",
-            out,
-            out / "results.json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_tool("bench", "--compare", out, out / "results.json")
+    assert run.returncode == 0
     assert "0 of" in run.stdout
     assert "1.000" in run.stdout
     assert "different" not in run.stdout
@@ -204,7 +181,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def engines_of(pid: int) -> list[psutil.Process]:
-    """Without what else a run starts for a moment, such as git."""
+    """The starter of the engines and them; not what else a run starts for a moment, such as git."""
     found = []
     for process in descendants(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -226,7 +203,7 @@ def test_engines_end_with_a_run_that_is_stopped(tmp_path: Path, number: signal.S
     with subprocess.Popen(
         bench_command("--variants", "tree", "--out", tmp_path), env=environment()
     ) as process:
-        wait_until(lambda: engines_of(process.pid))
+        wait_until(lambda: len(engines_of(process.pid)) > 1)
         engines = engines_of(process.pid)
         process.send_signal(number)
         assert process.wait(30) in (128 + number, 130)

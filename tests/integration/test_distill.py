@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO, environment
+from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, REPO, environment, run_tool
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.rows import Row, read_rows
@@ -112,9 +112,9 @@ def greedy(
 ) -> tuple[Path, str, str]:
     """A run of greedy answers: its directory and what it said."""
     out = tmp_path_factory.mktemp("greedy") / "rows"
-    status, said, progress = finish(command(out))
-    assert status == 0, progress
-    return out, said, progress
+    done = run_tool(*command(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
 
 
 def answers_of(rows: list[Row]) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -290,7 +290,7 @@ def test_engine_that_dies_is_one_line_and_the_run_goes_on_later(
     with start(command(out, *SAMPLED)) as process:
         while not shards(out) and process.poll() is None:
             time.sleep(0.01)
-        for engine in psutil.Process(process.pid).children():
+        for engine in psutil.Process(process.pid).children(recursive=True):
             engine.kill()
         _, err = process.communicate()
     assert process.returncode == 2

@@ -1,19 +1,13 @@
-"""What the engine says of its trees: vLLM's metrics, ours beside them, and the start-up line."""
+"""What the engine says of its trees: vLLM's metrics, ours beside them, and the start-up line.
+
+The page of a server is read in `test_serve.py`.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,6 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, environment
 from tests.integration.conftest import (
     counters,
     greedy,
@@ -266,73 +259,3 @@ def test_the_log_line_has_a_position_for_each_depth(
         loggers[-1].record = spy
         greedy(llm, PROMPTS, 20)
     assert {len(positions) for positions in seen} == {named_tree("cpu-32", 4).depth}
-
-
-@contextmanager
-def serve(log: Path, *argv: str) -> Iterator[str]:
-    """``vllm serve ARGV...``, its engine and workers in processes of their own; gives its URL."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", *argv]
-    # The development mode is there for /collective_rpc.
-    env = environment(VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="INFO", NO_COLOR="1")
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                fetch(f"{url}/health")
-                break
-            except OSError:
-                time.sleep(1)
-        yield url
-        process.terminate()
-        process.wait(30)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def fetch(url: str, body: dict[str, Any] | None = None) -> str:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return response.read().decode()
-
-
-def test_metrics_page(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    options = {
-        "--speculative-config": json.dumps(medusa(DEMO_HEADS, "cpu-16")),
-        "--served-model-name": "demo",
-        "--dtype": "float32",
-        "--max-model-len": "512",
-        "--max-num-seqs": "4",
-        "--block-size": "32",
-    }
-    argv = [str(DEMO_MODEL), "--enforce-eager", *(x for pair in options.items() for x in pair)]
-    with serve(log, *argv) as url:
-        body = {"model": "demo", "prompt": "def main(", "max_tokens": 60, "temperature": 0}
-        fetch(f"{url}/v1/completions", body)
-        page = fetch(f"{url}/metrics")
-        rpc = fetch(f"{url}/collective_rpc", {"method": "medusa_counters"})
-    counted = json.loads(rpc)["results"][0]
-    assert min(counted["forked_requests"], counted["fork_paths"], counted["forks_accepted"]) > 0
-    lines = page.splitlines()
-    labels = '{engine="0",model_name="demo"}'
-    for name, description in DESCRIPTIONS.items():
-        assert f"# HELP {PREFIX}{name}_total Medusa: {description}" in lines
-        assert f"# TYPE {PREFIX}{name}_total counter" in lines
-        assert f"{PREFIX}{name}_total{labels} {float(counted[name])}" in lines
-    assert f"vllm:spec_decode_num_drafts_total{labels} {float(counted['forked_requests'])}" in lines
-    assert log.read_text().count(f"Medusa: heads {DEMO_HEADS}, tree cpu-16 (16 nodes") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command_line import environment
+from tests.integration.command_line import environment, run_tool
 from tests.integration.test_serve import Server, free_port, wait_until_ready
 
 pytestmark = pytest.mark.engine
@@ -121,15 +122,11 @@ QUICKER = {
 def run_tools(names: set[str], folder: Path) -> set[str]:
     """Run the commands of these names in a folder; return what is in it then."""
     (folder / "demo").symlink_to(ROOT / "demo")
-    for command in by_program("vllm-medusa"):
-        if command[1] in names:
-            subprocess.run(
-                [*command, *QUICKER.get(command[1], [])],
-                cwd=folder,
-                check=True,
-                env=ENVIRONMENT,
-                stdout=subprocess.DEVNULL,
-            )
+    with contextlib.chdir(folder):
+        for _, *arguments in by_program("vllm-medusa"):
+            if arguments[0] in names:
+                done = run_tool(*arguments, *QUICKER.get(arguments[0], []))
+                assert done.returncode == 0, done.stderr
     return {path.name for path in folder.iterdir()} - {"demo"}
 
 

@@ -30,6 +30,7 @@ from tests.integration.command_line import (
     merge_heads,
 )
 from tests.integration.conftest import greedy, open_engine
+from vllm_medusa.plugin.counters import DESCRIPTIONS
 
 pytestmark = pytest.mark.engine
 
@@ -93,7 +94,8 @@ def serve(directory: Path, model: Path, *argv: str) -> Iterator[Server]:
             [VLLM, "serve", str(model), *options, *argv],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment(VLLM_LOGGING_LEVEL="INFO"),
+            # The development mode is there for /collective_rpc.
+            env=environment(VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="INFO"),
             start_new_session=True,
         )
     try:
@@ -206,6 +208,22 @@ def test_one_line_at_start(server: Server, merged: Path) -> None:
     assert f"heads {merged}, tree static: 16 nodes from the heads' checkpoint" in lines[0]
     for part in ("leaves", "acceptance lossless", "KV blocks", "MiB"):
         assert part in lines[0]
+
+
+def test_metrics_page(server: Server) -> None:
+    httpx.post(f"{server.url}/v1/completions", json=body("def main(", 60)).raise_for_status()
+    page = httpx.get(f"{server.url}/metrics").text
+    rpc = httpx.post(f"{server.url}/collective_rpc", json={"method": "medusa_counters"})
+    counted = rpc.raise_for_status().json()["results"][0]
+    assert min(counted["forked_requests"], counted["fork_paths"], counted["forks_accepted"]) > 0
+    lines = page.splitlines()
+    labels = '{engine="0",model_name="demo"}'
+    for name, description in DESCRIPTIONS.items():
+        full_name = f"vllm:medusa_{name}_total"
+        assert f"# HELP {full_name} Medusa: {description}" in lines
+        assert f"# TYPE {full_name} counter" in lines
+        assert f"{full_name}{labels} {float(counted[name])}" in lines
+    assert f"vllm:spec_decode_num_drafts_total{labels} {float(counted['forked_requests'])}" in lines
 
 
 @pytest.mark.slow

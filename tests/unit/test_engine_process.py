@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -97,6 +101,76 @@ def test_engine_that_crashes_is_told_by_its_log() -> None:
         with pytest.raises(EngineProcessError, match="was killed by signal 9") as failed:
             started.run([[1]], 4)
     assert failed.value.reason == "Fatal: out of luck"
+
+
+def told_by(started: EngineProcess) -> list[Any]:
+    """The engine's variable WORD, its folder, its parent's id, and how often it was prepared."""
+    told: list[Any] = json.loads(started.wait().device_name or "")
+    return told
+
+
+def test_engines_with_equal_environments_share_a_starter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each gets the variables and the folder that its caller has when it starts."""
+    options = {"model": "answers"}
+    with EngineProcess(options, {"WORD": "a"}) as first, EngineProcess(options) as other:
+        word, folder, starter, num_prepared = told_by(first)
+        assert (word, folder, num_prepared) == ("a", os.getcwd(), 1)
+        word, _, other_starter, num_prepared = told_by(other)
+        assert (word, num_prepared) == (None, 1)
+        assert other_starter != starter
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("WORD", "b")
+        with EngineProcess(options) as third:
+            assert told_by(third) == ["b", str(tmp_path), other_starter, 1]
+        # They end one by one.
+        assert first.reset_prefix_cache()
+        assert other.reset_prefix_cache()
+
+
+def test_engines_are_prepared_one_by_one_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "has_accelerator", lambda: True)
+    with EngineProcess({"model": "answers"}) as started:
+        assert told_by(started)[-1] == 0
+
+
+def test_starter_that_was_killed_is_replaced() -> None:
+    """Its engines go on, and each one's end is noticed."""
+    options = {"model": "answers"}
+    with EngineProcess(options) as started, EngineProcess(options) as other:
+        psutil.Process(told_by(started)[2]).kill()
+        assert started.run([[1]], 4).token_ids == [[1, 10]]
+        os.kill(started.pid, signal.SIGKILL)
+        with pytest.raises(EngineProcessError, match="was killed by signal 9"):
+            started.run([[1]], 4)
+        told_by(other)
+        assert other.run([[1]], 4).token_ids == [[1, 10]]
+    with pytest.raises(EngineProcessError, match="was killed by signal 9"):
+        EngineProcess(options)
+    with EngineProcess(options) as started:
+        started.wait()
+        assert started.run([[1]], 4).token_ids == [[1, 10]]
+
+
+def test_starter_and_engines_end_with_their_caller() -> None:
+    program = (
+        "import os, signal\n"
+        "from vllm_medusa.engines import engine\n"
+        "engine._WORKER = 'tests.fake_engine'\n"
+        "started = engine.EngineProcess({'model': 'answers'})\n"
+        "print(started.pid, started.wait().device_name, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    pid, _, told = done.stdout.partition(" ")
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, (int(pid), json.loads(told)[2]))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_reason_of_an_exception() -> None:

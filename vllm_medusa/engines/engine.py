@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.engines.process import EngineProcessError, WorkerProcess
+from vllm_medusa.engines.process import EngineProcessError
+from vllm_medusa.engines.worker_process import WorkerProcess
 from vllm_medusa.errors import UserError
 
 _WORKER = "vllm_medusa.engines.worker"
@@ -49,7 +50,8 @@ class EngineInfo:
     """Information on an engine that has started.
 
     Attributes:
-        startup_s: seconds from the start of its process on.
+        startup_s: seconds from the start of its process on; what its starter had imported before is
+            not among them.
         device: the processor's kind in PyTorch's words (``cpu``, ``cuda``, ...).
         device_name: the accelerator's name; None on a CPU.
         peak_memory_bytes: largest resident memory so far, all its processes.
@@ -184,7 +186,9 @@ class EngineProcess(WorkerProcess):
             "VLLM_NO_USAGE_STATS": "1",
             **thread_environment(default_threads()),
         }
-        super().__init__(_WORKER, {**quiet, **(environment or {})})
+        # Forks cannot use a GPU that an import has touched; imports do not on a CPU.
+        prepares = not has_accelerator()
+        super().__init__(_WORKER, {**quiet, **(environment or {})}, prepares=prepares)
         try:
             self.send({"options": dict(options), "watch": str(watch) if watch else None})
         except BaseException:

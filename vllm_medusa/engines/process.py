@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Protocol, Self
 
 #: Time that a process has to end by itself when it is closed.
 _PATIENCE_S = 20.0
@@ -54,6 +52,20 @@ def last_exception(log: str) -> str:
     return lines[-1].strip() if lines else "it ended without a message"
 
 
+class Running(Protocol):
+    """What is used of `subprocess.Popen`; see there."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    def poll(self) -> int | None:
+        """Status, None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Status, once it has ended."""
+
+
 class Process:
     """Runs a command; use as a context manager, or `close` it.
 
@@ -63,22 +75,31 @@ class Process:
     Args:
         command: and its arguments.
         environment: environment variables beside the caller's own.
-        pipes: further arguments of `subprocess.Popen`.
+        pass_fds: file descriptors that it inherits.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], **pipes: Any
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
     ) -> None:
         # Unnamed: gone with the process.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.started = time.monotonic()
-        self._process: subprocess.Popen[str] = subprocess.Popen(
+        self._process = self._start(command, {**os.environ, **environment}, pass_fds)
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]
+    ) -> Running:
+        return subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            env={**os.environ, **environment},
-            **{"stdin": subprocess.DEVNULL, **pipes},
+            env=environment,
+            pass_fds=pass_fds,
         )
 
     @property
@@ -118,78 +139,16 @@ class Process:
                 self._process.wait(timeout=_PATIENCE_S if patience_s is None else patience_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             self._log.close()
 
     def _ask_to_end(self) -> None:
-        self._process.terminate()
+        if self._process.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close(patience_s=None if error is None else 0)
-
-
-class WorkerProcess(Process):
-    """Runs ``python -m MODULE FD``, a module of ours.
-
-    The module reads a line of JSON for each message from standard input, until that is closed, and
-    writes its messages to the file descriptor FD. A message ``{"error": REASON}`` is its last.
-
-    Args:
-        module: dotted name.
-        environment: environment variables beside the caller's own.
-    """
-
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        read, write = os.pipe()
-        super().__init__(
-            [sys.executable, "-m", module, str(write)],
-            environment,
-            stdin=subprocess.PIPE,
-            pass_fds=[write],
-            text=True,
-            encoding="utf-8",
-        )
-        os.close(write)
-        self._messages = os.fdopen(read, encoding="utf-8")
-
-    def send(self, message: Any) -> None:
-        """Send a message.
-
-        Raises:
-            EngineProcessError: the process does not read it.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self.receive()  # its last message
-
-    def receive(self) -> Any:
-        """Wait for a message.
-
-        Raises:
-            EngineProcessError: there will be no message, or the message is an error.
-        """
-        line = self._messages.readline()
-        if not line:
-            self.end()
-            raise self.failure()
-        message = json.loads(line)
-        if isinstance(message, dict) and "error" in message:
-            raise self.failure(message["error"])
-        return message
-
-    def close(self, patience_s: float | None = None) -> None:
-        """See `Process.close`."""
-        super().close(patience_s)
-        self._messages.close()
-
-    def _ask_to_end(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()

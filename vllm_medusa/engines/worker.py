@@ -7,6 +7,7 @@ run goes on, and `{"error"}`, one line, as the last.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -22,11 +23,25 @@ from typing import Any, TextIO
 
 from vllm_medusa.engines.memory import peak_memory, private_memory
 
+#: Without effects: which plugins are loaded, and how, is for each engine.
+_IMPORTS = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm_medusa.plugin.register",
+    "vllm_medusa.plugin.worker.v1.runner",
+)
 _REPORT_SECONDS = 1.0
 _SECONDS_TO_END = 5.0
 
 #: Sends a message.
 Reply = Callable[..., None]
+
+
+def prepare() -> None:
+    """Import what engines on a CPU need, so that forks of this process have it."""
+    for module in _IMPORTS:
+        importlib.import_module(module)
 
 
 def main(reply_fd: int) -> None:
@@ -61,6 +76,7 @@ def _serve(messages: Iterator[Any], reply: Reply) -> None:
             reply(value=llm.reset_prefix_cache())
         else:
             reply(value=_run(llm, command, reply))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def reason_of(error: Exception) -> str:
@@ -283,7 +299,3 @@ def _device_memory() -> int | None:
     import torch
 
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
