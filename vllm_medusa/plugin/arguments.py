@@ -28,12 +28,6 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
-#: Why `auto` is static on Model Runner V2, in an error, and how to have dynamic trees.
-_STATIC_ON_V2 = "but tree='auto' is 'static' on Model Runner V2", "use tree='dynamic'"
-_STATIC_WITH_SELECTOR = (
-    "which heads with a selector do not have on Model Runner V2",
-    "use V1 with VLLM_USE_V2_MODEL_RUNNER=0, or heads without a selector",
-)
 
 logger = plugin_logger(__name__)
 
@@ -74,11 +68,8 @@ def wrap_create_engine_config(original: Any) -> Any:
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
-        has_selector = heads.spec.selector_rank is not None
-        is_dynamic_on_v2 = config.dynamic and vllm_config.use_v2_model_runner
-        if is_dynamic_on_v2 and (request.tree == AUTO or has_selector):
-            reasons = _STATIC_WITH_SELECTOR if has_selector else _STATIC_ON_V2
-            config = _resolve(self, _static(request, *reasons), heads)
+        if config.dynamic and request.tree == AUTO and vllm_config.use_v2_model_runner:
+            config = _resolve(self, _static(request), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         if config.typical:
             logger.warning(
@@ -155,24 +146,17 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
     )
 
 
-def _static(request: MedusaOptions, reason: str, remedy: str) -> MedusaOptions:
+def _static(request: MedusaOptions) -> MedusaOptions:
     """Return what ``tree="auto"`` means on Model Runner V2.
 
-    Args:
-        request: that means dynamic trees.
-        reason: why it does not there, for an error.
-        remedy: to have dynamic trees.
-
     Raises:
-        UserError: if dynamic trees are asked for, or values given that they alone have.
+        UserError: if values are given that dynamic trees alone have.
 
     """
-    given = dict(request.dynamic_values)
-    if request.tree != AUTO:
-        given["tree"] = request.tree
-    for key, value in given.items():
+    for key, value in request.dynamic_values.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, {reason}; leave {key} out, or {remedy}"
+            f"{key}={shown(value)} is for dynamic trees, but tree='auto' is 'static' on Model "
+            f"Runner V2; leave {key} out, or use tree='dynamic'"
         )
     logger.info("Medusa: tree='auto' is 'static' on Model Runner V2")
     return dataclasses.replace(request, tree=STATIC)
