@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.cases import DEVICE
+from tests.kernels.cases import DEVICE, cases
 from tests.oracles import best_first as oracle
 from vllm_medusa.kernels.best_first import RankPaths, best_first
 
@@ -62,6 +62,7 @@ def check_trees(
         assert (parents[req].tolist(), tokens[req].tolist()) == wanted
 
 
+@cases()
 @given(
     seeds,
     st.integers(1, 40),
@@ -78,6 +79,7 @@ def test_the_oracles_tree(
     check_trees(paths, *random_guesses(rng, paths, num_reqs, kind), num_nodes)
 
 
+@cases()
 @given(
     seeds,
     st.integers(1, 40),
