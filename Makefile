@@ -13,6 +13,9 @@ VENV_V2 ?= .venv-v2
 VENV_V2_NEXT ?= .venv-v2-next
 # What test-v2-next runs; in the interpreter an engine test takes minutes.
 V2_NEXT_TESTS ?= tests/v2
+# How many cases test-kernels draws for each small kernel; a tenth for attention, acceptance and
+# compaction.
+CASES ?= 100000
 DEMO ?= demo
 DEMO_BUILD ?= build/demo
 GPU_PYTHON ?= python
@@ -22,7 +25,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-next venv-v2 venv-v2-next demo demo-model test test-slow test-next test-v2
-.PHONY: test-v2-next test-gpu bench-gpu bench bench-ab bench-online lint format clean distclean
+.PHONY: test-v2-next test-kernels test-gpu bench-gpu bench bench-ab bench-online lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -71,6 +74,9 @@ test-next: venv-next ## the engine tests on vLLM 0.33
 
 test-v2: venv-v2 ## kernels and engine on Model Runner V2, in Triton's interpreter
 	@$(VENV_V2)/bin/python -m pytest $(SHARED) -m "not slow" tests/kernels tests/v2
+
+test-kernels: venv-v2 ## kernels against their oracles on many random cases; takes hours (CASES)
+	@KERNEL_CASES=$(CASES) $(VENV_V2)/bin/python -m pytest $(SHARED) --timeout 0 tests/kernels
 
 test-v2-next: venv-v2-next ## the engine on Model Runner V2 of vLLM 0.33, likewise
 	@$(VENV_V2_NEXT)/bin/python -m pytest $(SHARED) -m "not slow" $(V2_NEXT_TESTS)

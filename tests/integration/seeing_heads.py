@@ -9,8 +9,11 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.integration.command_line import MEDUSA_HEADS
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
+from tests.oracles import heads as oracle
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
 from vllm_medusa.heads.io.write import save_heads
 
@@ -53,3 +56,29 @@ def write_seeing_heads(
         heads = dataclasses.replace(heads, tree_paths=None, tree_schedule=None)
     save_heads(heads, out)
     return out
+
+
+class SlowHeads:
+    """Heads of the demo's model, by the oracle in float32.
+
+    Args:
+        path: where they are.
+
+    Attributes:
+        checkpoint: the heads.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        heads = load_heads(path, target_vocab_size=4096)
+        tensors = {name: tensor.float() for name, tensor in heads.tensors.items()}
+        self.checkpoint = dataclasses.replace(heads, tensors=tensors)
+        model = load_file(DEMO_MODEL / "model.safetensors")
+        self._embedding = model["model.embed_tokens.weight"].float()
+
+    def logits(self, hidden: Tensor, root: int) -> Tensor:
+        """[K, V] of one request, from its hidden state [H] and root."""
+        seen = self._embedding[root][None] if self.checkpoint.spec.root_size else None
+        # A copy that is no inference tensor.
+        features = oracle.features(self.checkpoint, torch.tensor([hidden.tolist()]), seen)
+        return oracle.logits(self.checkpoint, features, self._embedding)[:, 0]

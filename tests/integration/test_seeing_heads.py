@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections import defaultdict
@@ -12,15 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from vllm.config import VllmConfig, vllm
 
-from tests.integration.command_line import DEMO_MODEL, engine_config
+from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import counters, draft_with, greedy, open_engine, spec_metrics
-from tests.integration.seeing_heads import write_seeing_heads
+from tests.integration.seeing_heads import SlowHeads, write_seeing_heads
 from tests.oracles import heads as oracle
-from vllm_medusa.errors import UserError
-from vllm_medusa.heads import HeadsCheckpoint, load_heads
 
 pytestmark = pytest.mark.engine
 
@@ -73,27 +68,17 @@ class Recorder:
         return drafts
 
 
-def in_float32(path: Path) -> HeadsCheckpoint:
-    heads = load_heads(path, target_vocab_size=4096)
-    tensors = {name: tensor.float() for name, tensor in heads.tensors.items()}
-    return dataclasses.replace(heads, tensors=tensors)
-
-
-def with_logits(heads: HeadsCheckpoint, kept: Kept) -> Iterator[tuple[torch.Tensor, int, Any]]:
+def with_logits(heads: SlowHeads, kept: Kept) -> Iterator[tuple[torch.Tensor, int, Any]]:
     """Some of the drafts, with the slow heads' logits [K, V] and the root."""
-    embedding = load_file(DEMO_MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
     for hidden, root, draft in kept[:: max(1, len(kept) // 40)]:
-        seen = embedding[root][None] if heads.spec.root_size else None
-        # A copy that is no inference tensor.
-        features = oracle.features(heads, torch.tensor([hidden.tolist()]), seen)
-        yield oracle.logits(heads, features, embedding)[:, 0], root, draft
+        yield heads.logits(hidden, root), root, draft
 
 
 def check_against_oracle(path: Path, kept: Kept) -> None:
     """Static trees whose nodes have the tokens that the slow heads give them, one by one."""
-    heads = in_float32(path)
-    differs = 0
-    for rows, root, draft in with_logits(heads, kept):
+    slow = SlowHeads(path)
+    heads, differs = slow.checkpoint, 0
+    for rows, root, draft in with_logits(slow, kept):
         paths = rank_paths(draft.parents)
         assert draft.tokens == oracle.draft(heads, rows, root, paths)
         best = rows.topk(16).indices
@@ -144,9 +129,9 @@ def test_dynamic_trees(
 
 def check_nodes_against_oracle(path: Path, kept: Kept) -> None:
     """Dynamic trees: a node's children have the tokens that the slow heads rank first below it."""
-    heads = in_float32(path)
-    differs = 0
-    for rows, root, draft in with_logits(heads, kept):
+    slow = SlowHeads(path)
+    heads, differs = slow.checkpoint, 0
+    for rows, root, draft in with_logits(slow, kept):
         tokens, depths, children = [root, *draft.tokens], [0], defaultdict(set)
         for token, parent in zip(draft.tokens, draft.parents, strict=True):
             depths.append(depths[parent] + 1)
@@ -157,16 +142,3 @@ def check_nodes_against_oracle(path: Path, kept: Kept) -> None:
             assert found == set(best[: len(found)])
             differs += found != set(rows[head].topk(len(found)).indices.tolist())
     assert (differs > 5) == (heads.spec.selector_rank is not None)
-
-
-@pytest.mark.parametrize("values", [{"tree": "dynamic"}, {"max_nodes": 9}])
-def test_dynamic_trees_of_a_selector_are_refused_on_v2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
-) -> None:
-    path = write_seeing_heads(tmp_path / "heads")
-    # vLLM itself takes V1 where there is no Triton.
-    monkeypatch.setattr(vllm, "HAS_TRITON", True)
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    message = "is for dynamic trees, which heads with a selector do not have on Model Runner V2"
-    with pytest.raises(UserError, match=message):
-        engine_config(DEMO_MODEL, {"method": "medusa", "model": str(path), **values})

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from vllm_medusa.kernels import NO_TREE, trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: How many random cases a test of a small kernel has in `make test-kernels`; 0 anywhere else.
+NUM_CASES = int(os.environ.get("KERNEL_CASES", "0"))
+
+
+def cases(usual: int | None = None, *, is_small: bool = True) -> settings:
+    """How many random cases a test draws.
+
+    Args:
+        usual: in every other run; None: as many as the profile says.
+        is_small: whether it is one of the small kernels; of the others `make test-kernels` has a
+            tenth as many.
+
+    """
+    if not NUM_CASES:
+        return settings() if usual is None else settings(max_examples=usual)
+    return settings(max_examples=NUM_CASES if is_small else NUM_CASES // 10, derandomize=False)
 
 
 def random_parents(rng: random.Random, num_drafts: int) -> list[int]:

@@ -81,8 +81,8 @@ def compile_small_kernels(case: Case) -> None:
     case.prepare()
     log_probs = torch.zeros(4, case.num_reqs, 10)
     for num_paths in (3, 256):
-        table = RankPaths(torch.zeros(4, num_paths).int(), torch.zeros(num_paths).int())
-        best_first(log_probs, log_probs.long(), table, 16)
+        on_way = torch.zeros(4, num_paths, dtype=torch.int32)
+        best_first(log_probs, log_probs.long(), RankPaths(on_way, on_way, on_way[0]), 16)
     tokens = torch.zeros(rows, dtype=torch.int64)
     for drafts in (tokens, tokens.int()):
         path, _, length = accept(

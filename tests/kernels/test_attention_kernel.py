@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels import oracles
-from tests.kernels.cases import DEVICE, Case, numbers, random_case
+from tests.kernels.cases import DEVICE, Case, cases, numbers, random_case
 from vllm_medusa.kernels import NO_TREE
 from vllm_medusa.kernels.attention import Features, Scales, Step, Workspace, tree_attention
 
@@ -71,7 +71,7 @@ def difference(tensors: dict[str, Any], **options: Any) -> float:
     return float((outs[0] - outs[1]).abs().max())
 
 
-@settings(max_examples=15)
+@cases(15, is_small=False)
 @given(seeds, st.integers(1, 4), st.sampled_from([1, 8, 16, 63]), st.sampled_from([1, 2, 8]))
 def test_attention(seed: int, num_reqs: int, num_drafts: int, splits: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)
@@ -84,7 +84,7 @@ def test_attention(seed: int, num_reqs: int, num_drafts: int, splits: int) -> No
     assert difference(tensors, features=features, **options) < 1e-5
 
 
-@settings(max_examples=10)
+@cases(10, is_small=False)
 @given(seeds, st.sampled_from(["fp8", "fp8 by token and head", "int8 by token and head"]))
 def test_quantised_cache(seed: int, kind: str) -> None:
     case = random_case(seed, 2, 16)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels import oracles
-from tests.kernels.cases import DEVICE, Case, numbers, random_case
+from tests.kernels.cases import DEVICE, Case, cases, numbers, random_case
 from vllm_medusa.kernels.constraints import apply_bad_words, apply_penalties
 
 VOCAB = 70
@@ -40,7 +40,7 @@ def mapping(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(seeds)
 def test_penalties(seed: int) -> None:
     case = tree_case(seed)
@@ -83,7 +83,7 @@ def test_penalties(seed: int) -> None:
     torch.testing.assert_close(logits, wanted)
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(seeds)
 def test_bad_words(seed: int) -> None:
     case = tree_case(seed)

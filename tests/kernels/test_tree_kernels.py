@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels import oracles
-from tests.kernels.cases import DEVICE, Case, numbers, random_case, random_parents, states_of
+from tests.kernels.cases import DEVICE, Case, cases, numbers, random_case, random_parents, states_of
 from vllm_medusa.kernels import NO_TREE
 from vllm_medusa.kernels.accept import accept
 from vllm_medusa.kernels.compact import CacheGroup, compact
@@ -20,6 +20,7 @@ seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from([1, 4, 8, 16, 31, 63])
 
 
+@cases()
 @given(seeds, sizes, st.integers(1, 5))
 def test_set_trees(seed: int, num_drafts: int, num_reqs: int) -> None:
     rng = random.Random(seed)
@@ -57,6 +58,7 @@ def test_accept_of_nodes_that_are_never_accepted(parent: int) -> None:
     assert length.tolist() == [1 if parent == 0 else 0]
 
 
+@cases()
 @given(seeds, sizes, st.integers(1, 5))
 def test_prepare(seed: int, num_drafts: int, num_reqs: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)
@@ -72,6 +74,7 @@ def test_prepare_ends_old_trees() -> None:
     assert (case.base != NO_TREE).sum() == 1
 
 
+@cases(is_small=False)
 @given(seeds, sizes, st.integers(1, 5), st.integers(1, 6))
 def test_accept_and_compact(seed: int, num_drafts: int, num_reqs: int, max_depth: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)

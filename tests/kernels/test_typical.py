@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.cases import DEVICE, numbers, random_case
+from tests.kernels.cases import DEVICE, cases, numbers, random_case
 from tests.oracles.typical import taken_tokens, typical_path
 from vllm_medusa.kernels import NO_TREE
 from vllm_medusa.kernels.typical import take_typical
@@ -16,6 +16,7 @@ from vllm_medusa.kernels.typical import take_typical
 VOCAB_SIZE = 6
 
 
+@cases(is_small=False)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 16, 63]), st.integers(1, 5))
 def test_against_the_oracle(seed: int, num_drafts: int, num_reqs: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)

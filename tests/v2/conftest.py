@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.integration.conftest import greedy, open_engine, random_prompts
+from vllm_medusa.heads import load_heads
+from vllm_medusa.heads.io.write import save_heads
 
 # Without V2 there is nothing to collect: `make test-v2` has it.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,6 +44,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_heads(tmp_path_factory.mktemp("tiny-heads"))
+
+
+@pytest.fixture(scope="session")
+def seeing_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny heads, but root-aware and with a selector of rank 4."""
+    heads = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    num_heads, size, rank = heads.spec.num_heads, heads.spec.hidden_size, 4
+    shapes = {
+        "root.weight": (num_heads, size, size),
+        "selector.parent": (tiny.VOCAB_SIZE, rank),
+        "selector.child": (tiny.VOCAB_SIZE, rank),
+        "selector.depth": (num_heads, rank),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    settings = dataclasses.replace(heads.spec, root_size=size, selector_rank=rank)
+    path = tmp_path_factory.mktemp("seeing") / "heads"
+    save_heads(dataclasses.replace(heads, spec=settings, tensors=heads.tensors | tensors), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import torch
 
 from tests.integration.conftest import greedy
 from tests.kernels.cases import random_case
+from tests.kernels.counting import Calls, counted_loads
 from tests.v2.conftest import IS_INTERPRETED
-from tests.v2.trees import spec
+from tests.v2.trees import dynamic, spec
 from vllm_medusa.kernels import NO_TREE
 from vllm_medusa.kernels.attention import Step, tree_attention
 
@@ -56,8 +57,6 @@ def bytes_of_vllm(tensors: dict[str, Any]) -> int:
     """What vLLM's Triton attention loads for the same queries as a chain."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    from tests.kernels.counting import counted_loads
-
     step, query = tensors["step"], tensors["query"]
     with counted_loads() as loaded:
         unified_attention(
@@ -82,8 +81,6 @@ def bytes_of_vllm(tensors: dict[str, Any]) -> int:
 
 
 def bytes_of_ours(tensors: dict[str, Any]) -> int:
-    from tests.kernels.counting import counted_loads
-
     with counted_loads() as loaded:
         tree_attention(out=torch.empty_like(tensors["query"]), scale=1.0, **tensors)
     return loaded[0]
@@ -100,15 +97,11 @@ def test_bytes_that_attention_reads(num_reqs: int) -> None:
     assert tree <= 1.05 * vllm
 
 
-@pytest.mark.parametrize("num_reqs", [1, 8])
-def test_kernels_and_waits_of_a_step(
-    engine: Callable[..., Any],
-    tiny_heads: Path,
-    num_reqs: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Beside vLLM's own step: four launches, one attention for each layer, no wait."""
-    from tests.kernels.counting import Calls
+@pytest.fixture
+def counts(
+    engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, Any], int], tuple[Calls, int]]:
+    """Count what our hooks call in the steps with drafts; and these steps."""
     from vllm_medusa.plugin.worker.v2 import runner, sampler, speculator
 
     calls, steps = Calls(), [0]
@@ -122,6 +115,8 @@ def test_kernels_and_waits_of_a_step(
 
         monkeypatch.setattr(owner, name, call)
 
+    original_prepare = runner.TreeRunnerMixin.prepare_attn
+
     def begins_step(self: Any, input_batch: Any) -> Any:
         if input_batch.num_draft_tokens > 0:
             if steps[0] == 0:  # what the prompts' step did does not count
@@ -130,22 +125,56 @@ def test_kernels_and_waits_of_a_step(
             steps[0] += 1
         return original_prepare(self, input_batch)
 
-    prompts = [{"prompt_token_ids": [7 + i, 8, 9]} for i in range(num_reqs)]
-    with engine(speculative_config=spec(tiny_heads, NUM_NODES)) as llm:
-        wanted = greedy(llm, prompts, 4)
-        counted(sampler.TreeSampler, "__call__")
-        counted(speculator.TreeSpeculator, "propose")
-        counted(runner.TreeRunnerMixin, "_compact")
-        counted(runner.TreeRunnerMixin, "_prepare_trees")
-        original_prepare = runner.TreeRunnerMixin.prepare_attn
-        monkeypatch.setattr(runner.TreeRunnerMixin, "prepare_attn", begins_step)
-        with calls.kernels_counted():
-            assert greedy(llm, prompts, 4) == wanted
-    ours = ["_prepare_kernel", "attention_kernel", "_accept_kernel", "_compact_kernel"]
-    launched = {name: calls.kernels[name] / steps[0] for name in [*ours, "_set_trees_kernel"]}
-    per_step = sum(calls.operations.values()) / steps[0]
-    print(f"\nbatch {num_reqs}, {steps[0]} steps: {launched}, {per_step:.1f} operations of torch")
-    assert steps[0] > 1
-    assert launched.pop("attention_kernel") == 2  # layers
+    def count(speculative_config: dict[str, Any], num_reqs: int) -> tuple[Calls, int]:
+        prompts = [{"prompt_token_ids": [7 + i, 8, 9]} for i in range(num_reqs)]
+        with engine(speculative_config=speculative_config) as llm:
+            wanted = greedy(llm, prompts, 4)
+            counted(sampler.TreeSampler, "__call__")
+            counted(speculator.TreeSpeculator, "propose")
+            counted(runner.TreeRunnerMixin, "_compact")
+            counted(runner.TreeRunnerMixin, "_prepare_trees")
+            monkeypatch.setattr(runner.TreeRunnerMixin, "prepare_attn", begins_step)
+            with calls.kernels_counted():
+                assert greedy(llm, prompts, 4) == wanted
+        return calls, steps[0]
+
+    return count
+
+
+OURS = [
+    "_prepare_kernel",
+    "attention_kernel",
+    "_accept_kernel",
+    "_compact_kernel",
+    "_set_trees_kernel",
+]
+NUM_LAYERS = 2
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_kernels_and_waits_of_a_step(counts: Any, tiny_heads: Path, num_reqs: int) -> None:
+    """Beside vLLM's own step: four launches, one attention for each layer, no wait."""
+    calls, steps = counts(spec(tiny_heads, NUM_NODES), num_reqs)
+    launched = {name: calls.kernels[name] / steps for name in OURS}
+    per_step = sum(calls.operations.values()) / steps
+    print(f"\nbatch {num_reqs}, {steps} steps: {launched}, {per_step:.1f} operations of torch")
+    assert steps > 1
+    assert launched.pop("attention_kernel") == NUM_LAYERS
+    assert set(launched.values()) == {1}
+    assert calls.waits == []
+
+
+@pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads"])
+def test_dynamic_trees_take_one_kernel_more(
+    counts: Any, heads: str, request: pytest.FixtureRequest
+) -> None:
+    """And no wait; with a selector too, which has operations of torch for each depth."""
+    calls, steps = counts(dynamic(request.getfixturevalue(heads)), 2)
+    names = [*OURS, "_best_first_kernel"]
+    launched = {name: calls.kernels[name] / steps for name in names}
+    per_step = sum(calls.operations.values()) / steps
+    print(f"\n{heads}, {steps} steps: {launched}, {per_step:.1f} operations of torch")
+    assert steps > 1
+    assert launched.pop("attention_kernel") == NUM_LAYERS
     assert set(launched.values()) == {1}
     assert calls.waits == []

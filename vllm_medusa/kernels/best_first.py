@@ -15,25 +15,50 @@ from torch import Tensor
 class RankPaths:
     """S rank paths that trees are chosen from, parents before children; D is the deepest.
 
+    What the heads guess comes in T tables: of Medusa heads one for each head, of heads with a
+    selector one for each path that has children.
+
     Attributes:
-        ranks: [D, S] int32, the path's rank among the guesses of each head; -1 behind its end.
+        tables: [D, S] int32, table of the path's guess at each depth; 0 behind its end.
+        ranks: [D, S] int32, the path's rank among the guesses of that table; -1 behind its end.
         parents: [S] int32, place of the path without its last rank; -1 is the root.
 
     """
 
+    tables: Tensor
     ranks: Tensor
     parents: Tensor
 
     @classmethod
-    def build(cls, paths: Sequence[Sequence[int]], device: torch.device | str) -> RankPaths:
-        """Make the tensors; each path's parent comes before it."""
+    def build(
+        cls,
+        paths: Sequence[Sequence[int]],
+        tables: Sequence[int],
+        device: torch.device | str,
+    ) -> RankPaths:
+        """Make the tensors.
+
+        Args:
+            paths: each one's parent comes before it.
+            tables: [S] table of each path's last guess.
+            device: of the tensors.
+
+        """
         place = {tuple(path): i for i, path in enumerate(paths)} | {(): -1}
-        depth = max(map(len, paths))
-        ranks = [[*path, *[-1] * (depth - len(path))] for path in paths]
         parents = [place[tuple(path[:-1])] for path in paths]
         assert all(parent < i for i, parent in enumerate(parents))
+        depth = max(map(len, paths))
+        on_way: list[list[int]] = []
+        for parent, table in zip(parents, tables, strict=True):
+            on_way.append([*(on_way[parent] if parent >= 0 else []), table])
+
+        def by_depth(rows: Sequence[Sequence[int]], behind: int) -> Tensor:
+            filled = [[*row, *[behind] * (depth - len(row))] for row in rows]
+            return torch.tensor(filled, dtype=torch.int32, device=device).T.contiguous()
+
         return cls(
-            torch.tensor(ranks, dtype=torch.int32, device=device).T.contiguous(),
+            by_depth(on_way, 0),
+            by_depth(paths, -1),
             torch.tensor(parents, dtype=torch.int32, device=device),
         )
 
@@ -42,7 +67,8 @@ class RankPaths:
 def _scores(
     path,
     log_probs_ptr,
-    stride_head,
+    stride_table,
+    tables_ptr,
     ranks_ptr,
     NUM_PATHS: tl.constexpr,
     MAX_DEPTH: tl.constexpr,
@@ -53,9 +79,10 @@ def _scores(
     above = score
     last = path * 0
     for depth in range(MAX_DEPTH):
-        rank = tl.load(ranks_ptr + depth * NUM_PATHS + path, mask=is_path, other=-1)
+        place = depth * NUM_PATHS + path
+        rank = tl.load(ranks_ptr + place, mask=is_path, other=-1)
         is_step = rank >= 0
-        guess = depth * stride_head + rank
+        guess = tl.load(tables_ptr + place, mask=is_path, other=0) * stride_table + rank
         value = tl.load(log_probs_ptr + guess, mask=is_step, other=0.0)
         above = tl.where(is_step, score, above)
         # Never likelier than its parent, whatever rounding (or a NaN) says.
@@ -70,8 +97,9 @@ def _best_first_kernel(
     parents_ptr,
     log_probs_ptr,
     guesses_ptr,
-    stride_head,
+    stride_table,
     stride_req,
+    tables_ptr,
     ranks_ptr,
     path_parents_ptr,
     NUM_PATHS: tl.constexpr,
@@ -84,14 +112,18 @@ def _best_first_kernel(
     log_probs = log_probs_ptr + req * stride_req
     path = tl.arange(0, BLOCK)
     parent = tl.load(path_parents_ptr + path, mask=path < NUM_PATHS, other=-1)
-    score, above, last = _scores(path, log_probs, stride_head, ranks_ptr, NUM_PATHS, MAX_DEPTH)
+    score, above, last = _scores(
+        path, log_probs, stride_table, tables_ptr, ranks_ptr, NUM_PATHS, MAX_DEPTH
+    )
     place = tl.zeros([BLOCK], dtype=tl.int32)
     parent_place = tl.zeros([BLOCK], dtype=tl.int32)
     # A path's place is how many come before it. Of equals the first counts as the likelier, so
     # that a parent always comes before its children.
     for start in range(0, BLOCK, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        rival, _, _ = _scores(other, log_probs, stride_head, ranks_ptr, NUM_PATHS, MAX_DEPTH)
+        rival, _, _ = _scores(
+            other, log_probs, stride_table, tables_ptr, ranks_ptr, NUM_PATHS, MAX_DEPTH
+        )
         beats = (rival[None, :] > score[:, None]) | (
             (rival[None, :] == score[:, None]) & (other[None, :] < path[:, None])
         )
@@ -119,10 +151,9 @@ def best_first(
     before its children, and the first nodes, however many, are a tree.
 
     Args:
-        log_probs: [K, B, k] float32 log-probability of each head's guesses, K at least D; above 0
-            counts as 0.
-        guesses: [K, B, k] int64 tokens of the guesses.
-        paths: whose ranks are below k.
+        log_probs: [T, B, k] float32 log-probabilities of each table's guesses; above 0 counts as 0.
+        guesses: [T, B, k] int64 tokens of the guesses.
+        paths: whose tables are below T and ranks below k.
         num_nodes: N.
 
     Returns:
@@ -144,6 +175,7 @@ def best_first(
             guesses,
             log_probs.stride(0),
             log_probs.stride(1),
+            paths.tables,
             paths.ranks,
             paths.parents,
             NUM_PATHS=num_paths,

@@ -29,12 +29,6 @@ from vllm_medusa.plugin.support import check_asynchronous, check_before, check_s
 from vllm_medusa.tree.named import AUTO, STATIC
 
 METHOD = "medusa"
-#: Why `auto` is static on Model Runner V2, in an error, and how to have dynamic trees.
-_STATIC_ON_V2 = "but tree='auto' is 'static' on Model Runner V2", "use tree='dynamic'"
-_STATIC_WITH_SELECTOR = (
-    "which heads with a selector do not have on Model Runner V2",
-    "use V1 with VLLM_USE_V2_MODEL_RUNNER=0, or heads without a selector",
-)
 
 logger = plugin_logger(__name__)
 
@@ -75,11 +69,8 @@ def wrap_create_engine_config(original: Any) -> Any:
         heads = _read_heads(self, request)
         config = _resolve(self, request, heads)
         vllm_config = _create(original, self, config, *args, **kwargs)
-        has_selector = heads.spec.selector_rank is not None
-        is_dynamic_on_v2 = config.dynamic and vllm_config.use_v2_model_runner
-        if is_dynamic_on_v2 and (request.tree == AUTO or has_selector):
-            reasons = _STATIC_WITH_SELECTOR if has_selector else _STATIC_ON_V2
-            config = _resolve(self, _static(request, *reasons), heads)
+        if config.dynamic and request.tree == AUTO and vllm_config.use_v2_model_runner:
+            config = _resolve(self, _static(request), heads)
             vllm_config = _create(original, self, config, *args, **kwargs)
         if config.typical:
             logger.warning(
@@ -156,24 +147,17 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
     )
 
 
-def _static(request: MedusaOptions, reason: str, remedy: str) -> MedusaOptions:
+def _static(request: MedusaOptions) -> MedusaOptions:
     """Return the options with the meaning of ``tree="auto"`` on Model Runner V2.
 
-    Args:
-        request: options that mean dynamic trees on V1.
-        reason: why the trees are static on V2, for an error.
-        remedy: how to get dynamic trees, for an error.
-
     Raises:
-        UserError: if the user asked for dynamic trees, or gave keys that only they have.
+        UserError: if the user gave keys that only dynamic trees have.
 
     """
-    given = dict(request.dynamic_values)
-    if request.tree != AUTO:
-        given["tree"] = request.tree
-    for key, value in given.items():
+    for key, value in request.dynamic_values.items():
         raise UserError(
-            f"{key}={shown(value)} is for dynamic trees, {reason}; leave {key} out, or {remedy}"
+            f"{key}={shown(value)} is for dynamic trees, but tree='auto' is 'static' on Model "
+            f"Runner V2; leave {key} out, or use tree='dynamic'"
         )
     logger.info("Medusa: tree='auto' is 'static' on Model Runner V2")
     return dataclasses.replace(request, tree=STATIC)

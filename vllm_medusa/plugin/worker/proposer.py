@@ -22,6 +22,7 @@ from vllm.distributed import (
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.draft.probability import probabilities_of_heads
+from vllm_medusa.draft.superset import Superset
 from vllm_medusa.heads import HeadsReader, MedusaHeads
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
 from vllm_medusa.plugin.worker.embedding import target_embedding
@@ -101,13 +102,17 @@ class MedusaProposer:
 
     def _levels(self) -> tuple[Level, ...]:
         """Return the levels of the static tree, or of the rank paths of dynamic trees."""
-        config = self.config
-        if config.dynamic is None:
+        if self.config.dynamic is None:
             return self._layout.levels
-        probabilities = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
-        superset = probabilities.superset.cut_to_depth(config.dynamic.max_depth)
-        parents, ranks = map(torch.from_numpy, superset.as_nodes())
+        parents, ranks = map(torch.from_numpy, self.superset().as_nodes())
         return levels_of(parents.to(self._device), ranks.to(self._device))
+
+    def superset(self) -> Superset:
+        """Return the rank paths that dynamic trees hold."""
+        config = self.config
+        assert config.dynamic is not None
+        probabilities = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
+        return probabilities.superset.cut_to_depth(config.dynamic.max_depth)
 
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, roots: Roots) -> Tensor:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_medusa.config import MedusaConfig
-from vllm_medusa.draft.probability import probabilities_of_heads
+from vllm_medusa.draft.superset import Superset
 from vllm_medusa.kernels.best_first import RankPaths, best_first
 from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.tree.draft_tree import DraftTree
-from vllm_medusa.tree.layout import TreeLayout
 
 logger = plugin_logger(__name__)
 
@@ -46,7 +46,6 @@ class FixedTrees:
             [*range(tree.num_draft_tokens), *[0] * missing],
             first + [0] * (num_nodes - len(first)),
         ]
-        self.layout = TreeLayout.build(tree, device)
         self._on_host = [tuple(max(parent, 0) for parent in row[1:]) for row in parents]
         self._parents = torch.tensor(parents, dtype=torch.int64, device=device)
         self._sources = torch.tensor(sources, dtype=torch.int64, device=device)
@@ -70,26 +69,28 @@ class BestFirst:
 
     Args:
         config: its trees are dynamic.
+        superset: the rank paths.
         device: of the tensors.
 
     Attributes:
         num_nodes: N, the same for every request.
-        fixed_tree: what a request gets that cannot have a tree of its own.
+        fixed_tree: of paths of the superset; what a request gets that cannot have a tree of its
+            own.
         max_depth: of both.
 
     """
 
-    def __init__(self, config: MedusaConfig, device: torch.device) -> None:
-        assert config.dynamic is not None
-        tree = config.tree.cut_to_depth(config.dynamic.max_depth)
-        probabilities = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
-        paths = probabilities.superset.cut_to_depth(config.dynamic.max_depth).paths()
+    def __init__(self, config: MedusaConfig, superset: Superset, device: torch.device) -> None:
         self.num_nodes = config.limits.max_nodes
-        # A rank costs as much as a step down, so that parents come before their children.
-        likely = sorted(tree.paths, key=lambda path: (sum(path) + len(path), path))
+        paths, static = superset.paths(), set(config.tree.paths)
+        # Those of the heads' own tree first. A rank costs as much as a step down, so that parents
+        # come before their children.
+        likely = sorted(paths, key=lambda path: (path not in static, sum(path) + len(path), path))
         self.fixed_tree = DraftTree.from_paths(likely[: self.num_nodes])
-        self.max_depth = max(self.fixed_tree.depth, *map(len, paths))
-        self._paths = RankPaths.build(paths, device)
+        self.max_depth = max(map(len, paths))
+        self._superset, self._device = superset, device
+        self._paths: RankPaths
+        self._fixed_cells: tuple[Tensor, Tensor]
         logger.info(
             "Medusa: dynamic trees on Model Runner V2 are the heads' %d likeliest nodes of %d rank "
             "paths, up to depth %d, the same number at every step; text as a source, learning and "
@@ -99,6 +100,29 @@ class BestFirst:
             self.max_depth,
         )
 
+    def read_tables(self, *, by_parent: bool) -> None:
+        """Find the paths in the heads' T tables of guesses, once it is known which these are.
+
+        Args:
+            by_parent: one for each path that has children, which is what a selector makes; if not,
+                one for each head.
+
+        """
+        superset = self._superset.by_parent() if by_parent else self._superset
+        paths = superset.paths()
+        tables, ranks = np.divmod(superset.cells, superset.num_guesses)
+        self._paths = RankPaths.build(paths, tables.tolist(), self._device)
+        fixed = [paths.index(path) for path in self.fixed_tree.paths]
+        self._fixed_cells = (
+            torch.from_numpy(tables[fixed]).to(self._device),
+            torch.from_numpy(ranks[fixed]).to(self._device),
+        )
+
     def draft(self, log_probs: Tensor, guesses: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [B, N + 1] parents and [B, N] tokens of the heads' [K, B, k] guesses."""
+        """Return [B, N + 1] parents and [B, N] tokens of the heads' [T, B, k] guesses."""
         return best_first(log_probs, guesses, self._paths, self.num_nodes)
+
+    def fixed_tokens(self, guesses: Tensor) -> Tensor:
+        """Return the tokens, [B, nodes], of the fixed tree by the heads' [T, B, k] guesses."""
+        tables, ranks = self._fixed_cells
+        return guesses[tables, :, ranks].T

@@ -38,7 +38,9 @@ class TreeSpeculator(BaseSpeculator):
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
         self.proposer = MedusaProposer(vllm_config)
         config = self.proposer.config
-        self._best_first = None if config.dynamic is None else BestFirst(config, device)
+        self._best_first: BestFirst | None = None
+        if config.dynamic is not None:
+            self._best_first = BestFirst(config, self.proposer.superset(), device)
         self.tree = config.tree if self._best_first is None else self._best_first.fixed_tree
         self.num_nodes = config.limits.max_nodes
         self.max_depth = self.tree.depth if self._best_first is None else self._best_first.max_depth
@@ -58,6 +60,8 @@ class TreeSpeculator(BaseSpeculator):
     def load_model(self, target: torch.nn.Module) -> None:
         """Load the heads."""
         self.proposer.load_model(target)
+        if self._best_first is not None:
+            self._best_first.read_tables(by_parent=self.proposer.selector_tree is not None)
 
     def set_shape(self, state_index: int, needs_chain: bool, has_grammar: bool) -> None:
         """Tell what the request of this state index may draft.
@@ -143,7 +147,7 @@ class TreeSpeculator(BaseSpeculator):
             grown = self._best_first.draft(log_probs, guesses)
             if is_usual:
                 return grown
-            tokens = self._fixed.layout.draft_tokens(guesses)
+            tokens = self._best_first.fixed_tokens(guesses)
         wanted = torch.from_numpy(shapes).to(self._device, non_blocking=True)
         parents, tokens = self._fixed.choose(wanted, tokens)
         if grown is None:
