@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import draft_oracle as oracle
-from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Recorder
 from vllm_medusa.draft.merge import Nodes, join, merge
@@ -154,31 +154,22 @@ rising_costs = st.lists(st.floats(0.05, 3), min_size=9, max_size=9).map(
 )
 
 
-def tokens_per_ms(gained: list[float], ms: float) -> float:
-    """Of requests of which each emits 1 and what it gained: requests over the mean time a token."""
-    return len(gained) ** 2 / sum(ms / (1 + tokens) for tokens in gained)
-
-
-def gained(drafts: Drafts) -> list[float]:
-    return [float(draft.probability.sum()) for draft in drafts]
-
-
 @given(oracle.cases(num_requests=2, max_nodes=2, max_depth=2), rising_costs)
 def test_budget_is_the_best_of_all_choices(case: oracle.Case, costs: list[float]) -> None:
     case.rank_paths = case.rank_paths[:2]
     ranked = ranked_of(case, [4, 4])
-    best, _ = best_size(ranked, curves(costs))
+    best, _ = best_size(ranked, 2, curves(costs))
     drafts = take(ranked, best)
     probability = {
         (b, path): p
         for b, tree in enumerate(as_dicts(ranked.drafts))
         for path, (p, _) in tree.items()
     }
-    rates = []
-    for chosen in oracle.closed_sets(probability):
-        sums = [sum(probability[name] for name in chosen if name[0] == b) for b in range(2)]
-        rates.append(tokens_per_ms(sums, costs[len(chosen)]))
-    assert tokens_per_ms(gained(drafts), costs[best]) == pytest.approx(max(rates))
+    rates = [
+        (2 + sum(probability[name] for name in chosen)) / costs[len(chosen)]
+        for chosen in oracle.closed_sets(probability)
+    ]
+    assert (2 + drafts.probability.sum()) / costs[best] == pytest.approx(max(rates))
     assert drafts.num_nodes.sum() == best
 
 
@@ -187,37 +178,24 @@ def test_forks_cost(case: oracle.Case, costs: list[float], fork_ms: float) -> No
     """The rate of every number of nodes counts the forks that its trees have."""
     ranked = ranked_of(case, [4, 4])
     model = CostCurve({2: [(2 + n, ms) for n, ms in enumerate(costs)]}, fork_ms=fork_ms)
-    best, rate = best_size(ranked, model)
+    best, rate = best_size(ranked, 2, model)
     for size in range(len(ranked.order) + 1):
         drafts = take(ranked, size)
         forks = sum(oracle.num_forks(oracle.paths_of(draft)) for draft in drafts)
-        expected = tokens_per_ms(gained(drafts), costs[size] + fork_ms * forks)
-        assert rate[size] == pytest.approx(expected)
+        assert rate[size] == pytest.approx(
+            (2 + drafts.probability.sum()) / (costs[size] + fork_ms * forks)
+        )
     assert rate[best] == rate.max()
-
-
-@given(oracle.cases(num_requests=2), rising_costs, st.data())
-def test_rate_of_some_nodes(case: oracle.Case, costs: list[float], data: st.DataObject) -> None:
-    """The best number of some of each request's nodes, taken in falling probability."""
-    ranked = ranked_of(case, [4, 4])
-    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=8, max_size=8)), dtype=bool)
-    allowed = allowed[: len(ranked.order)]
-    kept = [ranked.drafts.probability[allowed & (ranked.request == b)] for b in range(2)]
-    expected = max(
-        tokens_per_ms([kept[0][:i].sum(), kept[1][:j].sum()], costs[i + j])
-        for i in range(len(kept[0]) + 1)
-        for j in range(len(kept[1]) + 1)
-    )
-    assert best_rate(ranked, allowed, curves(costs)) == pytest.approx(expected)
 
 
 @given(oracle.cases(num_requests=3), st.integers(0, 30))
 def test_take_is_a_prefix_of_each_request(case: oracle.Case, size: int) -> None:
     ranked = ranked_of(case, [9, 9, 9])
     drafts = take(ranked, size)
-    assert drafts.num_nodes.sum() == min(size, len(ranked.order))
     for draft, whole in zip(drafts, ranked.drafts, strict=True):
         assert oracle.paths_of(draft) == oracle.paths_of(whole)[: len(draft)]
+    left = np.sort(np.concatenate([d.probability for d in ranked.drafts]))[::-1]
+    np.testing.assert_allclose(np.sort(drafts.probability)[::-1], left[:size])
 
 
 @given(oracle.cases(num_requests=2))

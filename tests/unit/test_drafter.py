@@ -184,7 +184,6 @@ def test_accepted_nodes() -> None:
 
 
 CALLED_BY_LOOPS = {
-    "_gain",
     *("along_paths", "build_trie", "match_lengths", "predict", "text_features"),
     *("_choose", "_hash", "_largest", "_likely", "_outcomes", "_tables_along", "_walk"),
     "_within_bounds",

@@ -1,14 +1,9 @@
-"""Which of all requests' nodes are drafted: those that pay.
+"""The choice of the nodes of all requests that are drafted: those that pay.
 
-A request emits e = 1 + (the sum of its nodes' path probabilities) tokens in a step, so that each of
-its tokens takes it 1 / e steps. All requests have their text to write, and one whose text is hard
-to predict stays the longest. So the nodes are chosen that minimise the sum of 1 / e times the cost
-of the step: the time in which each request gets one token more. To maximise the tokens of a step
-instead would give all nodes to the requests that are the quickest already.
-
-A node of path probability p saves its request p / (e (e + p)) steps per token. This falls from node
-to node of a request, as path probability does; so of all nodes the b that save most are trees by
-themselves, and only the number b is left to choose.
+A step emits one token per request, and in expectation as many more as the sum of the drafted nodes'
+path probabilities. So the b most probable nodes are drafted, where b maximises (requests + this
+sum) / cost of the step. Path probability falls along a path, so the b most probable nodes are
+always complete trees.
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ class Ranked:
     Attributes:
         drafts: all of them.
         request: [T] request of each node.
-        order: [T] the nodes over all requests, those first that bring most.
+        order: [T] the nodes in falling probability, over all requests.
         is_fork: [T] whether another child of its parent is more probable. Then the node begins
             another path of its request.
 
@@ -67,42 +62,44 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
     return Ranked(drafts, request, order, is_fork)
 
 
-def best_size(ranked: Ranked, costs: CostCurve, more_ms: float = 0.0) -> tuple[int, Floats]:
-    """Return the number of nodes that pays best, and [T + 1] tokens per ms by number of nodes.
+def best_size(
+    ranked: Ranked, num_requests: int, costs: CostCurve, more_ms: float = 0.0
+) -> tuple[int, Floats]:
+    """Return the best number of nodes, and [T + 1] tokens per ms by number of nodes.
 
-    Every number is tried with the forks that it has, so a costly fork makes the numbers behind it
-    worse until what hangs below it has made up for it.
+    Every number is tried with its forks. So a costly fork makes the next numbers worse, until the
+    nodes below the fork outweigh its cost.
 
     Args:
         ranked: the nodes.
+        num_requests: that decode in the step.
         costs: of the step.
-        more_ms: what the step costs in any case, beyond that.
+        more_ms: additional cost of the step, for any number of nodes.
 
     """
-    rates = _rates(ranked, ranked.order, costs, more_ms)
+    rates = _rates(ranked, ranked.order, num_requests, costs, more_ms)
     return int(np.argmax(rates)), rates
 
 
-def best_rate(ranked: Ranked, allowed: Bools, costs: CostCurve) -> float:
+def best_rate(ranked: Ranked, allowed: Bools, num_requests: int, costs: CostCurve) -> float:
     """Return the tokens per ms that the best number of some nodes gives.
 
     Args:
         ranked: the nodes.
-        allowed: [T] which of them count.
+        allowed: [T] which of them count, in falling probability.
+        num_requests: that decode in the step.
         costs: of the step.
 
     """
-    nodes = np.flatnonzero(allowed)
-    gains = _gains(ranked.drafts.probability, ranked.request, nodes, len(ranked.drafts))
-    order = nodes[np.argsort(-gains, kind="stable")]
-    return float(_rates(ranked, order, costs, 0.0).max())
+    return float(_rates(ranked, ranked.order[allowed], num_requests, costs, 0.0).max())
 
 
-def _rates(ranked: Ranked, order: Ints, costs: CostCurve, more_ms: float) -> Floats:
-    num_requests = len(ranked.drafts)
+def _rates(
+    ranked: Ranked, order: Ints, num_requests: int, costs: CostCurve, more_ms: float
+) -> Floats:
     ms = costs.by_drafts(num_requests, len(order))
     rates: Floats = _rates_by_size(
-        *(ranked.drafts.probability, ranked.request, ranked.is_fork, order, ms),
+        *(ranked.drafts.probability, ranked.is_fork, order, ms),
         *(more_ms, costs.fork_ms, num_requests),
     )
     return rates
@@ -111,7 +108,6 @@ def _rates(ranked: Ranked, order: Ints, costs: CostCurve, more_ms: float) -> Flo
 @compiled
 def _rates_by_size(
     probability: Floats,
-    request: Ints,
     is_fork: Bools,
     order: Ints,
     ms: Floats,
@@ -119,39 +115,15 @@ def _rates_by_size(
     fork_ms: float,
     num_requests: int,
 ) -> Floats:
-    """[n + 1] tokens per ms of the first so many nodes of an order [n]; [T] of all nodes."""
-    emitted = np.ones(num_requests)
-    steps_per_token = float(num_requests)  # the sum over the requests
+    """[n + 1] tokens per ms of the first 0, 1, ... nodes of an order [n]; others are [T]."""
+    emitted = float(num_requests)
     rates = np.empty(len(order) + 1)
-    rates[0] = num_requests**2 / (steps_per_token * (ms[0] + more_ms))
+    rates[0] = emitted / (ms[0] + more_ms)
     for place, node in enumerate(order):
-        row = request[node]
-        steps_per_token -= _gain(probability[node], emitted[row])
-        emitted[row] += probability[node]
+        emitted += probability[node]
         more_ms += fork_ms * is_fork[node]
-        rates[place + 1] = num_requests**2 / (steps_per_token * (ms[place + 1] + more_ms))
+        rates[place + 1] = emitted / (ms[place + 1] + more_ms)
     return rates
-
-
-@compiled
-def _gains(probability: Floats, request: Ints, nodes: Ints, num_requests: int) -> Floats:
-    """[n] what each of some nodes [n] brings after those before it; [T] of all nodes.
-
-    The nodes of a request come in falling probability, and so what they bring falls too.
-    """
-    emitted = np.ones(num_requests)
-    gains = np.empty(len(nodes))
-    for place, node in enumerate(nodes):
-        row = request[node]
-        gains[place] = _gain(probability[node], emitted[row])
-        emitted[row] += probability[node]
-    return gains
-
-
-@compiled
-def _gain(probability: float, emitted: float) -> float:
-    """Steps per token that a node saves a request which emits so many tokens in a step."""
-    return probability / (emitted * (emitted + probability))
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:
@@ -220,8 +192,7 @@ def _ranked(
     starts = np.zeros(len(counts) + 1, np.int64)
     for row, count in enumerate(counts):
         starts[row + 1] = starts[row] + count
-    gains = _gains(probability, request, kept, len(limits))
-    order = np.argsort(-gains, kind="mergesort")
+    order = np.argsort(-probability[kept], kind="mergesort")
     return (
         *(tokens[kept], parents, depths[kept], probability[kept], source[kept], starts),
         *(request[kept], order, is_fork),

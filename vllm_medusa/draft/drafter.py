@@ -138,10 +138,10 @@ class Drafter:
         if self._costs is None:
             return ranked.drafts
         heads_ms = 0.0 if guesses is None else self._costs.heads_ms(num_requests)
-        size, rates = best_size(ranked, self._costs, heads_ms)
+        size, rates = best_size(ranked, num_requests, self._costs, heads_ms)
         if guesses is not None:
-            others = ranked.drafts.source & _OTHERS != 0
-            without = best_rate(ranked, others, self._costs)
+            others = ranked.drafts.source[ranked.order] & _OTHERS != 0
+            without = best_rate(ranked, others, num_requests, self._costs)
             self._pacer.record_gain(num_requests, float(rates[size]) / without)
         if self._pacer.drafts_anyway(num_requests, size) and len(rates) > 1:
             size = 1 + int(np.argmax(rates[1:]))
