@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 
+from tests.checkpoints import make_heads
 from tests.training import counting_rows, make_settings, save_llama, write_rows
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row
 from vllm_medusa.errors import UserError
+from vllm_medusa.heads.io.write import save_heads
+from vllm_medusa.target.frozen import FrozenTarget
+from vllm_medusa.training import run
 from vllm_medusa.training.dataset import Dataset, load_dataset
 
 
@@ -55,6 +60,21 @@ def command_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ({"rank": 4}, "--lm-head shared with --rank 4"),
         ({"lm_head": "low-rank"}, "--lm-head low-rank with --rank None"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0"),
+        ({"selector_only": True}, "--selector-only: trains a selector for given heads; give"),
+        ({"heads": "h"}, "--heads: is for --selector-only and --joint"),
+        ({"backbone_lr": 1e-4}, "--backbone-lr: the target is trained with --joint only"),
+        ({"lora_rank": 8}, "--lora-rank: the target is trained with --joint only"),
+        ({"joint": "full", "lora_rank": 8}, "--lora-rank: --joint full has no adapters"),
+        ({"joint": "lora", "heads_warmup": 1.0}, "--heads-warmup 1: leaves no step"),
+        ({"joint": "lora", "lora_dropout": 1.0}, "--lora-dropout 1.0: must be less than 1"),
+        (
+            {"joint": "lora", "selector_only": True, "heads": "h", "num_heads": 4},
+            "--joint: --selector-only trains no heads",
+        ),
+        (
+            {"joint": "lora", "heads": "h", "num_heads": 3},
+            "--num-heads: --heads decides what heads there are",
+        ),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
@@ -98,6 +118,34 @@ def test_rank_above_the_hidden_size(
     )
     assert "--rank 33" in message
     assert "32" in message
+
+
+def test_joint_training_that_cannot_be(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = rows_with(tmp_path / "data", change={})
+    rest = ["--model", model, "--data", data, "--out", tmp_path / "o", "--steps", 2, "--joint"]
+    message = command_line(capsys, *rest, "full", "--compile")
+    assert "--compile: is for a target that is not trained" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "find_spec", lambda name: None if name == "peft" else name)
+        message = command_line(capsys, *rest, "lora")
+    assert 'needs peft: pip install "vllm-medusa[train]"' in message
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "num_processes", 2)
+        message = command_line(capsys, *rest, "lora")
+    assert "--joint: 2 processes were started" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenTarget, "logits", lambda self, hidden: 2 * self.project(hidden))
+        message = command_line(capsys, *rest, "full", "--loss", "ce", "--dtype", "float32")
+    assert "use --loss ce, without --joint" in message
+    heads = make_heads(lm_head="common", hidden_size=32, vocab_size=50)
+    save_heads(heads, tmp_path / "heads")
+    message = command_line(capsys, *rest, "full", "--heads", tmp_path / "heads")
+    assert "heads with one lm_head common to all heads cannot be trained on" in message
 
 
 def test_tokenizer_that_does_not_fit(tmp_path: Path) -> None:

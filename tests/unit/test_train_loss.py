@@ -13,10 +13,10 @@ from tests.training import VOCAB_SIZE, make_settings, make_target, random_docume
 from vllm_medusa.data.rows import Row
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 from vllm_medusa.training.loss import (
-    _into_gradient,
     _into_gradient_of_acceptance,
     accumulate_gradients,
     draw_learnt,
+    into_gradient,
 )
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.packing import build_batch
@@ -149,7 +149,7 @@ def test_acceptance_of_heads_that_are_the_target_is_certain() -> None:
     label = torch.tensor([2, 5, 0])
     by_label, by_acceptance = logits.clone(), logits.clone()
     loss = _into_gradient_of_acceptance(by_acceptance, F.one_hot(label, 7).float(), 0.5)
-    torch.testing.assert_close(loss, _into_gradient(by_label, label, None, 0.5))
+    torch.testing.assert_close(loss, into_gradient(by_label, label, None, 0.5))
     torch.testing.assert_close(by_acceptance, by_label)
 
 

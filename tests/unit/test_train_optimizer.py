@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.training import make_settings, make_target
-from vllm_medusa.training.loop import History, curve
+from vllm_medusa.training.loop import curve
 from vllm_medusa.training.model import TrainableHeads
 from vllm_medusa.training.optimizer import HeadsOptimizer, rate_factor
 from vllm_medusa.training.settings import TrainSettings
@@ -125,8 +125,7 @@ def test_state_goes_over_to_another_optimizer(optimizer: str) -> None:
 
 
 def test_curve_averages_the_steps_between_its_points() -> None:
-    history = History(losses=[[float(i), 2.0 * i] for i in range(10)])
-    assert list(curve(history, 4)) == [
+    assert list(curve([[float(i), 2.0 * i] for i in range(10)], 4)) == [
         (3, [1.0, 2.0]),
         (6, [4.0, 8.0]),
         (9, [7.0, 14.0]),

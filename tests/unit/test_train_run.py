@@ -104,6 +104,8 @@ def test_kinds_of_heads_are_written_and_load(
         {"optimizer": "adamw"},
         {"optimizer": "muon"},
         {"root_aware": True, "selector": True, "selector_rank": 4},
+        {"joint": "lora", "lora_rank": 4, "heads_warmup": 0.25, "lora_dropout": 0.5},
+        {"joint": "full", "heads_warmup": 0.25},
     ],
     ids=str,
 )

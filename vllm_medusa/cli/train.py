@@ -1,4 +1,4 @@
-"""`vllm-medusa train`: Medusa heads for a frozen target (Medusa-1)."""
+"""`vllm-medusa train`: Medusa heads for a target, which is frozen or trained with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_settings(parser, TrainSettings, "model", "revision", "data")
     parser.add_argument(
-        "--out", required=True, metavar="HEADS", type=Path, help="Directory to write the heads to"
+        "--out",
+        required=True,
+        metavar="HEADS",
+        type=Path,
+        help="Directory to write the heads to, with --joint the model with its heads",
     )
     heads = parser.add_argument_group("heads")
     add_settings(heads, TrainSettings, "num_heads", "num_layers", "lm_head", "rank")
@@ -25,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(loss, TrainSettings, "loss", "kl_temperature", "decay", "loss_positions")
     add_settings(loss, TrainSettings, "optimizer", "lr", "weight_decay", "warmup", "clip")
     add_settings(loss, TrainSettings, "steps", "epochs")
+    joint = parser.add_argument_group("training the target too (Medusa-2)")
+    add_settings(joint, TrainSettings, "joint", "backbone_lr", "backbone_loss", "heads_weight")
+    add_settings(joint, TrainSettings, "heads_weight_ramp", "heads_warmup")
+    add_settings(joint, TrainSettings, "lora_rank", "lora_alpha", "lora_dropout")
     run = parser.add_argument_group("run")
     add_settings(run, TrainSettings, "batch_tokens", "grad_accumulation", "dtype", "held_out")
     add_settings(run, TrainSettings, "eval_every", "seed")
@@ -54,11 +62,16 @@ def run(arguments: argparse.Namespace) -> str:
 
 def describe(out: Path, report: dict[str, Any]) -> str:
     """Say in a few lines what the report says."""
-    lines = [f"wrote heads to {out}; on held-out answers, tokens per step:"]
+    joint = report.get("joint")
+    what = "heads" if joint is None else "the model with its heads"
+    lines = [f"wrote {what} to {out}; on held-out answers, tokens per step:"]
     for label, key in (
         ("with looping text", "with_loops"),
         ("without looping text", "without_loops"),
     ):
         lengths = report["held_out"][key]["acceptance_length"].items()
         lines.append(f"  {label}: " + ", ".join(f"{name} {value:.2f}" for name, value in lengths))
+    if joint is not None:
+        before, after = (joint[when]["target"]["perplexity"] for when in ("before", "after"))
+        lines.append(f"  perplexity of the target: {before:.4f} before, {after:.4f} after")
     return "\n".join(lines)

@@ -21,10 +21,11 @@ def chunk_size(vocab_size: int, device: torch.device) -> int:
 
 
 class FrozenTarget:
-    """A causal language model that is read and never trained.
+    """A causal language model that is read, and trained by nobody but `training.backbone`.
 
     Args:
         model: of `transformers`, on its device and in its dtype.
+        dtype: of the products, if not that of the weights.
 
     Attributes:
         model: the whole model.
@@ -34,7 +35,7 @@ class FrozenTarget:
         max_tokens: its largest number of positions.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
         self._compiled: Any = None
@@ -48,6 +49,7 @@ class FrozenTarget:
         self.weight: Tensor = self._lm_head.weight
         self.embedding: Tensor = model.get_input_embeddings().weight
         self.vocab_size, self.hidden_size = self.weight.shape
+        self._dtype = dtype or self.weight.dtype
         config = model.config.get_text_config()
         self.max_tokens: int = getattr(config, "max_position_embeddings", None) or 2**20
 
@@ -66,16 +68,26 @@ class FrozenTarget:
         Returns:
             [B, S, H]
         """
+        return self.forward(tokens, position_ids)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Compute the same with the graph to parameters that are trained, if any are."""
         body = self._compiled if tokens.shape == self._compiled_shape else self._body
-        output = body(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        with self._products():
+            output = body(input_ids=tokens, position_ids=position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
-        return hidden
+        return hidden.to(self._dtype)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the target's own logits: [..., H] to [..., V]."""
+        return self.project(hidden)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Compute the same with its graph."""
         assert self._lm_head is not None
-        logits: Tensor = self._lm_head(hidden)
+        with self._products():
+            logits: Tensor = self._lm_head(hidden)
         return logits
 
     def compile(self, shape: tuple[int, int]) -> None:
@@ -111,18 +123,37 @@ class FrozenTarget:
                 f"{type(self.model).__name__}: documents packed into one sequence see each other "
                 "with the installed transformers; update transformers"
             )
-        own = self.model(input_ids=tokens[None, :6], use_cache=False).logits
+        with self._products():
+            own = self.model(input_ids=tokens[None, :6], use_cache=False).logits
         if needs_distribution and not _close(own, self.logits(alone[0])):
             raise UserError(
                 f"{type(self.model).__name__}: scales or caps the logits of its lm_head, so that "
-                "they are not its distribution; use --loss ce"
+                "they are not its distribution; use --loss ce, without --joint"
             )
+
+    def _products(self) -> torch.autocast:
+        is_lower = self._dtype != self.weight.dtype
+        return torch.autocast(
+            self.weight.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower
+        )
 
 
 def load_target(
-    name: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights: torch.dtype | None = None,
 ) -> FrozenTarget:
     """Load the target with `transformers`.
+
+    Args:
+        name: directory or hub name.
+        revision: of a hub name.
+        dtype: of the products, and of the weights too if `weights` does not say another.
+        device: to compute on.
+        weights: their dtype.
 
     Raises:
         UserError: there is no such model, it cannot be loaded, or it is not a causal language
@@ -132,14 +163,16 @@ def load_target(
 
     resolve(name, "model", None, revision=revision)  # its message is more precise
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=weights or dtype
+        )
     except Exception as exc:  # its own errors, and those of the hub, safetensors and the OS
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise UserError(
             f"model {name!r}: transformers cannot load it ({type(exc).__name__}: {reason}); name a "
             "causal language model that it can load"
         ) from None
-    return FrozenTarget(model.to(device))
+    return FrozenTarget(model.to(device), dtype)
 
 
 def _close(first: Tensor, second: Tensor) -> bool:

@@ -33,6 +33,7 @@ def accumulate_gradients(
     settings: TrainSettings,
     scale: float,
     chunk: int | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Add one batch's gradient to the heads' parameters.
 
@@ -47,13 +48,15 @@ def accumulate_gradients(
         settings: which loss.
         scale: one over the number of learnt tokens of the whole step.
         chunk: C; chosen by the vocabulary if None.
+        hidden: [positions, H], the target's states, if they are there; a leaf gets its gradient.
 
     Returns:
         [K] float32, each head's scaled loss, without its decay; the selector's if it is trained
         alone. KL is counted without the target's entropy, which no head changes: it is the cross
         entropy to the target's distribution.
     """
-    hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
+    if hidden is None:
+        hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
     # The root of a document's last position is not known; nothing is learnt from that position.
     features = heads.features(hidden, batch.tokens.flatten().roll(-1))
     trains_heads = features.requires_grad
@@ -160,7 +163,7 @@ def _head_backward(
         assert rows.wanted is not None
         loss = _into_gradient_of_acceptance(logits.detach(), rows.wanted, weight)
     else:
-        loss = _into_gradient(logits.detach(), rows.labels, rows.wanted, weight)
+        loss = into_gradient(logits.detach(), rows.labels, rows.wanted, weight)
     torch.autograd.backward(logits, logits.detach())
     assert rows.features.grad is not None
     return loss, rows.features.grad
@@ -174,7 +177,7 @@ def draw_learnt(batch: Batch, count: int, seed: list[int]) -> Batch:
 
 
 @torch.no_grad()
-def _into_gradient(logits: Tensor, labels: Tensor, wanted: Tensor | None, weight: float) -> Tensor:
+def into_gradient(logits: Tensor, labels: Tensor, wanted: Tensor | None, weight: float) -> Tensor:
     """Replace logits by the gradient of ``weight * cross entropy``; return the cross entropy.
 
     The gradient is softmax less the wanted distribution, in float32 whatever the logits' dtype.

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vllm_medusa.acceptance.stored_heads import StoredHeads
 from vllm_medusa.errors import UserError
+from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
@@ -41,6 +42,7 @@ class TrainableHeads(nn.Module):
     def __init__(self, settings: TrainSettings, target: FrozenTarget) -> None:
         super().__init__()
         lm_head = target.weight
+        self.use(target)
         self.lm_head_kind = settings.lm_head
         self.blocks = MedusaHeads(
             settings.num_heads,
@@ -54,8 +56,6 @@ class TrainableHeads(nn.Module):
         self.selector: Selector | None = None
         if settings.selector:
             self.selector = new_selector(settings, target, settings.num_heads)
-        self._embedding = target.embedding.detach()
-        self._shared = lm_head.detach()  # a plain tensor: no parameter of this module
         if settings.lm_head == "own":
             self.weight = _copies(lm_head.float(), settings.num_heads)
         elif settings.lm_head == "low-rank":
@@ -73,6 +73,28 @@ class TrainableHeads(nn.Module):
     def num_heads(self) -> int:
         """K."""
         return self.blocks.weight.shape[1]
+
+    def use(self, target: FrozenTarget) -> None:
+        """Read the lm_head and the embedding of this target from now on."""
+        # Plain tensors: no parameters of this module.
+        self._embedding = target.embedding.detach()
+        self._shared = target.weight.detach()
+
+    @torch.no_grad()
+    def start_from(self, checkpoint: HeadsCheckpoint) -> None:
+        """Take over the weights of heads of this kind (`settings_of`)."""
+        tensors = checkpoint.tensors
+        self.blocks = MedusaHeads.from_tensors(
+            {"blocks.bias": torch.zeros_like(tensors["blocks.weight"][..., 0]), **tensors},
+            torch.float32,
+            self._shared.device,
+        )
+        if self.selector is not None:
+            self.selector = Selector.from_tensors(tensors, torch.float32, self._shared.device)
+        for name in ("weight", "down", "up"):
+            stored = tensors.get(f"lm_head.{name}", ())
+            for parameter, tensor in zip(getattr(self, name, ()), stored, strict=True):
+                parameter.copy_(tensor)
 
     def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
         """Apply the blocks, with products in the dtype of `hidden`.
@@ -178,6 +200,59 @@ class HeadsAsTheyAre(nn.Module):
 
 
 TrainedHeads = TrainableHeads | HeadsAsTheyAre
+
+
+def make_heads(settings: TrainSettings, target: FrozenTarget) -> tuple[TrainedHeads, str | None]:
+    """Make the heads to train, and a hash of those that were given.
+
+    Raises:
+        UserError: heads that were given cannot be read or trained on.
+    """
+    if settings.heads is None:
+        return TrainableHeads(settings, target), None
+    checkpoint = load_heads(
+        settings.heads,
+        target_hidden_size=target.hidden_size,
+        target_vocab_size=target.vocab_size,
+    )
+    if settings.selector_only:
+        return HeadsAsTheyAre(checkpoint, settings, target), checkpoint.fingerprint()
+    heads = TrainableHeads(settings_of(settings, checkpoint), target)
+    heads.start_from(checkpoint)
+    return heads, checkpoint.fingerprint()
+
+
+def settings_of(settings: TrainSettings, checkpoint: HeadsCheckpoint) -> TrainSettings:
+    """Return the settings with the kind of heads that a checkpoint holds, to train on from it.
+
+    Raises:
+        UserError: heads of this kind are not trained here.
+    """
+    spec = checkpoint.spec
+    kind = next((ours for ours, theirs in _KINDS.items() if theirs == spec.lm_head), None)
+    for is_there, what in (
+        (kind is None, "one lm_head common to all heads"),
+        (spec.draft_vocab_size is not None, "a draft vocabulary"),
+        (spec.logit_scale != 1.0, "scaled logits"),
+    ):
+        if is_there:
+            raise UserError(
+                f"--heads {settings.heads}: heads with {what} cannot be trained on; leave --heads "
+                "out to train new ones"
+            )
+    down = checkpoint.tensors.get("lm_head.down")
+    values = {
+        "heads": None,
+        "heads_warmup": settings.warmup_share,
+        "num_heads": spec.num_heads,
+        "num_layers": spec.num_layers,
+        "lm_head": kind,
+        "rank": None if down is None else down.shape[1],
+        "root_aware": spec.root_size is not None,
+        "selector": spec.selector_rank is not None,
+        "selector_rank": spec.selector_rank or settings.selector_rank,
+    }
+    return replace(settings, **values)  # type: ignore[arg-type]
 
 
 def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) -> Selector:

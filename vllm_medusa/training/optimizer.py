@@ -109,6 +109,46 @@ class HeadsOptimizer:
             optimizer.load_state_dict(state)
 
 
+class BackboneOptimizer:
+    """AdamW over a target's weights or adapters, with a peak rate and a clipping of their own.
+
+    Args:
+        parameters: to be trained.
+        settings: rates.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], settings: TrainSettings) -> None:
+        self._parameters = parameters
+        self._clip, self._peak = settings.clip, settings.peak_of_backbone
+        groups = [
+            {"params": [p for p in parameters if (p.dim() > 1) == decays], "weight_decay": rate}
+            for decays, rate in ((True, settings.weight_decay), (False, 0.0))
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self._peak, betas=_BETAS
+        )
+
+    def step(self, factor: float) -> None:
+        """Clip the gradients, change the parameters, forget the gradients.
+
+        Args:
+            factor: on the peak learning rate.
+        """
+        nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        for group in self._adamw.param_groups:
+            group["lr"] = self._peak * factor
+        self._adamw.step()
+        self._adamw.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs."""
+        return self._adamw.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self._adamw.load_state_dict(state)
+
+
 def _of_blocks(heads: TrainedHeads) -> tuple[list[nn.Parameter], nn.Parameter | None]:
     """The stacked matrices and the biases of heads that are trained."""
     blocks = heads.blocks

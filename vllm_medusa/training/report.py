@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vllm_medusa.heads.io.write import save_heads
 from vllm_medusa.reporting.provenance import provenance
 from vllm_medusa.training.evaluate import TREE_SIZES, summary
 from vllm_medusa.training.loop import Outcome, Training, curve
+from vllm_medusa.training.merged_model import save_merged
 from vllm_medusa.training.model import write_format_of
 from vllm_medusa.training.plot import plot_report
 from vllm_medusa.training.run_directory import PROVENANCE
@@ -24,6 +25,8 @@ from vllm_medusa.training.run_directory import PROVENANCE
 
 def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> dict[str, Any]:
     """Write a directory with the finished heads and everything that belongs to them.
+
+    If the target was trained too, the directory is the model with its heads.
 
     Args:
         training: the run.
@@ -45,7 +48,10 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
     checkpoint = outcome.heads.checkpoint(getattr(torch, settings.dtype), base_model)
     if paths:
         checkpoint = replace(checkpoint, tree_paths=[list(path) for path in paths])
-    save_heads(checkpoint, path, write_format_of(checkpoint))
+    if outcome.after is None:
+        save_heads(checkpoint, path, write_format_of(checkpoint))
+    else:
+        save_merged(training.target, checkpoint, path, training.beside)
     history = outcome.history
     report = {
         "held_out": summary(outcome.continuations, paths),
@@ -56,14 +62,31 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
         ],
         "loss": [
             {"step": step, "heads": [round(loss, 5) for loss in losses]}
-            for step, losses in curve(history)
+            for step, losses in curve(history.losses)
         ],
+        **_of_joint(outcome),
     }
     write_json(path / PROVENANCE, made_by(training, outcome))
     write_json(path / "report.json", report)
     (path / "report.md").write_text(markdown(settings.model, report), encoding="utf-8")
     plot_report(report, path / "report.png")
     return report
+
+
+def _of_joint(outcome: Outcome) -> dict[str, Any]:
+    """Return what the report adds if the target was trained too."""
+    history = outcome.history
+    if outcome.after is None:
+        return {}
+    assert history.before is not None
+    first = len(history.losses) - len(history.backbone_losses)
+    return {
+        "joint": {"before": history.before, "after": outcome.after},
+        "backbone_loss": [
+            {"step": first + step, "loss": round(loss, 5)}
+            for step, [loss] in curve([[loss] for loss in history.backbone_losses])
+        ],
+    }
 
 
 def made_by(training: Training, outcome: Outcome) -> dict[str, Any]:
@@ -81,6 +104,7 @@ def made_by(training: Training, outcome: Outcome) -> dict[str, Any]:
         "rows_cut": data.num_cut,
         "rows_without_answer": data.num_without_answer,
         "parameters": sum(parameter.numel() for parameter in outcome.heads.parameters()),
+        "backbone_parameters": 0 if training.backbone is None else training.backbone.num_trained,
         "seconds": round(outcome.history.seconds),
         "threads": torch.get_num_threads(),
         "device": str(training.target.weight.device.type),
@@ -114,6 +138,7 @@ def markdown(model: str, report: Mapping[str, Any]) -> str:
         lines.append(f"| tokens per step, {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
+        *_joint_lines(report.get("joint")),
         "Tokens per step, with the 95 % interval of a bootstrap over the prompts, are simulated "
         "exactly along the held-out answers, with the trees of "
         "`medusa_tree.json`, which come from the same answers: `vllm-medusa calibrate` measures "
@@ -122,3 +147,30 @@ def markdown(model: str, report: Mapping[str, Any]) -> str:
         "![loss and acceptance length](report.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _joint_lines(joint: Mapping[str, Any] | None) -> Sequence[str]:
+    """The part of the page that says what training the target too has changed."""
+    if joint is None:
+        return []
+    before, after = joint["before"], joint["after"]
+    rows = [
+        ("perplexity of the held-out answers", "perplexity", ".4f"),
+        ("share of their tokens that it finds likeliest", "top_1", ".4f"),
+    ]
+    lines = [
+        "The target was trained too. *Before* is what the steps that trained it began with. The "
+        "answers are those of the target before: it would give others now, on which `vllm-medusa "
+        "calibrate` measures.",
+        "",
+        "| the target, and tokens per step with looping text | before | after |",
+        "|---|---:|---:|",
+    ]
+    for label, key, form in rows:
+        cells = [format(part["target"][key], form) for part in (before, after)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lengths = [part["held_out"]["with_loops"]["acceptance_length"] for part in (before, after)]
+    for name in lengths[1]:
+        cells = [f"{part[name]:.3f}" if name in part else "" for part in lengths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]

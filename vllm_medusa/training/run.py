@@ -45,6 +45,8 @@ def train(
         raise UserError(f"--save-every {save_every}: must be 1 or more")
     if find_spec("accelerate") is None:
         raise UserError('training needs accelerate: pip install "vllm-medusa[train]"')
+    if settings.joint == "lora" and find_spec("peft") is None:
+        raise UserError('--joint lora needs peft: pip install "vllm-medusa[train]"')
     check_matplotlib("train")
     from vllm_medusa.training.loop import Training
     from vllm_medusa.training.run_directory import RunDirectory

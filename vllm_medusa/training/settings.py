@@ -13,6 +13,16 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.settings import Share, flag_of, settings
 from vllm_medusa.target.precision import fast_dtype
 
+_KIND = ("num_heads", "num_layers", "lm_head", "root_aware", "selector")
+_JOINT = (
+    "backbone_lr",
+    "backbone_loss",
+    "heads_weight",
+    "heads_weight_ramp",
+    "heads_warmup",
+)
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout")
+
 
 @settings
 class TrainSettings:
@@ -43,7 +53,26 @@ class TrainSettings:
     selector_rank: PositiveInt = 64
     """Rank of the selector's tables."""
     heads: str | None = None
-    """Existing heads, which do not change; for --selector-only."""
+    """Heads that were trained before: they stay as they are with --selector-only, and are trained
+    on with --joint."""
+    joint: Literal["lora", "full"] | None = None
+    """Train the target too: adapters that are merged into it (lora), or all its weights (full)."""
+    backbone_lr: PositiveFloat | None = None
+    """Peak learning rate of the target (a quarter of --lr)."""
+    backbone_loss: Literal["kl", "ce"] = "kl"
+    """What the target learns: its own distribution of before (kl), or the rows' tokens (ce)."""
+    heads_weight: PositiveFloat | None = None
+    """Of the heads' loss beside the target's own (0.01 with --backbone-loss kl, 0.2 with ce)."""
+    heads_weight_ramp: bool = False
+    """Let that weight rise from zero, by a quarter of a sine, while both are trained."""
+    heads_warmup: Share | None = None
+    """Share of the steps, the first ones, that train the heads alone (0.5; 0 with --heads)."""
+    lora_rank: PositiveInt = 32
+    """Of the adapters."""
+    lora_alpha: PositiveFloat = 16.0
+    """The adapters' product counts alpha / rank."""
+    lora_dropout: Annotated[Share, Field(lt=1)] = 0.05
+    """Share of the adapters' inputs that is left out at random while they are trained."""
     loss: Literal["kl", "lk", "ce"] = "kl"
     """What to learn: the target's distribution (kl), the acceptance of samples (lk), or the rows'
     tokens (ce)."""
@@ -96,18 +125,52 @@ class TrainSettings:
                 f"--lm-head {self.lm_head} with --rank {self.rank}: give --rank with --lm-head "
                 "low-rank and with that only"
             )
-        if (self.heads is None) == self.selector_only:
-            raise UserError("give --heads with --selector-only and with that only")
+        if self.selector_only and self.heads is None:
+            raise UserError("--selector-only: trains a selector for given heads; give --heads too")
+        if self.heads is not None and not (self.selector_only or self.joint):
+            raise UserError("--heads: is for --selector-only and --joint; give one of them too")
         if self.selector_only:
-            self._check_trains_no_heads()
+            self._refuse("--selector-only trains no heads", *_KIND, "joint")
+        elif self.heads is not None:
+            self._refuse("--heads decides what heads there are", *_KIND, "rank", "selector_rank")
+        self._check_joint()
 
-    def _check_trains_no_heads(self) -> None:
+    @property
+    def warmup_share(self) -> float:
+        """Share of the steps that train the heads alone, if the target is trained too."""
+        if self.heads_warmup is None:
+            return 0.5 if self.heads is None else 0.0
+        return self.heads_warmup
+
+    @property
+    def peak_of_backbone(self) -> float:
+        """Peak learning rate of the target (paper, "Shared Settings": a quarter of the heads')."""
+        return self.lr / 4 if self.backbone_lr is None else self.backbone_lr
+
+    @property
+    def weight_of_heads(self) -> float:
+        """Lambda_0 (paper, "Experiment Settings": with self-distillation, and without)."""
+        if self.heads_weight is None:
+            return 0.01 if self.backbone_loss == "kl" else 0.2
+        return self.heads_weight
+
+    def _check_joint(self) -> None:
+        if self.joint is None:
+            self._refuse("the target is trained with --joint only", *_JOINT, *_LORA)
+        elif self.joint == "full":
+            self._refuse("--joint full has no adapters", *_LORA)
+        if self.heads_warmup == 1:
+            raise UserError(
+                "--heads-warmup 1: leaves no step that trains the target; lower it, or leave out "
+                "--joint"
+            )
+
+    def _refuse(self, reason: str, *names: str) -> None:
+        """Refuse settings that have no meaning beside another one."""
         defaults = {setting.name: setting.default for setting in fields(self)}
-        for name in ("num_heads", "num_layers", "lm_head", "root_aware"):
+        for name in names:
             if getattr(self, name) != defaults[name]:
-                raise UserError(
-                    f"{flag_of(type(self), name)}: --selector-only trains no heads; leave it out"
-                )
+                raise UserError(f"{flag_of(type(self), name)}: {reason}; leave it out")
 
 
 def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:

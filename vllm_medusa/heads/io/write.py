@@ -48,6 +48,8 @@ _WEIGHTS_FILE: dict[WriteFormat, str] = {
     "fasterdecoding": "medusa_lm_head.pt",
     "tgi": "medusa_lm_head.safetensors",
 }
+#: Of the heads' tensors in merged Medusa-2 models.
+MERGED_PREFIX = "medusa_head."
 _OUR_FILES = {*_WEIGHTS_FILE.values(), "config.json", TREE_FILE, SCHEDULE_FILE}
 
 
@@ -93,6 +95,18 @@ def save_heads(
             staged.rename(out)
     except OSError as exc:
         raise UserError(f"{out}: cannot be written ({exc}); nothing was changed") from None
+
+
+def merged_tensors(checkpoint: HeadsCheckpoint) -> dict[str, torch.Tensor]:
+    """Return the heads as they lie among the tensors of the model that they are for.
+
+    They have the names of merged Medusa-2 models, or, where those have no place for something, the
+    names of our own format; either with a prefix. A logit_scale is in no tensor.
+    """
+    spec = checkpoint.spec
+    fits = spec.lm_head in ("own", "target") and not spec.sees_tokens and not spec.draft_vocab_size
+    names = _named_tensors(checkpoint, "tgi" if fits else "native")
+    return {f"{MERGED_PREFIX}{name}": tensor.clone() for name, tensor in names.items()}
 
 
 def needs_lm_head(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> bool:
