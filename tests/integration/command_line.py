@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -86,6 +87,8 @@ def run_tool(*argv: str | Path) -> subprocess.CompletedProcess[str]:
         redirect_stdout(StringIO()) as out,
         redirect_stderr(StringIO()) as err,
         patch.dict(os.environ, environment(), clear=True),
+        # pytest's handlers are not there in a tool's own process.
+        patch.object(logging.root, "handlers", []),
     ):
         status = main([str(argument) for argument in argv])
     return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())

@@ -14,7 +14,7 @@ from vllm_medusa.cli.main import main
 pytestmark = pytest.mark.engine
 
 #: By how much a figure of 24 prompts may differ from one of 156: about two standard errors.
-ACCURACY_MARGIN, LENGTH_MARGIN = 0.06, 0.12
+ACCURACY_MARGIN, LENGTH_MARGIN = 0.1, 0.12
 
 
 def calibration(path: Path) -> dict[tuple[str, bool], dict[str, Any]]:

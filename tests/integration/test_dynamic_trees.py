@@ -277,7 +277,7 @@ def test_a_request_bounds_its_own_trees(engine: Callable[..., Any], tiny_heads: 
         assert 0 < drafted[1] <= 3 < drafted[2]
         for wrong in ({"max_nodes": -1}, {"nodes": 3}, 7, "{", {"max_nodes": True}):
             with pytest.raises(
-                VLLMValidationError, match=r"extra_args\['medusa'\]=.*(is not known|must be)"
+                VLLMValidationError, match=r"extra_args\['medusa'\]=.*(is unknown|must be)"
             ):
                 greedy(llm, prompts, 5, extra_args={"medusa": wrong})
         assert len(greedy(llm, prompts, 5)[0]) == 5

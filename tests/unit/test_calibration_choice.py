@@ -133,7 +133,7 @@ def test_costs_go_through_a_file(tmp_path: Path) -> None:
         (
             '{"format": "vllm_medusa.step_costs/1", "provenance": {}, "rows": [{"batch_size": 1, '
             '"num_drafts": 4, "num_leaves": 2, "round_ms": [3]}]}',
-            "lack no speculation or a tree at batch size 1",
+            "lack a row without speculation, or a tree, at batch size 1",
         ),
     ],
 )
