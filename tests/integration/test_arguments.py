@@ -223,7 +223,7 @@ def test_auto_is_dynamic_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_static_trees(tmp_path: Path, tiny_model: Path) -> None:
     schedule = read_schedule_file(DEMO_HEADS / "medusa_tree_schedule.json")
-    assert tree_of(demo(tree="static")) == schedule.tree()
+    assert tree_of(demo(tree="static", model=str(DEMO_HEADS))) == schedule.tree()
     heads = tiny.make_heads(tmp_path / "heads", num_heads=2)
     spec = {"method": "medusa", "model": str(heads), "tree": "static"}
     config = resolved(engine_config(tiny_model, spec, skip_tokenizer_init=True))
