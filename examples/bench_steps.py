@@ -78,8 +78,8 @@ def chains(lm_head: str, folder: Path) -> dict[str, tuple[dict[str, object], dic
         theirs = _replace(ours, "own", {"lm_head.weight": product})
     save_heads(ours, folder / "ours")
     save_heads(theirs, folder / "theirs")
-    (_, chain) = parse_variants([VLLM_CHAIN], None)
-    chain = with_built_in_heads(chain, str(folder / "theirs"), str(MODEL), folder / "vllm")
+    (_, chain) = parse_variants([f"{VLLM_CHAIN}={folder / 'theirs'}"], None)
+    chain = with_built_in_heads(chain, str(MODEL), folder / "vllm")
     medusa = {"method": "medusa", "model": str(folder / "ours"), "tree": "chain"}
     return {
         f"vllm-chain {lm_head}": (chain.speculative, chain.environment),
