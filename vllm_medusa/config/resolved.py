@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_medusa.tree.draft_tree import DraftTree
@@ -45,7 +46,7 @@ class MedusaConfig:
     dynamic: DynamicTrees | None = None
     typical: TypicalRule | None = None
 
-    @property
+    @cached_property
     def limits(self) -> TreeLimits:
         """Upper limits of the draft trees."""
         if self.dynamic is not None:

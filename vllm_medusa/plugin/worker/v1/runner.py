@@ -242,12 +242,13 @@ class MedusaRunnerMixin(_Base):
         counts = spec_decode_metadata.cu_num_sampled_tokens
         roots = torch.nn.functional.pad(counts[:-1], (1, 0))
         last = sample_hidden_states.index_select(0, roots + self.rejection_sampler.acceptance.node)
+        num_prompt_tokens = self.input_batch.num_prompt_tokens[: len(sampled_token_ids)]
         drafts = self.tree_drafter.draft(
             DraftingBatch(
                 req_ids=self._step.req_ids,
                 sampled=sampled_token_ids,
                 texts=self._texts(),
-                num_prompt_tokens=self.input_batch.num_prompt_tokens.tolist(),
+                num_prompt_tokens=num_prompt_tokens.tolist(),
                 hidden_states=last,
                 max_paths=self._max_paths(sampled_token_ids),
                 max_nodes=self._max_nodes(sampled_token_ids),
