@@ -8,7 +8,7 @@ decide. A step's time is the wall-clock time of ``LLMEngine.step`` while all req
     whose lm_head is the target's, and the same with that as each head's own, as one for all heads,
     and as low-rank factors of it. vLLM gets the products of the factors: it knows no low rank.
 (b) trees of 8, 16 and 32 drafts against a plain chain of as many drafts through the same code
-    (`repeat_drafts.py` makes the chain that long).
+    (`long_chains/` makes the chain that long).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -31,6 +32,12 @@ from vllm_medusa.target.config import read_lm_head, read_target
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, HEADS = ROOT / "demo" / "model", ROOT / "demo" / "medusa-heads"
+#: Python imports the folder's `sitecustomize` at its start.
+WITH_LONG_CHAINS = {
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(ROOT / "examples" / "long_chains"), os.environ.get("PYTHONPATH")))
+    )
+}
 SIZES = (8, 16, 32)
 LM_HEADS = ("target", "own", "common", "low_rank")
 RANK = 64
@@ -61,7 +68,7 @@ def main() -> None:
         results += compare(
             args,
             {
-                f"chain-{size}": ({**medusa, "tree": long_chain}, {}),
+                f"chain-{size}": ({**medusa, "tree": long_chain}, WITH_LONG_CHAINS),
                 f"tree-{size}": ({**medusa, "num_speculative_tokens": size}, {}),
             },
         )
@@ -139,7 +146,6 @@ def compare(
                 EngineProcess(
                     {**options, "speculative_config": speculative},
                     {"OMP_NUM_THREADS": "1", **environment},
-                    Path(__file__).with_name("repeat_drafts.py") if "chain-" in name else None,
                 )
             )
         for engine in engines.values():
