@@ -119,6 +119,8 @@ def run_rank(folder: Path, role: str) -> dict[str, float]:
     rank, num_ranks = int(role.split()[1]), int(role.split()[3])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     config = pickle.loads((folder / f"config-{num_ranks}.pickle").read_bytes())
+    # vLLM's CPU worker sets it: with AVX-512 the ranks share memory of this name.
+    os.environ.setdefault("VLLM_DIST_IDENT", folder.name)
     with set_current_vllm_config(config):
         init_distributed_environment(
             num_ranks, rank, f"file://{folder}/ranks-{num_ranks}", rank, "gloo"
