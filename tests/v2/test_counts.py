@@ -151,17 +151,21 @@ OURS = [
 NUM_LAYERS = 2
 
 
-@pytest.mark.parametrize("num_reqs", [1, 8])
-def test_kernels_and_waits_of_a_step(counts: Any, tiny_heads: Path, num_reqs: int) -> None:
-    """Beside vLLM's own step: four launches, one attention for each layer, no wait."""
-    calls, steps = counts(spec(tiny_heads, NUM_NODES), num_reqs)
-    launched = {name: calls.kernels[name] / steps for name in OURS}
+def check(name: str, calls: Calls, steps: int, kernels: list[str]) -> None:
+    """Each kernel is launched once a step, attention once a layer, and nothing waits."""
+    launched = {kernel: calls.kernels[kernel] / steps for kernel in kernels}
     per_step = sum(calls.operations.values()) / steps
-    print(f"\nbatch {num_reqs}, {steps} steps: {launched}, {per_step:.1f} operations of torch")
+    print(f"\n{name}, {steps} steps: {launched}, {per_step:.1f} operations of torch")
     assert steps > 1
     assert launched.pop("attention_kernel") == NUM_LAYERS
     assert set(launched.values()) == {1}
     assert calls.waits == []
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_kernels_and_waits_of_a_step(counts: Any, tiny_heads: Path, num_reqs: int) -> None:
+    """Beside vLLM's own step: four launches, one attention for each layer, no wait."""
+    check(f"batch {num_reqs}", *counts(spec(tiny_heads, NUM_NODES), num_reqs), OURS)
 
 
 @pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads"])
@@ -169,12 +173,5 @@ def test_dynamic_trees_take_one_kernel_more(
     counts: Any, heads: str, request: pytest.FixtureRequest
 ) -> None:
     """And no wait; with a selector too, which has operations of torch for each depth."""
-    calls, steps = counts(dynamic(request.getfixturevalue(heads)), 2)
-    names = [*OURS, "_best_first_kernel"]
-    launched = {name: calls.kernels[name] / steps for name in names}
-    per_step = sum(calls.operations.values()) / steps
-    print(f"\n{heads}, {steps} steps: {launched}, {per_step:.1f} operations of torch")
-    assert steps > 1
-    assert launched.pop("attention_kernel") == NUM_LAYERS
-    assert set(launched.values()) == {1}
-    assert calls.waits == []
+    counted = counts(dynamic(request.getfixturevalue(heads)), 2)
+    check(heads, *counted, [*OURS, "_best_first_kernel"])
