@@ -18,11 +18,11 @@ _MAX_CURVES = 256
 
 
 class CostCurve:
-    """Milliseconds of a step, interpolated between measured points and made monotone.
+    """Milliseconds of a step, interpolated between measured points.
 
     Between two measured numbers of requests, the cost for a number of drafts is interpolated.
     Outside of them, the same number of tokens costs the same. A curve continues with its last
-    slope.
+    slope, or level. More tokens can cost less: where they fill the blocks of a kernel better.
 
     Args:
         points: by number of requests, the measured ``(tokens, ms)`` of its steps,
@@ -119,7 +119,7 @@ def _all_positive(numbers: Floats) -> bool:
 
 def _curve_at(curve: Floats, tokens: Ints) -> Floats:
     """Evaluate a curve [points, 2] at numbers of tokens; after its end with its last slope."""
-    x, y = curve[:, 0], np.maximum.accumulate(curve[:, 1])
-    slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
+    x, y = curve[:, 0], curve[:, 1]
+    slope = max(0.0, (y[-1] - y[-2]) / (x[-1] - x[-2])) if len(x) > 1 else 0.0
     ms: Floats = np.interp(tokens, x, y) + slope * np.maximum(0, tokens - x[-1])
     return ms

@@ -21,6 +21,9 @@ from vllm_medusa.reporting.provenance import cpu_name
 
 logger = plugin_logger(__name__)
 
+#: Raised when other things are measured, so that older files are not read.
+_FORM = 2
+
 
 @dataclass(frozen=True)
 class CostFile:
@@ -40,6 +43,7 @@ class CostFile:
         compilation, config = runner.compilation_config, runner.drafter.config
         on_cpu = runner.device.type == "cpu"
         facts = {
+            "form": _FORM,
             "model": [model.model, model.revision, model.compute_hash()],
             "heads": [config.heads, config.revision, config.tree.depth, config.tree.top_k],
             "dtype": str(runner.dtype),
