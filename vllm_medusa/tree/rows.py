@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.tree.step_trees import IntArray, StepTrees
+from vllm_medusa.tree.step_trees import StepTrees
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class NodeRows:
         draft: [B, N] place of each draft node among the step's draft tokens; arbitrary (but in
             range, if there are any) for nodes that are not run.
         num_drafts: [B] draft nodes of each request.
+        is_run: [B, N] whether a request runs each draft node.
+        earlier_siblings: [B, N, N] for each draft node the nodes before it with its parent.
         parents: [B, N + 1] as in `StepTrees`.
         depths: [B, N + 1] as in `StepTrees`.
         ancestors: [B, N + 1, D + 1] as in `StepTrees`.
@@ -36,6 +40,8 @@ class NodeRows:
     row: Tensor
     draft: Tensor
     num_drafts: Tensor
+    is_run: Tensor
+    earlier_siblings: Tensor
     parents: Tensor
     depths: Tensor
     ancestors: Tensor
@@ -52,19 +58,22 @@ class NodeRows:
         draft_starts = starts[:-1] - np.arange(len(counts))
         draft = draft_starts[:, None] + nodes[:-1]
         num_drafts = int(trees.num_drafts.sum())
+        is_run = nodes <= trees.num_drafts[:, None]
+        parents = trees.parents[:, 1:]
+        is_sibling = parents[:, :, None] == parents[:, None, :]
 
-        def as_tensor(values: IntArray) -> Tensor:
+        def as_tensor(values: NDArray[Any]) -> Tensor:
             return torch.from_numpy(values).to(device)
 
         return cls(
             req=as_tensor(req),
             node=as_tensor(node),
             depth=as_tensor(trees.depths[req, node]),
-            row=as_tensor(
-                starts[:-1, None] + np.where(nodes <= trees.num_drafts[:, None], nodes, 0)
-            ),
+            row=as_tensor(starts[:-1, None] + np.where(is_run, nodes, 0)),
             draft=as_tensor(np.minimum(draft, max(num_drafts - 1, 0))),
             num_drafts=as_tensor(trees.num_drafts),
+            is_run=as_tensor(is_run[:, 1:]),
+            earlier_siblings=as_tensor(np.tril(is_sibling, -1)),
             parents=as_tensor(trees.parents),
             depths=as_tensor(trees.depths),
             ancestors=as_tensor(trees.ancestors),

@@ -51,8 +51,11 @@ def accept_lossless(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor)
         device, without synchronising with the host.
 
     """
-    matches = _matching_nodes(rows, target_tokens, draft_tokens)
     batch, num_nodes, width = rows.ancestors.shape
+    if width == 1:
+        none = torch.zeros_like(target_tokens)
+        return Acceptance(none.squeeze(1), none.squeeze(1), path=none, tokens=target_tokens)
+    matches = _matching_nodes(rows, target_tokens, draft_tokens)
     on_path = matches.gather(1, rows.ancestors.view(batch, -1)).view(batch, num_nodes, width)
     # At most one child of a node matches, so the accepted nodes lie on one path.
     node = torch.where(on_path.all(dim=-1), rows.depths, -1).argmax(dim=-1)
@@ -65,13 +68,8 @@ def accept_lossless(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor)
 
 def _matching_nodes(rows: NodeRows, target_tokens: Tensor, draft_tokens: Tensor) -> Tensor:
     """[B, N + 1] whether a node is run and the first child with the token taken at its parent."""
-    nodes = torch.arange(target_tokens.shape[1], device=target_tokens.device)
-    parents = rows.parents[:, 1:]
-    matches = torch.ones_like(target_tokens, dtype=torch.bool)
-    matches[:, 1:] = draft_tokens == target_tokens.gather(1, parents)
-    matches &= nodes <= rows.num_drafts[:, None]
+    matches = draft_tokens == target_tokens.gather(1, rows.parents[:, 1:])
+    matches &= rows.is_run
     # Siblings that match have the same token; only the first of them may stay.
-    is_sibling = parents[:, :, None] == parents[:, None, :]
-    is_later = (is_sibling & matches[:, None, 1:]).tril(-1).any(dim=-1)
-    matches[:, 1:] &= ~is_later
-    return matches
+    is_later = (rows.earlier_siblings & matches[:, None]).any(dim=-1)
+    return torch.nn.functional.pad(matches & ~is_later, (1, 0), value=True)

@@ -132,12 +132,14 @@ class DynamicDrafter:
             self._counters.shared_text_accepted += counts[Source.SHARED_TEXT]
 
     def _count_drafted(self, drafts: Drafts) -> None:
+        if not len(drafts.tokens):
+            self._counters.steps_without_drafts += 1
+            return
         by_heads, by_text, by_shared_text = (
             int((drafts.source & source > 0).sum())
             for source in (Source.HEADS, Source.TEXT, Source.SHARED_TEXT)
         )
         self._counters.nodes_drafted += len(drafts.tokens)
-        self._counters.steps_without_drafts += not len(drafts.tokens)
         self._counters.heads_nodes += by_heads
         self._counters.text_nodes += by_text
         self._counters.shared_text_nodes += by_shared_text
