@@ -160,7 +160,7 @@ class TestStepCosts:
         self, costs: Callable[..., Any], measured: list[int], tmp_path: Path
     ) -> None:
         first = costs()
-        assert [size for size, _ in first["points"]["1"]][:4] == [1, 2, 3, 5]
+        assert [size for size, _ in first["points"]["1"]][:4] == [1, 2, 3, 4]
         assert costs() == costs(keys={"max_nodes": 4, "learn": False}) == first
         assert len(measured) == 1
         costs(max_num_batched_tokens=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -88,8 +89,7 @@ class StaticDrafter:
 
     def num_paths(self, batch_size: int) -> int:
         """Return the fork paths of a batch size's tree."""
-        num_nodes = self._num_nodes(batch_size)
-        return sum(start <= num_nodes for start in self._layout.path_starts)
+        return bisect_right(self._layout.path_starts, self._num_nodes(batch_size))
 
     def finish(self, req_ids: Iterable[str]) -> None:
         """Do nothing: this drafter keeps no data of requests."""
