@@ -13,8 +13,8 @@ from vllm_medusa.cli.main import main
 
 pytestmark = pytest.mark.engine
 
-#: By how much a figure of 24 prompts may differ from one of 156: about two standard errors.
-ACCURACY_MARGIN, LENGTH_MARGIN = 0.1, 0.12
+#: By how much a figure of 48 prompts may differ from one of 156: about two standard errors.
+ACCURACY_MARGIN, LENGTH_MARGIN = 0.06, 0.08
 
 
 def calibration(path: Path) -> dict[tuple[str, bool], dict[str, Any]]:
@@ -27,7 +27,7 @@ def test_the_heads_reach_what_is_reported(tmp_path: Path) -> None:
     """On the demo's prompts, which nothing was trained on or calibrated with."""
     arguments = [
         *("calibrate", DEMO_HEADS, "--model", DEMO_MODEL, "--out", tmp_path),
-        *("--prompts", REPO / "demo" / "prompts.jsonl", "--max-prompts", "24"),
+        *("--prompts", REPO / "demo" / "prompts.jsonl", "--max-prompts", "48"),
         *("--sizes", "16,32", "--no-step-costs", "--dtype", "float32"),
         *("--llm-options", json.dumps({"enforce_eager": True})),
     ]
