@@ -70,6 +70,7 @@ class Tensors:
         self.ancestors = torch.zeros_like(self.positions)
         self.base = torch.full_like(self.index, NO_TREE)
         self.no_tree = self.base.clone()
+        self.context_lens = torch.zeros_like(self.base)
         self.prefill_len = torch.ones_like(self.index)
         self.tokens = torch.randint(2, self.positions.shape, device=device)
         self.rows = torch.arange(reqs * width, device=device)
@@ -104,6 +105,7 @@ def small_kernels(shape: Shape, t: Tensors) -> dict[str, Callable[[], object]]:
             t.positions,
             t.ancestors,
             t.base,
+            t.context_lens,
             *t.states[1:],
             t.index,
             t.starts,

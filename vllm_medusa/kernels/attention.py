@@ -67,6 +67,11 @@ class Features:
         """The kernel's constant for ALiBi."""
         return 0 if self.slopes is None else 1 + self.slopes_of_root
 
+    @property
+    def needs_positions(self) -> bool:
+        """Whether attention to the context depends on where in the tree a query is."""
+        return self.window > 0 or self.slopes is not None
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -150,11 +155,17 @@ def tree_attention(
     features: Features = Features(),
     workspace: Workspace | None = None,
     wanted_programs: int = 1,
+    context_lse: Tensor | None = None,
 ) -> None:
     """Attend from every query to the keys of its request that it may see.
 
     A query sees the keys before its request's tree that are not after the query, and in the tree
     its ancestors and itself. Distances are differences of positions, so a node's depth counts.
+
+    Another kernel can attend to the *context*, the keys before a request's queries, which all of
+    its queries see. Then this one goes on from there, over the keys of the queries: a softmax over
+    some of the keys, its log-sum-exp known, is one key more with a score of that log-sum-exp
+    (FlashInfer, arXiv 2501.01005, section 2.2). Sinks count here, so not there.
 
     The host decides nothing that differs from step to step, so a CUDA graph can replay it.
     Sizes (`TILE`, `MAX_ROWS`, `MAX_SPLITS`) are not tuned yet: no GPU has run it.
@@ -163,21 +174,26 @@ def tree_attention(
         query: [T, Hq, D].
         key_cache: [blocks, tokens of a block, Hkv, D], any strides but the last.
         value_cache: likewise.
-        out: [T, Hq, D], written.
+        out: [T, Hq, D], written; with ``context_lse`` first read.
         step: the queries and keys.
         scale: factor on the products.
         features: features of the layer.
         workspace: memory for splits of the context; None: no splits.
         wanted_programs: number of programs that fill the device; the context is split to reach it.
+        context_lse: [Hq, T] float32, any strides: log-sum-exp of each query's scores in the
+            context, whose attention ``out`` holds; an infinity of either sign: no keys. The layer
+            must not be one that `Features.needs_positions`. None: attend to the context too.
 
     """
+    has_context = context_lse is not None
+    assert not (has_context and features.needs_positions)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, num_reqs = key_cache.shape[2], step.seq_lens.shape[0]
     group = num_heads // num_kv_heads
     block_m = _block_rows(group, step.max_query_len, head_size)
     num_blocks = num_tokens // (block_m // group) + num_reqs
     splits, parts = 1, (out, out, out)
-    if workspace is not None:
+    if workspace is not None and not has_context:
         splits = workspace.num_splits(num_tokens, num_blocks * num_kv_heads, wanted_programs)
         parts = (workspace.out, workspace.top, workspace.total)
     scales, pad = features.scales, triton.next_power_of_2(head_size)
@@ -186,14 +202,16 @@ def tree_attention(
         out, *parts, query, key_cache, value_cache, step.block_table, step.query_start_loc,
         step.seq_lens, step.positions, step.ancestors, step.base,
         _given(features.slopes, out), sinks, out if scales is None else scales.key,
-        out if scales is None else scales.value,
+        out if scales is None else scales.value, _given(context_lse, out),
         scale, features.softcap, num_reqs, *query.stride()[:2], *out.stride()[:2],
         step.block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
         *((0, 0, 0) if scales is None else scales.strides),
+        *((0, 0) if context_lse is None else context_lse.stride()),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PAD=pad,
         BLOCK_SIZE=key_cache.shape[1], BLOCK_Q=block_m // group, BLOCK_M=block_m, TILE=TILE,
         NUM_SPLITS=splits, WINDOW=features.window, HAS_SOFTCAP=features.softcap > 0,
         ALIBI=features.alibi, HAS_SINKS=has_sinks, SCALES=0 if scales is None else scales.kind,
+        HAS_CONTEXT=has_context,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(num_tokens, num_heads)](

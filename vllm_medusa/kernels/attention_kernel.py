@@ -117,6 +117,24 @@ def _attend_tile(
 
 
 @triton.jit
+def _begin_softmax(
+    out_ptr, lse_ptr, is_row, mask,
+    BLOCK_M: tl.constexpr, PAD: tl.constexpr, HAS_CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """Return an empty softmax, or go on from what another kernel made of the context."""
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PAD], dtype=tl.float32)
+    if HAS_CONTEXT:
+        lse = tl.load(lse_ptr, mask=is_row, other=float("-inf"))
+        # Where there are no keys FlashAttention 2 writes infinity, and 3 minus infinity.
+        top = tl.where(lse < float("inf"), lse, float("-inf"))
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        before = tl.load(out_ptr, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where((total > 0)[:, None], before, 0.0)
+    return top, total, acc
+
+
+@triton.jit
 def _tiles_of_split(
     split, context, first, last, base,
     TILE: tl.constexpr, WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr,
@@ -151,14 +169,14 @@ def _write_out(
 def attention_kernel(
     out_ptr, part_ptr, part_top_ptr, part_total_ptr, query_ptr, key_ptr, value_ptr,
     block_table_ptr, query_start_ptr, seq_lens_ptr, positions_ptr, ancestors_ptr, base_ptr,
-    slopes_ptr, sinks_ptr, key_scale_ptr, value_scale_ptr, scale, softcap, num_reqs,
+    slopes_ptr, sinks_ptr, key_scale_ptr, value_scale_ptr, lse_ptr, scale, softcap, num_reqs,
     query_stride_t, query_stride_h, out_stride_t, out_stride_h, table_stride,
     key_stride_b, key_stride_t, key_stride_h, value_stride_b, value_stride_t, value_stride_h,
-    scale_stride_b, scale_stride_t, scale_stride_h,
+    scale_stride_b, scale_stride_t, scale_stride_h, lse_stride_h, lse_stride_t,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SCALES: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SCALES: tl.constexpr, HAS_CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One block of a request's queries, the heads of one KV head, one split of the keys."""
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -184,13 +202,19 @@ def attention_kernel(
     slope = tl.zeros([BLOCK_M], dtype=tl.float32)
     if ALIBI > 0:
         slope = tl.load(slopes_ptr + head, mask=is_row, other=0.0).to(tl.float32)
-    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, PAD], dtype=tl.float32)
+    out_row_ptr = out_ptr + token * out_stride_t + head * out_stride_h
+    out_ptrs = out_row_ptr[:, None] + dim[None, :]
+    lse_ptrs = lse_ptr + head * lse_stride_h + token * lse_stride_t
+    top, total, acc = _begin_softmax(out_ptrs, lse_ptrs, is_row, mask, BLOCK_M, PAD, HAS_CONTEXT)
+    origin = context if HAS_CONTEXT else 0
     last = tl.minimum(context + first + BLOCK_Q, seq_len)
-    begin, end = _tiles_of_split(split, context, first, last, base, TILE, WINDOW, NUM_SPLITS)
+    begin, end = _tiles_of_split(
+        split, context, first, last - origin, base, TILE, WINDOW, NUM_SPLITS
+    )
     for tile in range(begin, end):
         top, total, acc = _attend_tile(
-            top, total, acc, query, tile * TILE + tl.arange(0, TILE), last, context + local,
+            top, total, acc, query, origin + tile * TILE + tl.arange(0, TILE), last,
+            context + local,
             position, ancestors, base, context, slope, scale, softcap,
             key_ptr + kv_head * key_stride_h, value_ptr + kv_head * value_stride_h,
             block_table_ptr + req.to(tl.int64) * table_stride, positions_ptr + q_start,
@@ -200,8 +224,7 @@ def attention_kernel(
         )  # fmt: skip
     if NUM_SPLITS == 1:
         sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0) if HAS_SINKS else 0.0
-        row_ptr = out_ptr + token * out_stride_t + head * out_stride_h
-        _write_out(row_ptr[:, None] + dim[None, :], top, total, acc, sink, HAS_SINKS, mask)
+        _write_out(out_ptrs, top, total, acc, sink, HAS_SINKS, mask)
     else:
         part = (token * NUM_SPLITS + split) * NUM_HEADS + head
         tl.store(part_ptr + part[:, None] * PAD + dim[None, :], acc, mask=mask)
