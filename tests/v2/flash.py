@@ -82,6 +82,7 @@ def flash_attention(version: int) -> Iterator[Flash]:
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from tests.v2.cuda_graphs import as_kernel
     from tests.v2.interpreter import write_cache
 
     def chosen(cls: Any, *args: Any, **kwargs: Any) -> str:
@@ -90,9 +91,10 @@ def flash_attention(version: int) -> Iterator[Flash]:
     flash = Flash(version)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(chosen))
-        patch.setattr(flash_attn, "flash_attn_varlen_func", flash.attend, raising=False)
-        patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", flash.attend)
-        patch.setattr(flash_attn, "reshape_and_cache_flash", write_cache, raising=False)
+        attend, write = as_kernel(flash.attend), as_kernel(write_cache)
+        patch.setattr(flash_attn, "flash_attn_varlen_func", attend, raising=False)
+        patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", attend)
+        patch.setattr(flash_attn, "reshape_and_cache_flash", write, raising=False)
         patch.setattr(flash_attn, "get_flash_attn_version", lambda **_: version)
         schedule = torch.zeros(1, dtype=torch.int32)
         patch.setattr(flash_attn, "get_scheduler_metadata", lambda **_: schedule, raising=False)

@@ -206,7 +206,8 @@ def attention_kernel(
     out_ptrs = out_row_ptr[:, None] + dim[None, :]
     lse_ptrs = lse_ptr + head * lse_stride_h + token * lse_stride_t
     top, total, acc = _begin_softmax(out_ptrs, lse_ptrs, is_row, mask, BLOCK_M, PAD, HAS_CONTEXT)
-    origin = context if HAS_CONTEXT else 0
+    # A graph is captured with fewer keys than queries.
+    origin = tl.maximum(context, 0) if HAS_CONTEXT else 0
     last = tl.minimum(context + first + BLOCK_Q, seq_len)
     begin, end = _tiles_of_split(
         split, context, first, last - origin, base, TILE, WINDOW, NUM_SPLITS
