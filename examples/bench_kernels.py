@@ -4,7 +4,7 @@
 
 vLLM is not needed. Attention to trees is timed beside the same kernel without trees and torch's own
 attention of as many causal queries over contiguous keys, and the small kernels of a step by
-themselves. "own keys" is attention to trees where FlashAttention attends to the context, without what
+themselves. "own keys" is attention to trees whose context FlashAttention attends to, without what
 that takes. Times are medians in microseconds. Without a GPU, with TRITON_INTERPRET=1, every kernel
 runs once on a small case, so that it is known to run, and no time is shown.
 """

@@ -106,7 +106,7 @@ def cuda_graphs() -> Iterator[None]:
     """Let vLLM's managers of graphs capture on a CPU."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends import triton_attn
-    from vllm.v1.worker.gpu import cudagraph_utils
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 
     @contextmanager
     def capture(graph: Graph, pool: Any, *, stream: Any) -> Iterator[None]:
@@ -122,6 +122,7 @@ def cuda_graphs() -> Iterator[None]:
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
+        patch.setattr(model_runner, "lock_workspace", lambda: None)
         patch.setattr(cudagraph_utils, "graph_capture", lambda **_: nullcontext())
         patch.setattr(cudagraph_utils, "capture_pool", lambda *_: nullcontext())
         patch.setattr(cudagraph_utils, "current_stream", SimpleNamespace)
