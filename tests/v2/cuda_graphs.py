@@ -120,8 +120,6 @@ def cuda_graphs() -> Iterator[None]:
         patch.setattr(triton_attn, "triton_reshape_and_cache_flash", write)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capture)
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
-        patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
         patch.setattr(model_runner, "lock_workspace", lambda: None)
         patch.setattr(cudagraph_utils, "graph_capture", lambda **_: nullcontext())
         patch.setattr(cudagraph_utils, "capture_pool", lambda *_: nullcontext())

@@ -86,8 +86,9 @@ def test_drafts_of_graphs(
         runner = capture_steps(llm, SIZES)
         assert run(llm, prompts) == texts
         assert drafts == wanted
-    for manager in (runner.cudagraph_manager, runner.speculator.cudagraph_manager):
-        replays = replays_of(manager)
+        managers = runner.cudagraph_manager, runner.speculator.cudagraph_manager
+        all_replays = [replays_of(manager) for manager in managers]
+    for replays in all_replays:
         assert sorted(replays) == SIZES
         # Three requests run in the graph of four. The batches of five run without.
         assert replays[1] > 1
@@ -119,7 +120,7 @@ def test_text_of_graphs(
         if with_flash:
             assert num_contexts > 0
             assert len(seen.contexts) > num_contexts
-    assert replays_of(runner.cudagraph_manager)[4] > 2
+        assert replays_of(runner.cudagraph_manager)[4] > 2
 
 
 @pytest.mark.parametrize("what", ["of the step", "of the heads", "contexts"])
@@ -137,7 +138,7 @@ def test_tensors_made_anew_are_noticed(
         drafts.clear()
         runner = capture_steps(llm, SIZES)
         if what == "of the step":
-            runner.trees.ancestors = runner.trees.ancestors.clone()
+            runner.trees.base = runner.trees.base.clone()
         elif what == "contexts":
             runner.trees.context_lens = runner.trees.context_lens.clone()
         else:
