@@ -123,7 +123,23 @@ def test_text_of_graphs(
         assert replays_of(runner.cudagraph_manager)[4] > 2
 
 
-@pytest.mark.parametrize("what", ["of the step", "of the heads", "contexts"])
+@pytest.mark.usefixtures("attention_of_torch")
+def test_bases_made_anew_are_noticed(
+    engine: Callable[..., Any],
+    tiny_heads: Path,
+    prompts: list[Any],
+    reference: list[list[int]],
+) -> None:
+    """Without them trees are chains for attention."""
+    prompts, reference = prompts[:3], reference[:3]
+    settings = spec(tiny_heads)
+    with cuda_graphs(), oracle(prompts, reference), engine(speculative_config=settings) as llm:
+        runner = capture_steps(llm, SIZES)
+        runner.trees.base = runner.trees.base.clone()
+        assert greedy(llm, prompts, 24) != reference
+
+
+@pytest.mark.parametrize("what", ["contexts", "hidden states"])
 @pytest.mark.usefixtures("attention_of_torch")
 def test_tensors_made_anew_are_noticed(
     engine: Callable[..., Any],
@@ -137,9 +153,7 @@ def test_tensors_made_anew_are_noticed(
         wanted = drafts[:]
         drafts.clear()
         runner = capture_steps(llm, SIZES)
-        if what == "of the step":
-            runner.trees.base = runner.trees.base.clone()
-        elif what == "contexts":
+        if what == "contexts":
             runner.trees.context_lens = runner.trees.context_lens.clone()
         else:
             buffers = runner.speculator._buffers
