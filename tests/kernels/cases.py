@@ -61,6 +61,7 @@ class Case:
     positions: Tensor
     token_ancestors: Tensor
     base: Tensor
+    context_lens: Tensor
 
     @property
     def num_reqs(self) -> int:
@@ -79,6 +80,7 @@ class Case:
             self.positions,
             self.token_ancestors,
             self.base,
+            self.context_lens,
             self.depths,
             self.ancestors,
             self.idx_mapping,
@@ -148,4 +150,5 @@ def random_case(
         positions=numbers(positions, torch.int64),
         token_ancestors=torch.full((len(positions),), -1, dtype=torch.int64, device=DEVICE),
         base=torch.full((num_states,), NO_TREE - 1, dtype=torch.int32, device=DEVICE),
+        context_lens=torch.full((num_states,), -1, dtype=torch.int32, device=DEVICE),
     )

@@ -127,17 +127,20 @@ def compile_attention(
         max(case.query_lens),
     )
     workspace = Workspace.make(case.num_tokens * splits, 8, head_size, "cpu")
-    tree_attention(
-        query,
-        cache[..., :head_size],
-        cache[..., head_size:],
-        torch.empty_like(query),
-        step,
-        1.0,
-        features,
-        workspace,
-        10**6,
-    )
+    lse = None if features.needs_positions else torch.zeros(8, case.num_tokens)
+    for context_lse in (None, lse):
+        tree_attention(
+            query,
+            cache[..., :head_size],
+            cache[..., head_size:],
+            torch.empty_like(query),
+            step,
+            1.0,
+            features,
+            workspace,
+            10**6,
+            context_lse,
+        )
 
 
 def main() -> None:

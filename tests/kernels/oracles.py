@@ -15,18 +15,19 @@ def has_tree(case: Case, req: int) -> bool:
     return case.num_logits[req] > 1 and start >= int(case.prefill_len[case.idx_mapping[req]])
 
 
-def prepare(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, ancestors and bases of a case."""
+def prepare(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions, ancestors, bases and lengths of context of a case."""
     positions, seen = case.positions.clone(), case.token_ancestors.clone()
-    base = torch.full_like(case.base, NO_TREE)
+    base, context_lens = torch.full_like(case.base, NO_TREE), torch.zeros_like(case.base)
     for req in range(case.num_reqs):
+        context_lens[req] = case.seq_lens[req] - case.query_lens[req]
         if has_tree(case, req):
             count, state = case.num_logits[req], int(case.idx_mapping[req])
             base[req] = case.seq_lens[req] - count
             tokens = slice(int(case.query_start_loc[req]), int(case.query_start_loc[req + 1]))
             positions[tokens] = base[req] + case.depths[state, :count]
             seen[tokens] = case.ancestors[state, :count]
-    return positions, seen, base
+    return positions, seen, base, context_lens
 
 
 def accept(case: Case, drafts: Tensor, targets: Tensor, max_depth: int) -> list[list[int]]:
@@ -82,6 +83,7 @@ def attention(
     features: Features = Features(),  # noqa: B008 - it cannot be changed
     workspace: object = None,
     wanted_programs: int = 1,
+    context_lse: Tensor | None = None,
 ) -> None:
     """`tree_attention`, request by request, in float32."""
     starts = step.query_start_loc.tolist()
@@ -94,13 +96,77 @@ def attention(
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         scores = torch.einsum("thd,shd->hts", query[queries].float(), key) * scale
         scores, seen = _bent_and_seen(scores, step, req, queries, seq_len, features)
-        scores = scores.masked_fill(~seen, float("-inf"))
+        num_queries = queries.stop - queries.start
+        none = torch.full_like(scores[..., :1], float("-inf"))
+        sink = none
         if features.sinks is not None:
-            sink = features.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
-            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
+            sink = features.sinks.float()[:, None, None].expand_as(none)
+        before = none
+        if context_lse is not None:
+            seen[:, : seq_len - num_queries] = False
+            before = context_lse[:, queries, None].float()
+            before = torch.where(before.isinf(), none, before)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        weights = torch.cat([scores, sink, before], -1).softmax(-1)
+        found = torch.einsum("hts,shd->thd", weights[..., :-2], value)
+        found += (weights[..., -1:].transpose(0, 1) * out[queries].float()).nan_to_num()
+        out[queries] = found.to(out.dtype)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    *,
+    is_causal: bool = False,
+    window: int = 0,
+) -> Tensor:
+    """Attention as other kernels have it, FlashAttention for one.
+
+    Args:
+        query: [T, Hq, D].
+        key_cache: [blocks, tokens of a block, Hkv, D].
+        value_cache: likewise.
+        out: [T, Hq, D], written; zeros where there are no keys.
+        query_start_loc: [B + 1] first query of each request.
+        seq_lens: [>= B] keys of each request.
+        block_table: [B, blocks].
+        scale: factor on the products.
+        softcap: 0: none.
+        is_causal: the last query is at the last key.
+        window: with it, number of keys that a query sees, the one at it included; 0: all.
+
+    Returns:
+        [Hq, T] float32 log-sum-exp of the scores; minus infinity where there are no keys.
+
+    """
+    starts, size = query_start_loc.tolist(), key_cache.shape[1]
+    group = query.shape[1] // key_cache.shape[2]
+    lse = torch.full(query.shape[1::-1], float("-inf"), device=query.device)
+    for req, seq_len in enumerate(seq_lens.tolist()[: len(starts) - 1]):
+        queries, keys = slice(starts[req], starts[req + 1]), torch.arange(seq_len).to(query.device)
+        page = block_table[req, keys // size].long()
+        key = key_cache[page, keys % size].float().repeat_interleave(group, 1)
+        value = value_cache[page, keys % size].float().repeat_interleave(group, 1)
+        scores = torch.einsum("thd,shd->hts", query[queries].float(), key) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if is_causal:
+            last = torch.arange(seq_len - queries.stop + queries.start, seq_len).to(query.device)
+            unseen = keys > last[:, None]
+            if window:
+                unseen |= keys <= last[:, None] - window
+            scores = scores.masked_fill(unseen, float("-inf"))
+        lse[:, queries] = scores.logsumexp(-1)
+        weights = scores.softmax(-1)
         out[queries] = torch.einsum("hts,shd->thd", weights, value).to(out.dtype)
+    return lse
 
 
 def _keys_and_values(

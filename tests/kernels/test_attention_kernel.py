@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -82,6 +83,75 @@ def test_attention(seed: int, num_reqs: int, num_drafts: int, splits: int) -> No
     features = Features(**random_features(case.rng, num_heads))
     options = {"workspace": workspace, "wanted_programs": 10**6}
     assert difference(tensors, features=features, **options) < 1e-5
+
+
+def attend_to_context(tensors: dict[str, Any], case: Case, softcap: float) -> tuple[Any, Any]:
+    """What FlashAttention would do: attention to the keys before the queries, and log-sum-exps."""
+    step, out = tensors["step"], torch.full_like(tensors["query"], float("nan"))
+    lse = oracles.paged_attention(
+        *(tensors["query"], tensors["key_cache"], tensors["value_cache"], out),
+        *(step.query_start_loc, case.context_lens, step.block_table, tensors["scale"], softcap),
+    )
+    return out, lse
+
+
+@cases(15, is_small=False)
+@given(seeds, st.integers(1, 4), st.sampled_from([1, 8, 16, 63]), st.booleans())
+def test_context_by_another_kernel(
+    seed: int, num_reqs: int, num_drafts: int, is_version_2: bool
+) -> None:
+    """Merged it is what the whole kernel computes, and both are the oracle's."""
+    case = random_case(seed, num_reqs, num_drafts)
+    rng = case.rng
+    for req, kind in enumerate(case.kinds):
+        if kind == "prefill" and rng.random() < 0.5:  # the first part of a prompt has no context
+            case.seq_lens[req] = case.query_lens[req]
+    case.prepare()
+    tensors = random_tensors(case)
+    features = random_features(rng, tensors["query"].shape[1])
+    features = Features(softcap=features["softcap"], sinks=features["sinks"])
+    out, lse = attend_to_context(tensors, case, features.softcap)
+    lse = torch.where(lse.isinf() & is_version_2, -lse, lse)
+    if rng.random() < 0.5:  # in other strides
+        lse = lse.T.contiguous().T
+    by_oracle = out.clone()
+    oracles.attention(out=by_oracle, features=features, context_lse=lse, **tensors)
+    tree_attention(out=out, features=features, context_lse=lse, **tensors)
+    whole = torch.full_like(out, 7.0)
+    tree_attention(out=whole, features=features, **tensors)
+    assert (out - whole).abs().max() < 1e-5
+    assert (out - by_oracle).abs().max() < 1e-5
+
+
+def test_fewer_keys_than_queries() -> None:
+    """As when a graph is captured: no key is read that is not there."""
+    case = random_case(1, 2, 16, kinds=("tree",))
+    case.prepare()
+    tensors = random_tensors(case)
+    case.seq_lens.fill_(1)
+    case.base.fill_(NO_TREE)
+    step = tensors["step"]
+    rows = torch.full((len(step.block_table), 2), -1, dtype=torch.int32, device=DEVICE)
+    rows[:, 1] = step.block_table[:, 0]  # before the first page is one that does not exist
+    tensors["step"] = dataclasses.replace(step, block_table=rows[:, 1:])
+    outs = []
+    for lse in (None, torch.full((tensors["query"].shape[1], case.num_tokens), float("-inf"))):
+        outs.append(torch.zeros_like(tensors["query"]))
+        lse = None if lse is None else lse.to(DEVICE)
+        tree_attention(out=outs[-1], context_lse=lse, **tensors)
+    assert torch.equal(*outs)
+    assert outs[0].isfinite().all()
+    assert outs[0].any()
+
+
+@pytest.mark.parametrize("features", [Features(window=3), Features(slopes=torch.ones(1))])
+def test_positions_count_only_where_one_kernel_attends_to_all(features: Features) -> None:
+    case = random_case(1, 1, 8)
+    case.prepare()
+    tensors = random_tensors(case)
+    out, lse = attend_to_context(tensors, case, 0.0)
+    with pytest.raises(AssertionError):
+        tree_attention(out=out, features=features, context_lse=lse, **tensors)
 
 
 @cases(10, is_small=False)

@@ -64,7 +64,7 @@ def test_prepare(seed: int, num_drafts: int, num_reqs: int) -> None:
     case = random_case(seed, num_reqs, num_drafts)
     wanted = oracles.prepare(case)
     case.prepare()
-    found = (case.positions, case.token_ancestors, case.base)
+    found = (case.positions, case.token_ancestors, case.base, case.context_lens)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 

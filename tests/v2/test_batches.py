@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_medusa.plugin.worker.v2.attention import _without_first
+from vllm_medusa.plugin.worker.v2.attention import _part
 
 
 def test_rest_of_a_batch_is_a_batch() -> None:
     starts = torch.tensor([0, 17, 22, 23, 40], dtype=torch.int32)
-    rest = _without_first(
+    rest = _part(
         CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -25,6 +25,7 @@ def test_rest_of_a_batch_is_a_batch() -> None:
             is_prefilling=torch.tensor([False, False, False, True]),
         ),
         2,
+        4,
     )
     assert rest.query_start_loc.tolist() == [0, 1, 18]
     assert rest.query_start_loc_cpu.tolist() == [0, 1, 18]

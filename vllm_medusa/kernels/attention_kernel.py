@@ -117,12 +117,39 @@ def _attend_tile(
 
 
 @triton.jit
+def _slopes_of(slope_ptr, is_row, ALIBI: tl.constexpr):
+    """A slope for each row; zeros without ALiBi."""
+    slope = is_row.to(tl.float32) * 0
+    if ALIBI > 0:
+        slope = tl.load(slope_ptr, mask=is_row, other=0.0).to(tl.float32)
+    return slope
+
+
+@triton.jit
+def _begin_softmax(
+    out_ptr, lse_ptr, is_row, mask,
+    BLOCK_M: tl.constexpr, PAD: tl.constexpr, HAS_CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """Return an empty softmax, or go on from what another kernel made of the context."""
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PAD], dtype=tl.float32)
+    if HAS_CONTEXT:
+        lse = tl.load(lse_ptr, mask=is_row, other=float("-inf"))
+        # Where there are no keys FlashAttention 2 writes infinity, and 3 minus infinity.
+        top = tl.where(lse < float("inf"), lse, float("-inf"))
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        before = tl.load(out_ptr, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where((total > 0)[:, None], before, 0.0)
+    return top, total, acc
+
+
+@triton.jit
 def _tiles_of_split(
-    split, context, first, last, base,
+    split, context, first, num_keys, base,
     TILE: tl.constexpr, WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """This split's share of the tiles that any row of the block may see."""
-    num_tiles = tl.cdiv(last, TILE)
+    num_tiles = tl.cdiv(num_keys, TILE)
     first_tile = 0
     if WINDOW > 0:
         # A node's position can be before its slot, at the earliest at the root.
@@ -151,14 +178,14 @@ def _write_out(
 def attention_kernel(
     out_ptr, part_ptr, part_top_ptr, part_total_ptr, query_ptr, key_ptr, value_ptr,
     block_table_ptr, query_start_ptr, seq_lens_ptr, positions_ptr, ancestors_ptr, base_ptr,
-    slopes_ptr, sinks_ptr, key_scale_ptr, value_scale_ptr, scale, softcap, num_reqs,
+    slopes_ptr, sinks_ptr, key_scale_ptr, value_scale_ptr, lse_ptr, scale, softcap, num_reqs,
     query_stride_t, query_stride_h, out_stride_t, out_stride_h, table_stride,
     key_stride_b, key_stride_t, key_stride_h, value_stride_b, value_stride_t, value_stride_h,
-    scale_stride_b, scale_stride_t, scale_stride_h,
+    scale_stride_b, scale_stride_t, scale_stride_h, lse_stride_h, lse_stride_t,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SCALES: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SCALES: tl.constexpr, HAS_CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One block of a request's queries, the heads of one KV head, one split of the keys."""
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -181,17 +208,18 @@ def attention_kernel(
     query = tl.load(row_ptr[:, None] + dim[None, :], mask=mask, other=0.0)
     ancestors = tl.load(ancestors_ptr + token, mask=is_row, other=0)
     position = tl.load(positions_ptr + token, mask=is_row, other=0).to(tl.int32)
-    slope = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if ALIBI > 0:
-        slope = tl.load(slopes_ptr + head, mask=is_row, other=0.0).to(tl.float32)
-    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, PAD], dtype=tl.float32)
+    slope = _slopes_of(slopes_ptr + head, is_row, ALIBI)
+    out_ptrs = (out_ptr + token * out_stride_t + head * out_stride_h)[:, None] + dim[None, :]
+    lse_ptrs = lse_ptr + head * lse_stride_h + token * lse_stride_t
+    top, total, acc = _begin_softmax(out_ptrs, lse_ptrs, is_row, mask, BLOCK_M, PAD, HAS_CONTEXT)
+    # A graph is captured with fewer keys than queries.
+    left = tl.maximum(context, 0) if HAS_CONTEXT else 0
     last = tl.minimum(context + first + BLOCK_Q, seq_len)
-    begin, end = _tiles_of_split(split, context, first, last, base, TILE, WINDOW, NUM_SPLITS)
+    begin, end = _tiles_of_split(split, context, first, last - left, base, TILE, WINDOW, NUM_SPLITS)
     for tile in range(begin, end):
         top, total, acc = _attend_tile(
-            top, total, acc, query, tile * TILE + tl.arange(0, TILE), last, context + local,
-            position, ancestors, base, context, slope, scale, softcap,
+            top, total, acc, query, left + tile * TILE + tl.arange(0, TILE), last,
+            context + local, position, ancestors, base, context, slope, scale, softcap,
             key_ptr + kv_head * key_stride_h, value_ptr + kv_head * value_stride_h,
             block_table_ptr + req.to(tl.int64) * table_stride, positions_ptr + q_start,
             key_scale_ptr + kv_head * scale_stride_h, value_scale_ptr + kv_head * scale_stride_h,
@@ -200,8 +228,7 @@ def attention_kernel(
         )  # fmt: skip
     if NUM_SPLITS == 1:
         sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0) if HAS_SINKS else 0.0
-        row_ptr = out_ptr + token * out_stride_t + head * out_stride_h
-        _write_out(row_ptr[:, None] + dim[None, :], top, total, acc, sink, HAS_SINKS, mask)
+        _write_out(out_ptrs, top, total, acc, sink, HAS_SINKS, mask)
     else:
         part = (token * NUM_SPLITS + split) * NUM_HEADS + head
         tl.store(part_ptr + part[:, None] * PAD + dim[None, :], acc, mask=mask)

@@ -97,6 +97,7 @@ def _prepare_kernel(
     positions_ptr,
     ancestors_ptr,
     base_ptr,
+    context_lens_ptr,
     state_depths_ptr,
     state_ancestors_ptr,
     state_stride,
@@ -111,10 +112,14 @@ def _prepare_kernel(
     req = tl.program_id(0)
     if req >= num_reqs:  # the padding of a CUDA graph
         tl.store(base_ptr + req, _NO_TREE)
+        tl.store(context_lens_ptr + req, 0)
         return
     state = tl.load(idx_mapping_ptr + req).to(tl.int64)
+    first_token = tl.load(query_start_ptr + req)
+    seq_len = tl.load(seq_lens_ptr + req)
+    tl.store(context_lens_ptr + req, seq_len + first_token - tl.load(query_start_ptr + req + 1))
     num_nodes = tl.load(cu_num_logits_ptr + req + 1) - tl.load(cu_num_logits_ptr + req)
-    base = tl.load(seq_lens_ptr + req) - num_nodes
+    base = seq_len - num_nodes
     # The scheduler pads a new request with placeholder drafts (`scheduler.py`): its query begins in
     # the prompt, where no tree begins.
     has_tree = (num_nodes > 1) & (base >= tl.load(prefill_len_ptr + state))
@@ -122,7 +127,7 @@ def _prepare_kernel(
     if has_tree:
         node = tl.arange(0, BLOCK)
         is_node = node < num_nodes
-        token = tl.load(query_start_ptr + req) + node
+        token = first_token + node
         row = state * state_stride + node
         depth = tl.load(state_depths_ptr + row, mask=is_node, other=0)
         seen = tl.load(state_ancestors_ptr + row, mask=is_node, other=0)
@@ -134,6 +139,7 @@ def prepare(
     positions: Tensor,
     ancestors: Tensor,
     base: Tensor,
+    context_lens: Tensor,
     state_depths: Tensor,
     state_ancestors: Tensor,
     idx_mapping: Tensor,
@@ -142,12 +148,13 @@ def prepare(
     cu_num_logits: Tensor,
     prefill_len: Tensor,
 ) -> None:
-    """Write a step's positions, ancestor masks and bases.
+    """Write a step's positions, ancestor masks, bases, and lengths of context.
 
     Args:
         positions: [T] int64, position of each token; those of trees become ``base + depth``.
         ancestors: [T] int64, written for the tokens of trees.
         base: [max requests] int32, written as a whole.
+        context_lens: [max requests] int32, written as a whole: keys before a request's queries.
         state_depths: [R, N + 1] int64, as `set_trees` writes them.
         state_ancestors: [R, N + 1] int64, likewise.
         idx_mapping: [B] state index of each request.
@@ -161,6 +168,7 @@ def prepare(
         positions,
         ancestors,
         base,
+        context_lens,
         state_depths,
         state_ancestors,
         state_depths.stride(0),

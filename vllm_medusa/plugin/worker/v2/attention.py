@@ -7,6 +7,10 @@ prompts and steps without drafts. The mixins here extend such a backend (`triton
 Requests with drafts come first in a batch (``sort_batch_req_ids``), so a step is cut in two parts.
 A step that a CUDA graph captures is not cut: there the tree kernel runs all requests, with causal
 attention for those without a tree.
+
+A backend whose kernel returns the log-sum-exp of the scores can attend to the keys before the
+queries itself (`flash_backend`). Then the tree kernel goes on from there, over the keys of the
+queries.
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ class TreeMetadata:
         num_tree_tokens: number of them, from the first, that the tree kernel runs.
         step: their queries and keys; None: there are none.
         workspace: memory for splits of the context.
+        context: vLLM's own metadata of these queries and the keys before them; None: the tree
+            kernel attends to these keys too.
         rest: vLLM's own metadata of the other requests; None: there are none.
 
     """
@@ -54,6 +60,7 @@ class TreeMetadata:
     num_tree_tokens: int
     step: Step | None
     workspace: Workspace
+    context: Any
     rest: Any
 
 
@@ -98,50 +105,67 @@ class TreeBuilderMixin(_Builder):
         wanted = self.buffers.num_tree_reqs
         if wanted is None or wanted >= common.num_reqs:
             return self._metadata(common, common.num_reqs, None)
-        rest = _without_first(common, wanted) if wanted else common
+        rest = _part(common, wanted, common.num_reqs)
         return self._metadata(common, wanted, super().build(0, rest, fast_build))
 
+    def _context_metadata(self, common: CommonAttentionMetadata) -> Any:
+        """`TreeMetadata.context` of a batch of requests that the tree kernel runs."""
+        return None
+
     def _metadata(self, common: CommonAttentionMetadata, num_reqs: int, rest: Any) -> TreeMetadata:
-        assert self.buffers is not None
-        starts = common.query_start_loc_cpu[: num_reqs + 1]
-        num_tokens = common.num_actual_tokens if rest is None else int(starts[-1])
-        step = None
-        if num_reqs:
-            step = Step(
-                query_start_loc=common.query_start_loc[: num_reqs + 1],
-                seq_lens=common.seq_lens[:num_reqs],
-                block_table=common.block_table_tensor[:num_reqs],
-                positions=self.buffers.positions,
-                ancestors=self.buffers.ancestors,
-                base=self.buffers.base,
-                max_query_len=common.max_query_len if rest is None else int(starts.diff().max()),
-            )
-        return TreeMetadata(common.num_actual_tokens, num_tokens, step, self._workspace, rest)
+        buffers = self.buffers
+        assert buffers is not None
+        if num_reqs == 0:
+            return TreeMetadata(common.num_actual_tokens, 0, None, self._workspace, None, rest)
+        part = _part(common, 0, num_reqs)
+        step = Step(
+            query_start_loc=part.query_start_loc,
+            seq_lens=part.seq_lens,
+            block_table=part.block_table_tensor,
+            positions=buffers.positions,
+            ancestors=buffers.ancestors,
+            base=buffers.base,
+            max_query_len=part.max_query_len,
+        )
+        return TreeMetadata(
+            common.num_actual_tokens,
+            part.num_actual_tokens,
+            step,
+            self._workspace,
+            self._context_metadata(part),
+            rest,
+        )
 
 
-def _without_first(common: CommonAttentionMetadata, num_reqs: int) -> CommonAttentionMetadata:
-    """Return the metadata of a batch without its first requests."""
-    starts = common.query_start_loc_cpu
-    num_tokens = int(starts[num_reqs])
+def _part(common: CommonAttentionMetadata, begin: int, end: int) -> CommonAttentionMetadata:
+    """Return the metadata of some requests of a batch; of the first ones it is views."""
+    if begin == 0 and end == common.num_reqs:
+        return common
+    starts = common.query_start_loc_cpu[begin : end + 1]
+    first, last = int(starts[0]), int(starts[-1])
 
-    def behind(tensor: Any) -> Any:
-        return None if tensor is None else tensor[num_reqs:]
+    def requests(tensor: Any) -> Any:
+        return None if tensor is None else tensor[begin:end]
+
+    def from_zero(tensor: Tensor) -> Tensor:
+        return tensor - first if begin else tensor
 
     return replace(
         common,
-        query_start_loc=common.query_start_loc[num_reqs:] - num_tokens,
-        query_start_loc_cpu=starts[num_reqs:] - num_tokens,
-        seq_lens=common.seq_lens[num_reqs:],
-        num_reqs=common.num_reqs - num_reqs,
-        num_actual_tokens=common.num_actual_tokens - num_tokens,
-        max_query_len=int(starts[num_reqs:].diff().max()),
-        block_table_tensor=common.block_table_tensor[num_reqs:],
-        slot_mapping=common.slot_mapping[num_tokens:],
-        positions=None if common.positions is None else common.positions[num_tokens:],
-        is_prefilling=behind(common.is_prefilling),
-        seq_lens_cpu_upper_bound=behind(common.seq_lens_cpu_upper_bound),
-        req_idx=behind(common.req_idx),
-        rswa_prefix_lens=behind(common.rswa_prefix_lens),
+        query_start_loc=from_zero(common.query_start_loc[begin : end + 1]),
+        query_start_loc_cpu=from_zero(starts),
+        seq_lens=common.seq_lens[begin:end],
+        num_reqs=end - begin,
+        num_actual_tokens=last - first,
+        max_query_len=int(starts.diff().max()),
+        block_table_tensor=common.block_table_tensor[begin:end],
+        slot_mapping=common.slot_mapping[first:last],
+        positions=None if common.positions is None else common.positions[first:last],
+        is_prefilling=requests(common.is_prefilling),
+        seq_lens_cpu_upper_bound=requests(common.seq_lens_cpu_upper_bound),
+        req_idx=requests(common.req_idx),
+        rswa_prefix_lens=requests(common.rswa_prefix_lens),
+        _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
 
@@ -177,11 +201,8 @@ class TreeImplMixin(_Impl):
         if attn_metadata is None:  # a profiling run
             return output.fill_(0)
         begin, end = attn_metadata.num_tree_tokens, attn_metadata.num_actual_tokens
-        step = attn_metadata.step
-        if step is not None:
-            self._attend_to_trees(
-                layer, query[:begin], kv_cache, output[:begin], step, attn_metadata.workspace
-            )
+        if attn_metadata.step is not None:
+            self._attend_to_trees(layer, query[:begin], kv_cache, output[:begin], attn_metadata)
         if attn_metadata.rest is not None:
             super().forward(
                 layer,
@@ -197,29 +218,48 @@ class TreeImplMixin(_Impl):
         return output
 
     def _attend_to_trees(
-        self,
-        layer: Any,
-        query: Tensor,
-        kv_cache: Tensor,
-        out: Tensor,
-        step: Step,
-        workspace: Workspace,
+        self, layer: Any, query: Tensor, kv_cache: Tensor, out: Tensor, metadata: TreeMetadata
     ) -> None:
         key_cache, value_cache = self._key_and_value(kv_cache)
         if self._features is None:
             self._features = self._layer_features(layer)
             self._wanted_programs = PROGRAMS_PER_PROCESSOR * _num_processors(query.device)
+        out = out.view(query.shape)
+        lse = None
+        if metadata.context is not None and not self._features.needs_positions:
+            lse = self._attend_to_context(query, key_cache, value_cache, out, metadata.context)
+        assert metadata.step is not None
         tree_attention(
             query,
             key_cache,
             value_cache,
-            out.view(query.shape),
-            step,
+            out,
+            metadata.step,
             self.scale,
             self._features,
-            workspace,
+            metadata.workspace,
             self._wanted_programs,
+            lse,
         )
+
+    def _attend_to_context(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, out: Tensor, context: Any
+    ) -> Tensor | None:
+        """Attend from each query to the keys before its request's queries.
+
+        Args:
+            query: [T, heads, head size].
+            key_cache: [blocks, tokens of a block, KV heads, head size].
+            value_cache: likewise.
+            out: [T, heads, head size], written.
+            context: `TreeMetadata.context`.
+
+        Returns:
+            [heads, T] float32 log-sum-exp of each query's scores; None: it cannot, and wrote
+            nothing.
+
+        """
+        raise NotImplementedError
 
     def _key_and_value(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """[blocks, tokens of a block, heads, head size] keys and values of a layer's cache."""

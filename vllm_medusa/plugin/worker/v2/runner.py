@@ -135,6 +135,7 @@ class TreeRunnerMixin(_Base):
             self.trees.positions,
             self.trees.ancestors,
             self.trees.base,
+            self.trees.context_lens,
             states.depths,
             states.ancestors,
             input_batch.idx_mapping,

@@ -57,6 +57,7 @@ class TreeBuffers:
         positions: [T] int64, the runner's own buffer; for a tree's token base plus depth.
         ancestors: [T] int64, masks of the tokens in trees.
         base: [B] int32, position of each request's root, or `NO_TREE`.
+        context_lens: [B] int32, keys before each request's queries.
         num_tree_reqs: number of requests, from the first of the batch, that can have a tree in this
             step. On the host; None: all can, as when a CUDA graph is captured.
 
@@ -65,6 +66,7 @@ class TreeBuffers:
     positions: Tensor
     ancestors: Tensor
     base: Tensor
+    context_lens: Tensor
     num_tree_reqs: int | None = None
 
     @classmethod
@@ -75,9 +77,11 @@ class TreeBuffers:
             positions=positions,
             ancestors=torch.zeros_like(positions, dtype=torch.int64),
             base=torch.full((max_num_reqs,), NO_TREE, dtype=torch.int32, device=device),
+            context_lens=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
         )
 
     def forget(self) -> None:
         """Remove all trees, for vLLM's dummy steps: profiling, warm-up and capture."""
         self.base.fill_(NO_TREE)
+        self.context_lens.zero_()
         self.num_tree_reqs = None
