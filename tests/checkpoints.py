@@ -39,6 +39,7 @@ def make_heads(
     logit_scale: float = 1.0,
     root_size: int | None = None,
     selector_rank: int | None = None,
+    is_hydra: bool = False,
     dtype: torch.dtype = torch.float32,
     source_format: str = "native",
     seed: int = 0,
@@ -49,9 +50,17 @@ def make_heads(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    tensors = {"blocks.weight": random(num_heads, num_layers, hidden_size, hidden_size)}
-    if has_bias:
-        tensors["blocks.bias"] = random(num_heads, num_layers, hidden_size)
+    tensors = {}
+    num_blocks = num_layers - is_hydra
+    if num_blocks:
+        tensors["blocks.weight"] = random(num_heads, num_blocks, hidden_size, hidden_size)
+        if has_bias:
+            tensors["blocks.bias"] = random(num_heads, num_blocks, hidden_size)
+    if is_hydra:
+        root_size = root_size or hidden_size
+        for h in range(num_heads):
+            tensors[f"hydra.{h}.weight"] = random(2, hidden_size, hidden_size + (h + 1) * root_size)
+            tensors[f"hydra.{h}.bias"] = random(2, hidden_size)
     num_rows = draft_vocab_size or vocab_size
     if lm_head == "own":
         tensors["lm_head.weight"] = random(num_heads, num_rows, hidden_size)
@@ -63,7 +72,7 @@ def make_heads(
     if draft_vocab_size:
         order = torch.randperm(vocab_size, generator=generator)
         tensors["token_map"] = order[:draft_vocab_size]
-    if root_size:
+    if root_size and not is_hydra:
         tensors["root.weight"] = random(num_heads, hidden_size, root_size)
     if selector_rank:
         tensors["selector.parent"] = random(vocab_size, selector_rank)
@@ -82,6 +91,7 @@ def make_heads(
         dtype=dtype,
         root_size=root_size,
         selector_rank=selector_rank,
+        kind="hydra" if is_hydra else "medusa",
     )
     return HeadsCheckpoint(spec, tensors)
 
@@ -246,7 +256,7 @@ def write_native(directory: Path, heads: HeadsCheckpoint, prefix: str = "") -> P
             name = name.replace(singular, replacement)
         tensors[prefix + name] = tensor.clone()
     is_second = heads.spec.root_size is not None or heads.spec.selector_rank is not None
-    version = 2 if is_second else 1
+    version = 3 if heads.spec.kind == "hydra" else 2 if is_second else 1
     config = {
         "format": f"vllm_medusa.heads/{version}",
         "model_type": "medusa",

@@ -37,6 +37,18 @@ def features(heads: HeadsCheckpoint, hidden: Tensor, roots: Tensor | None = None
     return torch.stack(rows).detach()
 
 
+def hydra_features(heads: HeadsCheckpoint, head: int, hidden: Tensor, seen: Tensor) -> Tensor:
+    """[H] of one Hydra head, from one hidden state [H] and its path's embeddings [head + 1, E]."""
+    tensors = heads.tensors
+    x = torch.cat([hidden, *seen[: head + 1]])
+    (w, r), (w_bias, r_bias) = tensors[f"hydra.{head}.weight"], tensors[f"hydra.{head}.bias"]
+    x = r @ x + r_bias + nn.SiLU()(w @ x + w_bias)
+    for layer in range(heads.spec.num_layers - 1):
+        weight, bias = tensors["blocks.weight"][head, layer], tensors["blocks.bias"][head, layer]
+        x = x + nn.SiLU()(weight @ x + bias)
+    return x
+
+
 def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) -> Tensor:
     """[K, B, V], one row and head at a time; `lm_head` [V, H] is the target's."""
     tensors = heads.tensors
@@ -51,7 +63,8 @@ def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) 
             matrix = lm_head
         else:
             matrix = tensors["lm_head.up"][h] @ tensors["lm_head.down"][h]
-        results.append(torch.stack([matrix @ x for x in feature]))
+        bias = tensors["lm_head.bias"][h] if "lm_head.bias" in tensors else 0
+        results.append(torch.stack([matrix @ x + bias for x in feature]))
     return torch.stack(results)
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.checkpoints import make_heads as make_checkpoint
+from tests.oracles import heads as oracle
 from tests.training import make_settings
 from vllm_medusa.acceptance.ranks import Heads, RankMeter, rank_of, wanted_tokens
 from vllm_medusa.acceptance.statistics import RANK_CAP
@@ -56,7 +58,8 @@ def plain_ranks(
     target: FrozenTarget, checkpoint: HeadsCheckpoint, text: Text, answer: Answer
 ) -> list[list[int]]:
     """Rank by sorting, a forward pass for every position."""
-    heads = MedusaHeads.from_checkpoint(checkpoint, torch.float32)
+    is_hydra = checkpoint.spec.kind == "hydra"
+    heads = None if is_hydra else MedusaHeads.from_checkpoint(checkpoint, torch.float32)
     weight = checkpoint.tensors.get("lm_head.weight", target.weight)
     token_map = checkpoint.tensors.get("token_map", torch.arange(tiny.VOCAB_SIZE)).tolist()
     last = answer.stop - 1
@@ -66,7 +69,19 @@ def plain_ranks(
             break
         with torch.no_grad():
             hidden = target.model.model(input_ids=torch.tensor([text.token_ids[:root]]))
-            features = heads(hidden.last_hidden_state[0, -1:])
+            last_state = hidden.last_hidden_state[0, -1:]
+            if heads is None:
+                seen = target.embedding[torch.tensor(text.token_ids)[root:]]
+                features = torch.stack(
+                    [
+                        oracle.hydra_features(checkpoint, head, last_state[0], seen)[None]
+                        if len(seen) > head
+                        else last_state
+                        for head in range(NUM_HEADS)
+                    ]
+                )
+            else:
+                features = heads(last_state)
             logits = head_logits(features, weight=weight)[:, 0]
         row = []
         for head in range(NUM_HEADS):
@@ -95,11 +110,30 @@ def with_lm_heads(checkpoint: HeadsCheckpoint, target: FrozenTarget, kind: str) 
     return replace(checkpoint, spec=spec, tensors=tensors)
 
 
-@pytest.mark.parametrize("kind", ["own", "common", "target", "token_map"])
+def hydra_from(checkpoint: HeadsCheckpoint, target: FrozenTarget) -> HeadsCheckpoint:
+    """Hydra heads near the target's own guesses, with the same lm_heads."""
+    hydra = make_checkpoint(
+        is_hydra=True,
+        num_layers=2,
+        num_heads=NUM_HEADS,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+    )
+    tensors = {name: tensor * 0.02 for name, tensor in hydra.tensors.items()}
+    for head in range(NUM_HEADS):
+        tensors[f"hydra.{head}.weight"][1, :, : target.hidden_size] += torch.eye(target.hidden_size)
+    tensors["lm_head.weight"] = checkpoint.tensors["lm_head.weight"]
+    return replace(hydra, tensors=tensors)
+
+
+@pytest.mark.parametrize("kind", ["own", "common", "target", "token_map", "hydra"])
 def test_ranks_are_those_of_sorting(
     target: FrozenTarget, checkpoint: HeadsCheckpoint, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = with_lm_heads(checkpoint, target, kind)
+    if kind == "hydra":
+        checkpoint = hydra_from(checkpoint, target)
+    else:
+        checkpoint = with_lm_heads(checkpoint, target, kind)
     # Several batches, and several chunks in each.
     monkeypatch.setitem(frozen._CHUNK_LOGITS, "cpu", 17 * tiny.VOCAB_SIZE)
     given = texts()

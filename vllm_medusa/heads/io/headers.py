@@ -7,6 +7,7 @@ import torch
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.files import TensorStore
 from vllm_medusa.heads.io.formats import Plan
+from vllm_medusa.heads.io.hydra_names import NATIVE
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -15,6 +16,7 @@ _DIMENSIONS = {
     "blocks.weight": ("num_heads", "num_layers", "hidden_size", "hidden_size"),
     "blocks.bias": ("num_heads", "num_layers", "hidden_size"),
     "lm_head.weight": ("num_heads", "vocab_size", "hidden_size"),
+    "lm_head.bias": ("num_heads", "vocab_size"),
     "lm_head.down": ("num_heads", "rank", "hidden_size"),
     "lm_head.up": ("num_heads", "vocab_size", "rank"),
     "token_map": ("draft_vocab_size",),
@@ -24,6 +26,11 @@ _DIMENSIONS = {
     "selector.parent": ("target_vocab_size", "selector_rank"),
     "selector.child": ("target_vocab_size", "selector_rank"),
     "selector.depth": ("num_heads", "selector_rank"),
+}
+# Of Hydra heads, whose input grows from head to head.
+_HYDRA_DIMENSIONS = {
+    "weight": ("num_parts", "hidden_size", "input_size_{}"),
+    "bias": ("num_parts", "hidden_size"),
 }
 _INDEX_TENSORS = ("token_map", "d2t", "t2d")
 
@@ -49,7 +56,7 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for key, (name, index) in plan.slots.items():
         value = store.read(key)
-        dimensions = _DIMENSIONS[name][len(index) :]
+        dimensions = _dimensions(name)[len(index) :]
         if name == "lm_head.weight" and plan.lm_head == "common":
             dimensions = ("vocab_size", "hidden_size")
         _check_dtype(store, key, value.dtype, name)
@@ -58,6 +65,14 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
         lead = tuple(max(size, i + 1) for size, i in zip(known.shape, index, strict=False))
         headers[name] = Header((*lead, *value.shape), torch.promote_types(known.dtype, value.dtype))
     return headers
+
+
+def _dimensions(name: str) -> tuple[str, ...]:
+    match = NATIVE.fullmatch(name)
+    if match is None:
+        return _DIMENSIONS[name]
+    dimensions = _HYDRA_DIMENSIONS[name.rpartition(".")[2]]
+    return tuple(dimension.format(match["head"]) for dimension in dimensions)
 
 
 def _check_dtype(store: TensorStore, key: str, dtype: torch.dtype, name: str) -> None:

@@ -32,7 +32,14 @@ def make_spec(
         UserError: config.json contradicts the headers, or the lm_heads fit no vocabulary.
     """
     vocab_size, draft_vocab_size = _vocab(location, headers, config, target_vocab_size)
-    num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    is_hydra = "hydra.0.weight" in headers
+    root_size: int | None = None
+    if is_hydra:
+        num_heads, num_layers, hidden_size, root_size = _hydra_sizes(location, headers)
+    else:
+        num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+        if "root.weight" in headers:
+            root_size = headers["root.weight"].shape[2]
     selector = headers.get("selector.parent")
     if selector is not None and selector.shape[0] != (vocab_size or selector.shape[0]):
         raise UserError(
@@ -40,7 +47,7 @@ def make_spec(
             f"{vocab_size}; export the heads again"
         )
     config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
-    dtype = headers["blocks.weight"].dtype
+    dtype = headers["hydra.0.weight" if is_hydra else "blocks.weight"].dtype
     for header in headers.values():
         if header.dtype.is_floating_point:
             dtype = torch.promote_types(dtype, header.dtype)
@@ -52,21 +59,24 @@ def make_spec(
         vocab_size=vocab_size if selector is None else selector.shape[0],
         draft_vocab_size=draft_vocab_size,
         lm_head=plan.lm_head,
-        has_bias="blocks.bias" in headers,
+        has_bias=is_hydra or "blocks.bias" in headers,
         logit_scale=config.logit_scale(),
         dtype=dtype,
-        root_size=headers["root.weight"].shape[2] if "root.weight" in headers else None,
+        root_size=root_size,
         selector_rank=None if selector is None else selector.shape[1],
+        kind="hydra" if is_hydra else "medusa",
     )
 
 
 def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str, ...]:
     """Check that config.json promises nothing that the tensors lack; note smaller counts."""
     notes = config.check_count(
-        "heads", spec.num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
+        "heads",
+        spec.num_heads,
+        *("medusa_num_heads", "num_medusa_heads", "hydra_num_heads", "num_heads"),
     )
     # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
-    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
+    layer_names = ["medusa_num_layers", "num_medusa_layers", "hydra_num_layers", "num_layers"]
     if plan.source_format == "vllm":
         layer_names.append("num_hidden_layers")
     notes += config.check_count("layers per head", spec.num_layers, *layer_names)
@@ -79,6 +89,32 @@ def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str
     if plan.source_format == "vllm" and spec.has_bias and not has_bias_flag:
         notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
     return notes
+
+
+def _hydra_sizes(location: Path, headers: dict[str, Header]) -> tuple[int, int, int, int]:
+    """Check the sizes of Hydra heads' layers against each other.
+
+    Returns:
+        num_heads, num_layers, hidden_size, embedding_size
+    """
+    num_heads = sum(name.startswith("hydra.") and name.endswith(".bias") for name in headers)
+    num_parts, hidden_size, first = headers["hydra.0.weight"].shape
+    embedding_size = first - hidden_size
+    for head in range(num_heads):
+        size = headers[f"hydra.{head}.weight"].shape[2]
+        if num_parts != 2 or size != hidden_size + (head + 1) * embedding_size or size <= 0:
+            raise UserError(
+                f"{location}: the first layer of Hydra head {head} has shape "
+                f"{list(headers[f'hydra.{head}.weight'].shape)}; expected [2, {hidden_size}, "
+                f"{hidden_size} + {head + 1} x {embedding_size}]; export the heads again"
+            )
+    blocks = headers.get("blocks.weight")
+    if blocks is not None and blocks.shape[0] != num_heads:
+        raise UserError(
+            f"{location}: 'blocks.weight' is for {blocks.shape[0]} heads, 'hydra' for {num_heads}; "
+            "export the heads again"
+        )
+    return num_heads, 1 if blocks is None else 1 + blocks.shape[1], hidden_size, embedding_size
 
 
 def rows_name(names: Collection[str]) -> str | None:
