@@ -39,7 +39,6 @@ def make_heads(
     logit_scale: float = 1.0,
     root_size: int | None = None,
     selector_rank: int | None = None,
-    is_hydra: bool = False,
     dtype: torch.dtype = torch.float32,
     source_format: str = "native",
     seed: int = 0,
@@ -50,17 +49,9 @@ def make_heads(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    tensors = {}
-    num_blocks = num_layers - is_hydra
-    if num_blocks:
-        tensors["blocks.weight"] = random(num_heads, num_blocks, hidden_size, hidden_size)
-        if has_bias:
-            tensors["blocks.bias"] = random(num_heads, num_blocks, hidden_size)
-    if is_hydra:
-        root_size = root_size or hidden_size
-        for h in range(num_heads):
-            tensors[f"hydra.{h}.weight"] = random(2, hidden_size, hidden_size + (h + 1) * root_size)
-            tensors[f"hydra.{h}.bias"] = random(2, hidden_size)
+    tensors = {"blocks.weight": random(num_heads, num_layers, hidden_size, hidden_size)}
+    if has_bias:
+        tensors["blocks.bias"] = random(num_heads, num_layers, hidden_size)
     num_rows = draft_vocab_size or vocab_size
     if lm_head == "own":
         tensors["lm_head.weight"] = random(num_heads, num_rows, hidden_size)
@@ -72,7 +63,7 @@ def make_heads(
     if draft_vocab_size:
         order = torch.randperm(vocab_size, generator=generator)
         tensors["token_map"] = order[:draft_vocab_size]
-    if root_size and not is_hydra:
+    if root_size:
         tensors["root.weight"] = random(num_heads, hidden_size, root_size)
     if selector_rank:
         tensors["selector.parent"] = random(vocab_size, selector_rank)
@@ -91,9 +82,31 @@ def make_heads(
         dtype=dtype,
         root_size=root_size,
         selector_rank=selector_rank,
-        kind="hydra" if is_hydra else "medusa",
     )
     return HeadsCheckpoint(spec, tensors)
+
+
+def make_hydra(
+    *, num_layers: int = 1, root_size: int = 8, has_lm_head_bias: bool = False, **options: Any
+) -> HeadsCheckpoint:
+    """Random canonical Hydra heads; `options` are those of `make_heads`."""
+    blocks = make_heads(num_layers=max(1, num_layers - 1), **options)
+    spec, tensors = blocks.spec, dict(blocks.tensors)
+    if num_layers == 1:
+        del tensors["blocks.weight"], tensors["blocks.bias"]
+    generator = torch.Generator().manual_seed(11)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(spec.dtype)
+
+    for h in range(spec.num_heads):
+        size = spec.hidden_size + (h + 1) * root_size
+        tensors[f"hydra.{h}.weight"] = random(2, spec.hidden_size, size)
+        tensors[f"hydra.{h}.bias"] = random(2, spec.hidden_size)
+    if has_lm_head_bias:
+        tensors["lm_head.bias"] = random(spec.num_heads, spec.draft_vocab_size or spec.vocab_size)
+    changes = {"kind": "hydra", "num_layers": num_layers, "root_size": root_size}
+    return HeadsCheckpoint(dataclasses.replace(spec, **changes), tensors)
 
 
 def assert_same_heads(actual: HeadsCheckpoint, expected: HeadsCheckpoint, **changes: Any) -> None:
@@ -228,6 +241,38 @@ def write_modelopt(directory: Path, heads: HeadsCheckpoint, num_shards: int = 2)
     }
     tensors = backbone_tensors() | sequential_tensors(heads, "medusa_heads.")
     return write_shards(directory, tensors, config, num_shards)
+
+
+def hydra_tensors(heads: HeadsCheckpoint) -> dict[str, torch.Tensor]:
+    """The state of the `HydraMLP` of zankner/Hydra, with its copy of the target's embedding."""
+    spec, tensors = heads.spec, heads.tensors
+    state = {"input_embed_fn.weight": torch.ones(20, spec.hidden_size)}
+    for h in range(spec.num_heads):
+        for kind in ("weight", "bias"):
+            first = tensors[f"hydra.{h}.{kind}"]
+            state[f"hydra_mlp.{h}.0.linear.{kind}"] = first[0].clone()
+            state[f"hydra_mlp.{h}.0.res_connection.{kind}"] = first[1].clone()
+            for l in range(1, spec.num_layers):  # noqa: E741
+                block = tensors[f"blocks.{kind}"][h, l - 1]
+                state[f"hydra_mlp.{h}.{l}.linear.{kind}"] = block.clone()
+            state[f"hydra_lm_head.{h}.{kind}"] = tensors[f"lm_head.{kind}"][h].clone()
+    return state
+
+
+def write_hydra(
+    directory: Path, heads: HeadsCheckpoint, file: str = "hydra_lm_head.pt", **changes: Any
+) -> Path:
+    """Hydra heads of the MLP form, as published."""
+    config = {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.3",
+        "grounded_heads": True,
+        "hidden_state_offset": 0,
+        "hydra_head_arch": "mlp",
+        "hydra_num_heads": heads.spec.num_heads,
+        "hydra_num_layers": heads.spec.num_layers,
+        "transformers_version": "4.37.2",
+    }
+    return write(directory, hydra_tensors(heads), config | changes, file)
 
 
 def write_shards(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.checkpoints import make_heads as make_checkpoint
+from tests.checkpoints import make_hydra
 from tests.oracles import heads as oracle
 from tests.training import make_settings
 from vllm_medusa.acceptance.ranks import Heads, RankMeter, rank_of, wanted_tokens
@@ -112,12 +112,12 @@ def with_lm_heads(checkpoint: HeadsCheckpoint, target: FrozenTarget, kind: str) 
 
 def hydra_from(checkpoint: HeadsCheckpoint, target: FrozenTarget) -> HeadsCheckpoint:
     """Hydra heads near the target's own guesses, with the same lm_heads."""
-    hydra = make_checkpoint(
-        is_hydra=True,
+    hydra = make_hydra(
         num_layers=2,
         num_heads=NUM_HEADS,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
+        root_size=target.hidden_size,
     )
     tensors = {name: tensor * 0.02 for name, tensor in hydra.tensors.items()}
     for head in range(NUM_HEADS):

@@ -70,6 +70,15 @@ class ConfigFile:
         name = name or self._values.get("base_model_name_or_path")
         return name if isinstance(name, str) else None
 
+    def check_hidden_states(self) -> None:
+        """Raise if the heads read other hidden states than the target's last ones (Hydra)."""
+        offset = self._values.get("hidden_state_offset") or 0
+        if offset != 0:
+            raise UserError(
+                f"{self.path}: hidden_state_offset is {offset!r}: the heads read an earlier layer "
+                "of the target, which is not supported; use heads that were trained with 0"
+            )
+
     def vocab_size(self) -> int | None:
         """The target's vocabulary, or None."""
         return self.integer("vocab_size", "medusa_vocab_size")

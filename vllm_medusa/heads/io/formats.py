@@ -184,18 +184,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
                 f"{location}: tensor {key!r} belongs to quantised heads, which are not supported; "
                 "export the heads in float16, bfloat16 or float32"
             )
-    styles = {style for style in map(_style, names) if style is not None}
-    if not styles:
-        raise UserError(
-            f'{location}: holds no Medusa heads; name heads with "model": HEADS in the '
-            "speculative config, or train some with `vllm-medusa train`"
-        )
-    if len(styles) > 1:
-        raise UserError(
-            f"{location}: mixes heads of different formats ({', '.join(sorted(styles))}); "
-            "keep one of them"
-        )
-    style = styles.pop()
+    style = _recognised(location, names)
     if style == "hydra":
         slots = hydra_names.slots(location, stored, names)
         num_heads, num_layers = _count(style, names)
@@ -234,6 +223,22 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         lm_head=lm_head,
         slots={names[name]: slot for name, slot in expected.items()},
     )
+
+
+def _recognised(location: Path, names: Collection[str]) -> NameStyle:
+    """The one style that heads with these names have."""
+    styles = {style for style in map(_style, names) if style is not None}
+    if not styles:
+        raise UserError(
+            f'{location}: holds no Medusa heads; name heads with "model": HEADS in the '
+            "speculative config, or train some with `vllm-medusa train`"
+        )
+    if len(styles) > 1:
+        raise UserError(
+            f"{location}: mixes heads of different formats ({', '.join(sorted(styles))}); "
+            "keep one of them"
+        )
+    return styles.pop()
 
 
 def _strip(key: str) -> str:

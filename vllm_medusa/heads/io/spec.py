@@ -46,6 +46,7 @@ def make_spec(
             f"{location}: the selector's tables have {selector.shape[0]} rows, the vocabulary has "
             f"{vocab_size}; export the heads again"
         )
+    config.check_hidden_states()
     config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
     dtype = headers["hydra.0.weight" if is_hydra else "blocks.weight"].dtype
     for header in headers.values():
