@@ -80,6 +80,11 @@ def test_sizes_that_do_not_fit_each_other(tmp_path: Path) -> None:
     assert "'blocks.weight' is for 2" in error(write_native(tmp_path / "count", heads))
 
 
+def test_biases_beside_a_token_map(tmp_path: Path) -> None:
+    heads = make_hydra(draft_vocab_size=9, has_lm_head_bias=True)
+    assert "lm_heads with biases" in error(write_native(tmp_path, heads))
+
+
 def test_target_of_other_sizes(tmp_path: Path) -> None:
     path = write_hydra(tmp_path, published())
     assert "hidden size 8" in error(path, target_hidden_size=16)

@@ -185,6 +185,20 @@ class HeadsReader:
         assert name is not None, "the heads use the target's lm_head"
         return self._rows(name, () if self._is_common(name) else (head,), start, stop)
 
+    def read_biases(self, head: int, start: int, stop: int) -> torch.Tensor | None:
+        """Read the biases [stop - start] of rows of a head's lm_head; None if there are none.
+
+        Args:
+            head: index of the head.
+            start, stop: as for `read_rows`.
+
+        Raises:
+            UserError: they hold values that are not finite.
+        """
+        if "lm_head.bias" not in self._stored:
+            return None
+        return self._part("lm_head.bias", (head,), slice(start, stop))
+
     def read_all(self) -> HeadsCheckpoint:
         """Read all tensors.
 

@@ -146,6 +146,11 @@ def _vocab(
     if token_map is None:
         config.check_size(num_rows, "vocab_size", "medusa_vocab_size")
         return num_rows, None
+    if "lm_head.bias" in headers:
+        raise UserError(
+            f"{location}: holds a token_map and lm_heads with biases, which are not supported "
+            "together; export the heads without biases of their lm_heads"
+        )
     draft_vocab_size = token_map.shape[0]
     config.check_size(draft_vocab_size, "truncated_vocab_size")
     vocab_size = config.vocab_size() or target_vocab_size
