@@ -109,6 +109,49 @@ def make_hydra(
     return HeadsCheckpoint(dataclasses.replace(spec, **changes), tensors)
 
 
+def make_mlp_speculator(
+    *,
+    is_tied: bool = False,
+    scales_input: bool = False,
+    num_heads: int = 3,
+    hidden_size: int = 8,
+    inner_size: int = 6,
+    vocab_size: int = 20,
+    dtype: torch.dtype = torch.float32,
+) -> HeadsCheckpoint:
+    """A random MLP speculator; the heads of a tied one share all but the first `weight`."""
+    generator = torch.Generator().manual_seed(13)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tensors = {}
+    for h in range(num_heads):
+        if not is_tied or h < 2:
+            tensors[f"speculator.{h}.weight"] = random(inner_size, inner_size if h else hidden_size)
+        if not is_tied or h == 0:
+            tensors[f"speculator.{h}.embedding"] = random(vocab_size, inner_size)
+            tensors[f"speculator.{h}.scale"] = 1 + random(inner_size) / 4
+            tensors[f"speculator.{h}.bias"] = random(inner_size)
+    lead = () if is_tied else (num_heads,)
+    tensors["lm_head.weight"] = random(*lead, vocab_size, inner_size)
+    spec = HeadsSpec(
+        source_format="mlp_speculator",
+        num_heads=num_heads,
+        num_layers=1,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        draft_vocab_size=None,
+        lm_head="common" if is_tied else "own",
+        has_bias=True,
+        logit_scale=1.0,
+        dtype=dtype,
+        kind="mlp_speculator",
+        scales_input=scales_input,
+    )
+    return HeadsCheckpoint(spec, tensors)
+
+
 def assert_same_heads(actual: HeadsCheckpoint, expected: HeadsCheckpoint, **changes: Any) -> None:
     """Equal in every tensor and, but for `changes`, in the spec."""
     assert actual.spec == dataclasses.replace(expected.spec, **changes)
@@ -273,6 +316,41 @@ def write_hydra(
         "transformers_version": "4.37.2",
     }
     return write(directory, hydra_tensors(heads), config | changes, file)
+
+
+def write_mlp_speculator(
+    directory: Path, heads: HeadsCheckpoint, *, repeats: bool = False, **changes: Any
+) -> Path:
+    """As IBM publishes them; `repeats` stores the tensors of tied heads once for each head."""
+    spec, tensors = heads.spec, heads.tensors
+    is_tied = spec.lm_head == "common"
+    names = {
+        "emb.{}.weight": "embedding",
+        "proj.{}.weight": "weight",
+        "ln.{}.weight": "scale",
+        "ln.{}.bias": "bias",
+    }
+    state = {}
+    for h in range(spec.num_heads):
+        for name, part in names.items():
+            known = [k for k in range(h + 1) if f"speculator.{k}.{part}" in tensors]
+            if repeats or known[-1] == h:
+                tensor = tensors[f"speculator.{known[-1]}.{part}"]
+                state["speculator." + name.format(h)] = tensor.clone()
+        if repeats or not is_tied or h == 0:
+            lm_head = tensors["lm_head.weight"]
+            state[f"speculator.head.{h}.weight"] = (lm_head if is_tied else lm_head[h]).clone()
+    config = {
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "model_type": "mlp_speculator",
+        "emb_dim": spec.hidden_size,
+        "inner_dim": tensors["speculator.0.scale"].shape[0],
+        "n_predict": spec.num_heads,
+        "vocab_size": spec.vocab_size,
+        "tie_weights": is_tied,
+        "scale_input": spec.scales_input,
+    }
+    return write(directory, state, config | changes, "model.safetensors")
 
 
 def write_shards(

@@ -16,8 +16,8 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
-from tests.integration.hydra_heads import write_native_hydra
 from tests.integration.seeing_heads import SlowHeads, write_seeing_heads
+from tests.integration.sequential_heads import write_native_hydra
 from tests.oracles import heads as slow_heads
 from tests.oracles.best_first import RankPath, by_parent
 from tests.v2.accepted import accepted

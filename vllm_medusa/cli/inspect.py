@@ -19,8 +19,13 @@ _FORMATS = {
     "modelopt": "ModelOpt, merged into the model (F5)",
     "native": "vllm_medusa",
     "hydra": "Hydra, MLP form",
+    "mlp_speculator": "IBM's MLP speculator",
 }
-_KINDS = {"medusa": "", "hydra": ", which run in turn and read all tokens of a path (Hydra)"}
+_KINDS = {
+    "medusa": "",
+    "hydra": ", which run in turn and read all tokens of a path (Hydra)",
+    "mlp_speculator": ", which run in turn, each from the state of the one before",
+}
 _LM_HEADS = {
     "own": "one matrix per head",
     "common": "one matrix common to all heads",

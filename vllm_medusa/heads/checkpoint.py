@@ -12,7 +12,7 @@ from vllm_medusa.tree.schedule import TreeSchedule
 TREE_FILE = "medusa_tree.json"
 SCHEDULE_FILE = "medusa_tree_schedule.json"
 
-HeadsKind = Literal["medusa", "hydra"]
+HeadsKind = Literal["medusa", "hydra", "mlp_speculator"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class HeadsSpec:
             heads), else None.
         selector_rank: r, of the selector's tables, if the heads have one, else None.
         kind: Medusa heads, which run all at once, or heads of `sequential`.
+        scales_input: whether an MLP speculator normalises the hidden states first.
     """
 
     source_format: SourceFormat
@@ -50,11 +51,12 @@ class HeadsSpec:
     root_size: int | None = None
     selector_rank: int | None = None
     kind: HeadsKind = "medusa"
+    scales_input: bool = False
 
     @property
     def sees_tokens(self) -> bool:
         """Whether the heads see tokens or have a selector; not in our format 1."""
-        return self.root_size is not None or self.selector_rank is not None
+        return self.is_sequential or self.root_size is not None or self.selector_rank is not None
 
     @property
     def is_sequential(self) -> bool:
@@ -77,7 +79,10 @@ class HeadsCheckpoint:
             [K, r] of heads with a selector. Of Hydra heads, `hydra.{k}.weight`
             [2, H, H + (k + 1) E] and `hydra.{k}.bias` [2, H], the first layer's W and R and their
             biases, and `blocks` [K, L - 1, ...] with the other layers, if there are any;
-            `lm_head.bias` [K, V] if their lm_heads have biases.
+            `lm_head.bias` [K, V] if their lm_heads have biases. Of an MLP speculator with the inner
+            size D, `speculator.{k}.embedding` [V, D], `speculator.{k}.weight` [D, H or D],
+            `speculator.{k}.scale` and `speculator.{k}.bias` [D], of the later heads only where they
+            do not share those before; its lm_heads read D features in place of H.
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.

@@ -77,8 +77,12 @@ class HeadsReader:
         directory = self._location if self._location.is_dir() else self._location.parent
         config = ConfigFile(directory / "config.json")
         self._store = open_store(self._location, select_heads)
-        original_lm_head = config.flag("original_lm_head")
-        plan = make_plan(self._location, self._store.keys, original_lm_head=original_lm_head)
+        plan = make_plan(
+            self._location,
+            self._store.keys,
+            original_lm_head=config.flag("original_lm_head"),
+            tie_weights=config.flag("tie_weights"),
+        )
         self._headers = read_headers(self._store, plan)
         self._stored = _by_canonical_name(plan)
         self.spec = make_spec(self._location, config, plan, self._headers, target_vocab_size)
@@ -143,7 +147,7 @@ class HeadsReader:
             return self._rows(name, (), 0, None).to(self.spec.dtype)
         if name in ("selector.parent", "selector.child"):
             return self._part(name).to(self.spec.dtype)
-        if name.startswith("hydra."):
+        if name.startswith(("hydra.", "speculator.")):
             return self._whole(name).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
         lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
@@ -160,8 +164,10 @@ class HeadsReader:
     def read_blocks(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
         """Read the canonical tensors before the lm_heads and the selector, of the first heads."""
         names = [name for name in self._stored if name.startswith("blocks.") or name in ROOT]
-        of_heads = native_names(num_heads or self.spec.num_heads)
-        names += [name for name in of_heads if name in self._stored]
+        count = num_heads or self.spec.num_heads
+        names += [name for name in native_names(count) if name in self._stored]
+        of_heads = tuple(f"speculator.{head}." for head in range(count))
+        names += [name for name in self._stored if name.startswith(of_heads)]
         return {name: self.read(name, num_heads) for name in names}
 
     def read_selector(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:

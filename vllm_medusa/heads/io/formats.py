@@ -17,6 +17,7 @@ native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight
                       `selector.parent`, `selector.child` and `selector.depth`; of Hydra heads
                       `hydra.{h}.weight|bias`, and `blocks` only beyond the first layer
 hydra                 Hydra heads, see `hydra_names`
+mlp_speculator        MLP speculators, see `mlp_names`
 =============== ===== =============================================================================
 
 Any of them may carry one of `PREFIXES`. The canonical tensors are those of `HeadsCheckpoint`.
@@ -29,14 +30,16 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.heads.io import hydra_names
+from vllm_medusa.heads.io import hydra_names, mlp_names
 from vllm_medusa.heads.io.slots import Slot, check_complete
 
-SourceFormat = Literal["fasterdecoding", "tgi", "merged", "vllm", "modelopt", "native", "hydra"]
+SourceFormat = Literal[
+    "fasterdecoding", "tgi", "merged", "vllm", "modelopt", "native", "hydra", "mlp_speculator"
+]
 LmHeadKind = Literal["own", "common", "target", "low_rank"]
-NameStyle = Literal["sequential", "vllm", "native", "hydra"]
+NameStyle = Literal["sequential", "vllm", "native", "hydra", "mlp_speculator"]
 
-PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.")
+PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.", "speculator.")
 SELECTOR = ("selector.parent", "selector.child", "selector.depth")
 ROOT = ("root.weight",)
 LM_HEAD_BIAS = ("lm_heads.bias",)
@@ -46,6 +49,7 @@ _BLOCK: dict[NameStyle, re.Pattern[str]] = {
     "vllm": re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)"),
     "native": re.compile(r"(?:blocks|hydra\.\d+)\.(?P<kind>weight|bias)"),
     "hydra": hydra_names.BLOCK,
+    "mlp_speculator": mlp_names.BLOCK,
 }
 _SEQUENTIAL_LM_HEAD = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.weight")
 _VLLM_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
@@ -67,14 +71,10 @@ class Plan:
     """Where the canonical tensors of one checkpoint come from.
 
     Attributes:
-        num_heads, num_layers: given by the names; None in the native style, where the shapes give
-            them.
         slots: the canonical place of each tensor of the checkpoint, by its stored name.
     """
 
     source_format: SourceFormat
-    num_heads: int | None
-    num_layers: int | None
     lm_head: LmHeadKind
     slots: dict[str, Slot]
 
@@ -164,7 +164,9 @@ def head_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) -> Plan:
+def make_plan(
+    location: Path, keys: Iterable[str], *, original_lm_head: bool, tie_weights: bool = False
+) -> Plan:
     """Recognise the format and check that the heads are complete and nothing is left over.
 
     Args:
@@ -172,6 +174,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         keys: the names of all its tensors.
         original_lm_head: the key of vLLM's config.json: one lm_head for all heads, which is the
             target's own if the checkpoint holds none.
+        tie_weights: the key of an MLP speculator's config.json.
 
     Raises:
         UserError: no heads, quantised heads, or tensors missing or left over.
@@ -187,14 +190,11 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
     style = _recognised(location, names)
     if style == "hydra":
         slots = hydra_names.slots(location, stored, names)
-        num_heads, num_layers = _count(style, names)
-        return Plan(
-            source_format=style,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            lm_head="own",
-            slots=slots,
-        )
+        return Plan(source_format=style, lm_head="own", slots=slots)
+    if style == "mlp_speculator":
+        slots = mlp_names.slots(location, names, is_tied=tie_weights)
+        kind: LmHeadKind = "common" if tie_weights else "own"
+        return Plan(source_format=style, lm_head=kind, slots=slots)
     num_heads, num_layers = _count(style, names)
     if max(num_heads, num_layers) > len(names):
         raise UserError(
@@ -218,8 +218,6 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
     check_complete(location, expected, names, what)
     return Plan(
         source_format=_source_format(style, names, lm_head, _holds_model(stored)),
-        num_heads=None if style == "native" else num_heads,
-        num_layers=None if style == "native" else num_layers,
         lm_head=lm_head,
         slots={names[name]: slot for name, slot in expected.items()},
     )

@@ -8,6 +8,7 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.files import TensorStore
 from vllm_medusa.heads.io.formats import Plan
 from vllm_medusa.heads.io.hydra_names import NATIVE
+from vllm_medusa.heads.io.mlp_names import CANONICAL
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,6 +32,13 @@ _DIMENSIONS = {
 _HYDRA_DIMENSIONS = {
     "weight": ("num_parts", "hidden_size", "input_size_{}"),
     "bias": ("num_parts", "hidden_size"),
+}
+# Of MLP speculators, whose first head reads the target's hidden state.
+_SPECULATOR_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab_size", "inner_size"),
+    "weight": ("inner_size", "inner_size"),
+    "scale": ("inner_size",),
+    "bias": ("inner_size",),
 }
 _INDEX_TENSORS = ("token_map", "d2t", "t2d")
 
@@ -57,8 +65,10 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
     for key, (name, index) in plan.slots.items():
         value = store.read(key)
         dimensions = _dimensions(name)[len(index) :]
-        if name == "lm_head.weight" and plan.lm_head == "common":
-            dimensions = ("vocab_size", "hidden_size")
+        if name == "lm_head.weight":
+            is_mlp = plan.source_format == "mlp_speculator"
+            rows = ("vocab_size", "inner_size" if is_mlp else "hidden_size")
+            dimensions = rows if plan.lm_head == "common" else (("num_heads", *rows)[len(index) :])
         _check_dtype(store, key, value.dtype, name)
         _check_shape(store, key, value.shape, dimensions, sizes)
         known = headers.get(name, Header((0,) * len(index), value.dtype))
@@ -68,6 +78,10 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
 
 
 def _dimensions(name: str) -> tuple[str, ...]:
+    if of_speculator := CANONICAL.fullmatch(name):
+        if (of_speculator["head"], of_speculator["part"]) == ("0", "weight"):
+            return "inner_size", "hidden_size"
+        return _SPECULATOR_DIMENSIONS[of_speculator["part"]]
     match = NATIVE.fullmatch(name)
     if match is None:
         return _DIMENSIONS[name]

@@ -1,12 +1,14 @@
 """What kind of heads a checkpoint holds, from its headers and config.json."""
 
+import functools
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.heads.checkpoint import HeadsSpec
+from vllm_medusa.heads.checkpoint import HeadsKind, HeadsSpec
 from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.formats import Plan
 from vllm_medusa.heads.io.headers import Header
@@ -32,14 +34,7 @@ def make_spec(
         UserError: config.json contradicts the headers, or the lm_heads fit no vocabulary.
     """
     vocab_size, draft_vocab_size = _vocab(location, headers, config, target_vocab_size)
-    is_hydra = "hydra.0.weight" in headers
-    root_size: int | None = None
-    if is_hydra:
-        num_heads, num_layers, hidden_size, root_size = _hydra_sizes(location, headers)
-    else:
-        num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
-        if "root.weight" in headers:
-            root_size = headers["root.weight"].shape[2]
+    sizes = _sizes(location, headers, config)
     selector = headers.get("selector.parent")
     if selector is not None and selector.shape[0] != (vocab_size or selector.shape[0]):
         raise UserError(
@@ -47,25 +42,23 @@ def make_spec(
             f"{vocab_size}; export the heads again"
         )
     config.check_hidden_states()
-    config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
-    dtype = headers["hydra.0.weight" if is_hydra else "blocks.weight"].dtype
-    for header in headers.values():
-        if header.dtype.is_floating_point:
-            dtype = torch.promote_types(dtype, header.dtype)
+    config.check_size(sizes.hidden_size, "hidden_size", "medusa_hidden_size", "emb_dim")
+    dtypes = [header.dtype for header in headers.values() if header.dtype.is_floating_point]
     return HeadsSpec(
         source_format=plan.source_format,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
+        num_heads=sizes.num_heads,
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
         vocab_size=vocab_size if selector is None else selector.shape[0],
         draft_vocab_size=draft_vocab_size,
         lm_head=plan.lm_head,
-        has_bias=is_hydra or "blocks.bias" in headers,
+        has_bias=sizes.kind != "medusa" or "blocks.bias" in headers,
         logit_scale=config.logit_scale(),
-        dtype=dtype,
-        root_size=root_size,
+        dtype=functools.reduce(torch.promote_types, dtypes),
+        root_size=sizes.root_size,
         selector_rank=None if selector is None else selector.shape[1],
-        kind="hydra" if is_hydra else "medusa",
+        kind=sizes.kind,
+        scales_input=sizes.kind == "mlp_speculator" and config.flag("scale_input"),
     )
 
 
@@ -74,7 +67,7 @@ def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str
     notes = config.check_count(
         "heads",
         spec.num_heads,
-        *("medusa_num_heads", "num_medusa_heads", "hydra_num_heads", "num_heads"),
+        *("medusa_num_heads", "num_medusa_heads", "hydra_num_heads", "num_heads", "n_predict"),
     )
     # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
     layer_names = ["medusa_num_layers", "num_medusa_layers", "hydra_num_layers", "num_layers"]
@@ -92,12 +85,39 @@ def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str
     return notes
 
 
-def _hydra_sizes(location: Path, headers: dict[str, Header]) -> tuple[int, int, int, int]:
-    """Check the sizes of Hydra heads' layers against each other.
+class _Sizes(NamedTuple):
+    """Attributes of a `HeadsSpec`."""
 
-    Returns:
-        num_heads, num_layers, hidden_size, embedding_size
-    """
+    kind: HeadsKind
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    root_size: int | None = None
+
+
+def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _Sizes:
+    """Tell the kind of heads by the names of their tensors, and the sizes by the shapes."""
+    if "hydra.0.weight" in headers:
+        return _hydra_sizes(location, headers)
+    if "speculator.0.weight" in headers:
+        num_heads = sum(name.endswith(".embedding") for name in headers)
+        if config.flag("tie_weights"):
+            given = config.integer("n_predict")
+            has_more = "speculator.1.weight" in headers
+            if given is None or (given > 1) != has_more:
+                raise UserError(
+                    f"{config.path}: n_predict is {given} for an MLP speculator with "
+                    f"{1 + has_more} tensors 'proj'; set it to the number of its heads"
+                )
+            num_heads = given
+        return _Sizes("mlp_speculator", num_heads, 1, headers["speculator.0.weight"].shape[1])
+    num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    root = headers.get("root.weight")
+    return _Sizes("medusa", num_heads, num_layers, hidden_size, root and root.shape[2])
+
+
+def _hydra_sizes(location: Path, headers: dict[str, Header]) -> _Sizes:
+    """Check the sizes of Hydra heads' layers against each other."""
     num_heads = sum(name.startswith("hydra.") and name.endswith(".bias") for name in headers)
     num_parts, hidden_size, first = headers["hydra.0.weight"].shape
     embedding_size = first - hidden_size
@@ -115,7 +135,8 @@ def _hydra_sizes(location: Path, headers: dict[str, Header]) -> tuple[int, int, 
             f"{location}: 'blocks.weight' is for {blocks.shape[0]} heads, 'hydra' for {num_heads}; "
             "export the heads again"
         )
-    return num_heads, 1 if blocks is None else 1 + blocks.shape[1], hidden_size, embedding_size
+    num_layers = 1 if blocks is None else 1 + blocks.shape[1]
+    return _Sizes("hydra", num_heads, num_layers, hidden_size, embedding_size)
 
 
 def rows_name(names: Collection[str]) -> str | None:

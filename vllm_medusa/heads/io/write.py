@@ -152,7 +152,7 @@ def with_target_lm_head(checkpoint: HeadsCheckpoint, weight: torch.Tensor) -> He
 
 def _fit(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> HeadsCheckpoint:
     """Bring heads into a form that the format has, or refuse, naming what would be lost."""
-    if write_format == "native":
+    if write_format == "native" and checkpoint.spec.kind != "mlp_speculator":
         return checkpoint
     for lost in _losses(checkpoint, write_format):
         raise UserError(f"heads cannot be written as {write_format}: {lost}")
@@ -174,8 +174,8 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
     losses: list[str] = []
     if spec.is_sequential:
         losses.append(
-            f"it holds Medusa heads only, the layers with which {spec.kind} heads read the tokens "
-            "of a path would be lost; keep the heads as they are"
+            f"the layers with which {spec.kind} heads read the tokens of a path would be lost; "
+            "keep the heads as they are"
         )
     for is_there, what in (
         (spec.root_size, "the matrices with which these heads read the last token"),

@@ -1,6 +1,7 @@
-"""Hydra heads made of the demo's Medusa heads: a little worse than they.
+"""Heads that run in turn for the demo's model.
 
-What they see of the path changes many drafts, and most are still right.
+Hydra heads are made of the demo's Medusa heads: what they see of the path changes many drafts, and
+most are still right. An MLP speculator is made of the pairs of tokens in given texts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints import write_hydra
+from tests.checkpoints import make_mlp_speculator, write_hydra, write_mlp_speculator
 from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
 from tests.oracles import heads as oracle
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
@@ -60,6 +61,36 @@ def write_published_hydra(out: Path) -> Path:
     own = {"lm_head.weight": lm_heads, "lm_head.bias": biases}
     own = {name: tensor.to(heads.spec.dtype) for name, tensor in own.items()}
     return write_hydra(out, dataclasses.replace(heads, tensors=heads.tensors | own))
+
+
+def write_speculator_of(texts: list[list[int]], out: Path) -> Path:
+    """An MLP speculator that guesses what follows a token in the texts, the most frequent first.
+
+    A token's row is a random code, and a token's lm_head sums the codes of those before it. A large
+    bias keeps GELU in its linear part; the lm_heads do not see it, because their rows sum to zero.
+    """
+    size, num_heads = 1024, 3
+    made = make_mlp_speculator(
+        is_tied=True,
+        scales_input=True,
+        num_heads=num_heads,
+        hidden_size=256,
+        inner_size=size,
+        vocab_size=VOCAB_SIZE,
+    )
+    codes = torch.randn(VOCAB_SIZE, size, generator=torch.Generator().manual_seed(1))
+    counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE)
+    for text in texts:
+        counts.index_put_((torch.tensor(text[1:]), torch.tensor(text[:-1])), torch.ones(()), True)
+    lm_head = counts / counts.sum(dim=0).clamp(min=1) @ codes / size
+    tensors = dict(made.tensors)
+    for k in range(2):
+        tensors[f"speculator.{k}.weight"] = tensors[f"speculator.{k}.weight"] * 1e-3
+    tensors["speculator.0.embedding"] = codes
+    tensors["speculator.0.scale"] = torch.ones(size)
+    tensors["speculator.0.bias"] = torch.full((size,), 6.0)
+    tensors["lm_head.weight"] = lm_head - lm_head.mean(dim=1, keepdim=True)
+    return write_mlp_speculator(out, dataclasses.replace(made, tensors=tensors))
 
 
 class SlowHydra:

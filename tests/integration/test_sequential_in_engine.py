@@ -1,4 +1,4 @@
-"""Hydra heads in an engine: lossless, and the oracle's drafts."""
+"""Heads that run in turn, in an engine: lossless, and the oracle's drafts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import pytest
 
 from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import counters, draft_with, open_engine, spec_metrics, token_ids
-from tests.integration.hydra_heads import SlowHydra, write_native_hydra, write_published_hydra
+from tests.integration.sequential_heads import (
+    SlowHydra,
+    write_native_hydra,
+    write_published_hydra,
+    write_speculator_of,
+)
 from tests.integration.test_seeing_heads import Kept, Recorder, rank_paths
 from vllm_medusa.cli.main import main
 
@@ -108,6 +113,18 @@ def test_dynamic_trees(
         for parent, found in children.items():
             best = slow.logits(hidden, texts[parent]).topk(len(found)).indices.tolist()
             assert found == set(best)
+
+
+@pytest.mark.parametrize("tree", ["static", "dynamic"])
+def test_mlp_speculator(
+    prompts: list[str], reference: list[list[int]], tmp_path: Path, tree: str
+) -> None:
+    path = write_speculator_of(reference, tmp_path / "heads")
+    paths = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
+    options = {"tree": paths} if tree == "static" else {"sources": ["heads"]}
+    if tree == "dynamic":
+        options |= {"tree": "dynamic", "measure_costs": False}
+    check_lossless({"model": str(path), **options}, prompts, reference)
 
 
 def test_costs_are_measured(prompts: list[str], reference: list[list[int]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine's Hydra heads, split over ranks, against one node at a time."""
+"""The engine's heads that run in turn, split over ranks, against one node at a time."""
 
 from __future__ import annotations
 
@@ -32,18 +32,28 @@ KINDS: list[dict[str, Any]] = [
     {"lm_head": "own", "draft_vocab_size": 41},
     {"lm_head": "common"},
     {"lm_head": "low_rank", "rank": 5},
+    {"is_tied": False, "inner_size": 6},
+    {"is_tied": True, "inner_size": 10, "scales_input": True},
 ]
 
 
-def make_heads(**options: Any) -> HeadsCheckpoint:
-    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "root_size": ROOT_SIZE}
-    return checkpoints.make_hydra(**sizes, **options)
+def write_heads(directory: Path, **options: Any) -> tuple[Path, HeadsCheckpoint]:
+    """Hydra heads, or an MLP speculator."""
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE}
+    if "is_tied" in options:
+        heads = checkpoints.make_mlp_speculator(**sizes, **options)
+        return checkpoints.write_mlp_speculator(directory, heads), heads
+    heads = checkpoints.make_hydra(root_size=ROOT_SIZE, **sizes, **options)
+    return checkpoints.write_native(directory, heads), heads
 
 
 def below(heads: HeadsCheckpoint, hidden: Tensor, tokens: list[int]) -> dict[int, float]:
     """Log-probability of each token after a path that begins with the root, the best first."""
     head = len(tokens) - 1
-    feature = oracle.hydra_features(heads, head, hidden, embedding()[torch.tensor(tokens)])
+    if heads.spec.kind == "hydra":
+        feature = oracle.hydra_features(heads, head, hidden, embedding()[torch.tensor(tokens)])
+    else:
+        feature = oracle.mlp_features(heads, hidden, tokens)
     rows = feature[None, None].expand(heads.spec.num_heads, 1, -1)
     logits = oracle.logits(heads, rows)[head, 0] * heads.spec.logit_scale
     names = heads.tensors.get("token_map", torch.arange(VOCAB_SIZE)).tolist()
@@ -76,8 +86,8 @@ def check(loaded: proposer.MedusaProposer, heads: HeadsCheckpoint, num_rows: int
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
-    heads = make_heads(**kind)
-    loaded = load_rank(monkeypatch, checkpoints.write_native(tmp_path, heads))
+    path, heads = write_heads(tmp_path, **kind)
+    loaded = load_rank(monkeypatch, path)
     for num_rows in (1, 5):
         check(loaded, heads, num_rows)
 
@@ -88,8 +98,7 @@ def test_split_over_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], world_size: int
 ) -> None:
     """Each rank's rows of the lm_heads together give what one rank alone gives."""
-    heads = make_heads(**kind)
-    path = checkpoints.write_native(tmp_path, heads)
+    path, heads = write_heads(tmp_path, **kind)
     ranks = [load_rank(monkeypatch, path, rank, world_size) for rank in range(world_size)]
     features: dict[int, Tensor] = {}
 
