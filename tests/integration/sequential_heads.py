@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints import make_mlp_speculator, write_hydra, write_mlp_speculator
 from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
 from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_mlp_speculator, write_hydra, write_mlp_speculator
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
 from vllm_medusa.heads.io.write import save_heads
 

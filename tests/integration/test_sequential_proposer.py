@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import checkpoints
+from tests import checkpoints, sequential_checkpoints
 from tests.integration.test_proposer import (
     HIDDEN_SIZE,
     ROOT_SIZE,
@@ -41,9 +41,9 @@ def write_heads(directory: Path, **options: Any) -> tuple[Path, HeadsCheckpoint]
     """Hydra heads, or an MLP speculator."""
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE}
     if "is_tied" in options:
-        heads = checkpoints.make_mlp_speculator(**sizes, **options)
-        return checkpoints.write_mlp_speculator(directory, heads), heads
-    heads = checkpoints.make_hydra(root_size=ROOT_SIZE, **sizes, **options)
+        heads = sequential_checkpoints.make_mlp_speculator(**sizes, **options)
+        return sequential_checkpoints.write_mlp_speculator(directory, heads), heads
+    heads = sequential_checkpoints.make_hydra(root_size=ROOT_SIZE, **sizes, **options)
     return checkpoints.write_native(directory, heads), heads
 
 

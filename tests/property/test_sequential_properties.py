@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.checkpoints import make_hydra
 from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_hydra
 from vllm_medusa.heads import HeadsCheckpoint
 from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.sequential import SequentialTree

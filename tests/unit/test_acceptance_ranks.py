@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.checkpoints import make_hydra
 from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_hydra
 from tests.training import make_settings
 from vllm_medusa.acceptance.ranks import Heads, RankMeter, rank_of, wanted_tokens
 from vllm_medusa.acceptance.statistics import RANK_CAP

@@ -14,14 +14,13 @@ from tests.checkpoints import (
     assert_same_heads,
     backbone_tensors,
     make_heads,
-    make_hydra,
     write,
     write_fasterdecoding,
-    write_hydra,
     write_native,
     write_tgi,
     write_vllm,
 )
+from tests.sequential_checkpoints import make_hydra, write_hydra
 from vllm_medusa import __version__
 from vllm_medusa.cli import main as cli
 from vllm_medusa.heads import load_heads

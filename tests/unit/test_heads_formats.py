@@ -11,12 +11,10 @@ from tests.checkpoints import (
     assert_same_heads,
     backbone_tensors,
     make_heads,
-    make_hydra,
     sequential_tensors,
     vllm_tensors,
     write,
     write_fasterdecoding,
-    write_hydra,
     write_merged,
     write_modelopt,
     write_native,
@@ -24,6 +22,7 @@ from tests.checkpoints import (
     write_tgi,
     write_vllm,
 )
+from tests.sequential_checkpoints import make_hydra, write_hydra
 from vllm_medusa.heads import load_heads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoints import assert_same_heads, make_hydra
+from tests.checkpoints import assert_same_heads
 from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_hydra
 from tests.training import make_settings, make_target
 from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.hydra import HydraHeads

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import (
-    assert_same_heads,
-    error,
-    make_mlp_speculator,
-    write,
-    write_mlp_speculator,
-)
+from tests.checkpoints import assert_same_heads, error, write
 from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_mlp_speculator, write_mlp_speculator
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.io.write import save_heads

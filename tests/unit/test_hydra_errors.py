@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import (
-    assert_same_heads,
-    error,
-    hydra_tensors,
-    make_hydra,
-    write,
-    write_hydra,
-    write_native,
-)
+from tests.checkpoints import assert_same_heads, error, write, write_native
+from tests.sequential_checkpoints import hydra_tensors, make_hydra, write_hydra
 from tests.training import make_settings, make_target
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
