@@ -33,7 +33,7 @@ def hydra_of_demo() -> HeadsCheckpoint:
     size = spec.hidden_size
     tensors = {}
     for head in range(spec.num_heads):
-        weight = torch.randn(2, size, size * (head + 2), generator=generator) * 0.03
+        weight = torch.randn(2, size, size * (head + 2), generator=generator) * 0.05
         weight[0, :, :size] = demo.tensors["blocks.weight"][head, 0]
         weight[1, :, :size] = torch.eye(size)
         bias = torch.zeros(2, size)
@@ -82,7 +82,8 @@ def write_speculator_of(texts: list[list[int]], out: Path) -> Path:
     counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE)
     for text in texts:
         counts.index_put_((torch.tensor(text[1:]), torch.tensor(text[:-1])), torch.ones(()), True)
-    lm_head = counts / counts.sum(dim=0).clamp(min=1) @ codes / size
+    # Logits that are far apart give probabilities with which dynamic trees fork.
+    lm_head = 20 * counts / counts.sum(dim=0).clamp(min=1) @ codes / size
     tensors = dict(made.tensors)
     for k in range(2):
         tensors[f"speculator.{k}.weight"] = tensors[f"speculator.{k}.weight"] * 1e-3

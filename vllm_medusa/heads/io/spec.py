@@ -112,8 +112,8 @@ def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _S
             num_heads = given
         return _Sizes("mlp_speculator", num_heads, 1, headers["speculator.0.weight"].shape[1])
     num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
-    root = headers.get("root.weight")
-    return _Sizes("medusa", num_heads, num_layers, hidden_size, root and root.shape[2])
+    root_size = headers["root.weight"].shape[2] if "root.weight" in headers else None
+    return _Sizes("medusa", num_heads, num_layers, hidden_size, root_size)
 
 
 def _hydra_sizes(location: Path, headers: dict[str, Header]) -> _Sizes:
