@@ -19,7 +19,6 @@ from tests.integration.sequential_heads import (
     write_speculator_of,
 )
 from tests.integration.test_seeing_heads import Kept, Recorder, rank_paths
-from vllm_medusa.cli.main import main
 
 pytestmark = pytest.mark.engine
 
@@ -133,11 +132,3 @@ def test_costs_are_measured(prompts: list[str], reference: list[list[int]], tmp_
     with demo_engine(speculative_config=spec) as llm:
         assert generate(llm, prompts) == reference
         assert counters(llm)["heads_runs"] > 0
-
-
-def test_calibration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heads = write_native_hydra(tmp_path / "heads")
-    prompts = DEMO_MODEL.parent / "prompts.jsonl"
-    arguments = ["calibrate", heads, "--model", DEMO_MODEL, "--prompts", prompts]
-    assert main([str(argument) for argument in arguments]) == 2
-    assert "are hydra heads, whose guesses along one text" in capsys.readouterr().err

@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads
-from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.io.formats import LmHeadKind
 from vllm_medusa.heads.selector import Selector
-from vllm_medusa.heads.sequential import SequentialHeads, features_along
+from vllm_medusa.heads.sequential import SequentialHeads, features_along, make_sequential
 from vllm_medusa.target.frozen import FrozenTarget
 
 _LM_HEADS: dict[LmHeadKind, tuple[str, ...]] = {
@@ -36,8 +35,9 @@ class StoredHeads:
         self._embedding = target.embedding
         self._sequential: SequentialHeads | None = None
         if checkpoint.spec.is_sequential:
-            heads = HydraHeads.from_tensors(checkpoint.tensors, self._embed, dtype, device)
-            self._sequential = heads.requires_grad_(False)
+            self._sequential = make_sequential(
+                checkpoint.spec, checkpoint.tensors, self.num_heads, self._embed, dtype, device
+            )
         else:
             blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
             self._blocks = blocks.requires_grad_(False)

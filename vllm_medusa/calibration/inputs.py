@@ -78,12 +78,6 @@ def read_inputs(settings: CalibrateSettings) -> Inputs:
         target_hidden_size=target.hidden_size,
         target_vocab_size=target.vocab_size,
     )
-    if checkpoint.spec.is_sequential:
-        raise UserError(
-            f"{settings.heads}: are {checkpoint.spec.kind} heads, whose guesses along one text do "
-            "not tell those on other paths, so that trees cannot be replayed; use the tree that "
-            "`vllm-medusa train` wrote, or a named one"
-        )
     requests, texts = _requests_or_texts(settings, target, checkpoint.spec.num_heads)
     check_requests: list[Request] = []
     if settings.check_prompts is not None:

@@ -8,13 +8,16 @@ nodes of a level, and all requests, at the same time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from vllm_medusa.heads.checkpoint import HeadsSpec
+from vllm_medusa.heads.hydra import HydraHeads
+from vllm_medusa.heads.mlp_speculator import MlpSpeculator
 from vllm_medusa.tree.layout import Level
 
 
@@ -35,6 +38,38 @@ class SequentialHeads(Protocol):
         Returns:
             [N, S'] states with the tokens, and [N, F] features that the lm_head of head k reads
         """
+
+
+def make_sequential(
+    spec: HeadsSpec,
+    tensors: Mapping[str, Tensor],
+    num_heads: int,
+    embed: Callable[[Tensor], Tensor] | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> SequentialHeads:
+    """Build heads of a checkpoint, which are not trained.
+
+    Args:
+        spec: of all heads.
+        tensors: canonical ones (`HeadsCheckpoint`), of the first heads at least.
+        num_heads: heads that are needed.
+        embed: from tokens [N] to the target's embeddings [N, E], for heads that read them.
+        dtype: of the parameters.
+        device: of the parameters.
+    """
+    if spec.kind == "mlp_speculator":
+        speculator = MlpSpeculator(
+            tensors,
+            num_heads,
+            spec.num_heads,
+            scales_input=spec.scales_input,
+            dtype=dtype,
+            device=device,
+        )
+        return speculator.requires_grad_(False)
+    assert embed is not None, "Hydra heads read the target's embedding"
+    return HydraHeads.from_tensors(tensors, embed, dtype, device).requires_grad_(False)
 
 
 def features_along(

@@ -24,11 +24,9 @@ from vllm.distributed import (
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.draft.probability import Probabilities, probabilities_of_heads
 from vllm_medusa.draft.superset import Superset
-from vllm_medusa.heads import HeadsReader, HeadsSpec, MedusaHeads
-from vllm_medusa.heads.hydra import HydraHeads
-from vllm_medusa.heads.mlp_speculator import MlpSpeculator
+from vllm_medusa.heads import HeadsReader, MedusaHeads
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
-from vllm_medusa.heads.sequential import SequentialHeads, SequentialTree
+from vllm_medusa.heads.sequential import SequentialTree, make_sequential
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
 from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
@@ -106,7 +104,9 @@ class MedusaProposer:
         if spec.root_size is not None:
             self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
         if spec.is_sequential:
-            heads = self._sequential_heads(spec, tensors)
+            heads = make_sequential(
+                spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
+            )
             self.sequential_tree = SequentialTree.of(heads, self._levels())
         else:
             self._blocks = MedusaHeads.from_tensors(tensors, dtype, self._device)
@@ -116,20 +116,6 @@ class MedusaProposer:
             self.selector_tree = SelectorTree(selector, self._levels())
             num_tokens = spec.draft_vocab_size or vocab_size
             self._num_guesses = max(self._num_guesses, min(NUM_CANDIDATES, num_tokens))
-
-    def _sequential_heads(self, spec: HeadsSpec, tensors: dict[str, Tensor]) -> SequentialHeads:
-        dtype = self._vllm_config.model_config.dtype
-        if spec.kind == "mlp_speculator":
-            return MlpSpeculator(
-                tensors,
-                self.config.tree.depth,
-                spec.num_heads,
-                scales_input=spec.scales_input,
-                dtype=dtype,
-                device=self._device,
-            )
-        assert self._embed is not None, "Hydra heads read the target's embedding"
-        return HydraHeads.from_tensors(tensors, self._embed, dtype, self._device)
 
     def _levels(self) -> tuple[Level, ...]:
         """Return the levels of the static tree, or of the rank paths of dynamic trees."""
