@@ -78,6 +78,12 @@ def test_biases_beside_a_token_map(tmp_path: Path) -> None:
     assert "lm_heads with biases" in error(write_native(tmp_path, heads))
 
 
+@pytest.mark.parametrize("lm_head", ["target", "low_rank", "common"])
+def test_biases_without_lm_heads_of_their_own(tmp_path: Path, lm_head: str) -> None:
+    heads = make_hydra(lm_head=lm_head, has_lm_head_bias=True)
+    assert "is no part of stacked heads" in error(write_native(tmp_path, heads))
+
+
 def test_target_of_other_sizes(tmp_path: Path) -> None:
     path = write_hydra(tmp_path, published())
     assert "hidden size 8" in error(path, target_hidden_size=16)

@@ -294,7 +294,9 @@ def _other_names(style: NameStyle, names: Collection[str]) -> list[str]:
         groups.append(("token_map",) if "token_map" in names else ("d2t", "t2d"))
     if style == "native":
         heads = [int(match["head"]) for match in _matches(hydra_names.NATIVE, names)]
-        groups += [ROOT, SELECTOR, LM_HEAD_BIAS]
+        groups += [ROOT, SELECTOR]
+        if "lm_heads.weight" in names:  # only these are applied with their biases
+            groups.append(LM_HEAD_BIAS)
         # Not more than there are names, whatever number one of them has.
         groups.append(tuple(hydra_names.native_names(min(max(heads, default=-1) + 1, len(names)))))
     return [name for group in groups if any(part in names for part in group) for name in group]
