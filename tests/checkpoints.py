@@ -246,7 +246,7 @@ def write_native(directory: Path, heads: HeadsCheckpoint, prefix: str = "") -> P
             name = name.replace(singular, replacement)
         tensors[prefix + name] = tensor.clone()
     is_second = heads.spec.root_size is not None or heads.spec.selector_rank is not None
-    version = 2 if is_second else 1
+    version = 3 if heads.spec.kind == "hydra" else 2 if is_second else 1
     config = {
         "format": f"vllm_medusa.heads/{version}",
         "model_type": "medusa",

@@ -14,6 +14,7 @@ import torch
 from tests import tiny
 from tests.integration.command_line import DEMO_HEADS, DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.conftest import open_engine
+from tests.integration.sequential_heads import write_native_hydra
 from vllm_medusa.acceptance.ranks import RankMeter
 from vllm_medusa.acceptance.statistics import accepted_drafts
 from vllm_medusa.acceptance.stored_heads import StoredHeads
@@ -119,6 +120,17 @@ def test_rows_to_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(used[name] != demo_curves[name] for name in used)
 
 
+def test_heads_that_run_in_turn(tmp_path: Path) -> None:
+    """They get trees, but no probabilities of dynamic ones."""
+    rows, heads = write_rows(tmp_path / "rows", 12), write_native_hydra(tmp_path / "heads")
+    (heads / "medusa_tree.json").unlink()
+    assert calibrate("--prompts", rows, "--no-step-costs", heads=heads) == 0
+    assert len(load_heads(heads).tree_paths or ()) == 8
+    assert not (heads / PROBABILITIES_FILE).exists()
+    assert json.loads((heads / "calibration.json").read_text())["dynamic"] is None
+    assert "dynamic" not in (heads / "calibration.md").read_text()
+
+
 @pytest.mark.engine
 def test_prompts_to_trees(tmp_path: Path) -> None:
     """Continuations by the engine, greedy and sampled."""
@@ -139,7 +151,8 @@ def test_prompts_to_trees(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_simulated_steps_are_the_engines(tmp_path: Path, kind: str) -> None:
     """Prompt by prompt, step by step: float32, where both see the same numbers."""
     options = {"model": str(DEMO_MODEL), "dtype": "float32", "seed": 0, **ENGINE}
     options["kv_cache_memory_bytes"] = 2**28
@@ -148,7 +161,8 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in PROMPTS[:24]]
     requests = [Request(str(index), tokens) for index, tokens in enumerate(prompts)]
-    checkpoint = load_heads(MEDUSA_HEADS)
+    heads = MEDUSA_HEADS if kind == "medusa" else write_native_hydra(tmp_path / "heads")
+    checkpoint = load_heads(heads)
     max_tokens = 68
     with EngineProcess(options) as engine:
         engine.wait()
@@ -158,7 +172,7 @@ def test_simulated_steps_are_the_engines(tmp_path: Path) -> None:
     continuations = meter.measure(texts, lambda _: None)
     paths = best_paths([item.ranks for item in continuations], 16)
     tree = [list(path) for path in paths]
-    speculative = {"method": "medusa", "model": str(MEDUSA_HEADS), "tree": tree}
+    speculative = {"method": "medusa", "model": str(heads), "tree": tree}
     with EngineProcess({**options, "speculative_config": speculative}) as engine:
         engine.wait()
         run = engine.run(prompts, max_tokens)

@@ -103,6 +103,14 @@ def test_heads_loading_benchmark(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_proposals_benchmark() -> None:
+    heads = ["demo/medusa-heads", "demo/heads"]
+    rows = run("bench_proposals.py", *heads, "--rounds", 1).splitlines()[-4:]
+    assert [row.split()[:2] for row in rows] == [[name, size] for size in "18" for name in heads]
+    assert all(float(row.split()[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_training_benchmark(tmp_path: Path) -> None:
     few = ["--millions", "--rounds", 1, "--batch-tokens", 512]
     run("bench_training.py", *few, "--out", tmp_path / "training.json")

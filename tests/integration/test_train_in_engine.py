@@ -112,7 +112,7 @@ def test_logits_agree(
         (output,) = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)
     tokens = torch.tensor([PROMPT + list(output.outputs[0].token_ids)])
     hidden = training.target.hidden(tokens, torch.arange(tokens.shape[1])[None])[0]
-    features = outcome.heads.features(hidden, tokens[0].roll(-1))
+    features = outcome.heads.features(hidden, tokens[0].roll(-1)[:, None])
     num_sampled = 0
     assert len(recorded) > 10
     for num_new, engines in recorded:

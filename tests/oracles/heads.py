@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +38,42 @@ def features(heads: HeadsCheckpoint, hidden: Tensor, roots: Tensor | None = None
     return torch.stack(rows).detach()
 
 
+def hydra_features(heads: HeadsCheckpoint, head: int, hidden: Tensor, seen: Tensor) -> Tensor:
+    """[H] of one Hydra head, from one hidden state [H] and its path's embeddings [head + 1, E]."""
+    tensors = heads.tensors
+    x = torch.cat([hidden, *seen[: head + 1]])
+    (w, r), (w_bias, r_bias) = tensors[f"hydra.{head}.weight"], tensors[f"hydra.{head}.bias"]
+    x = r @ x + r_bias + nn.SiLU()(w @ x + w_bias)
+    for layer in range(heads.spec.num_layers - 1):
+        weight, bias = tensors["blocks.weight"][head, layer], tensors["blocks.bias"][head, layer]
+        x = x + nn.SiLU()(weight @ x + bias)
+    return x
+
+
+def mlp_features(heads: HeadsCheckpoint, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+    """[D] of an MLP speculator after a path of tokens, from one hidden state [H].
+
+    The heads of tied ones share the tensors of the first, and `weight` of the second.
+    """
+    tensors, spec = heads.tensors, heads.spec
+
+    def norm(x: Tensor) -> Tensor:
+        return x / torch.sqrt((x**2).mean() + 1e-6)
+
+    state = norm(hidden) / 2**0.5 if spec.scales_input else hidden
+    for head, token in enumerate(tokens):
+        is_tied = "speculator.1.scale" not in tensors
+        first = 0 if is_tied else head
+        weight = tensors[f"speculator.{min(head, 1) if is_tied else head}.weight"]
+        table = tensors[f"speculator.{first}.embedding"]
+        kept = 0.5 ** (0.5 / spec.num_heads)
+        share = math.sqrt((1 - kept**2) * (table.shape[1] / 2))
+        x = norm(weight @ state + share / kept * table[token])
+        x = x * tensors[f"speculator.{first}.scale"] + tensors[f"speculator.{first}.bias"]
+        state = nn.GELU()(x)
+    return state
+
+
 def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) -> Tensor:
     """[K, B, V], one row and head at a time; `lm_head` [V, H] is the target's."""
     tensors = heads.tensors
@@ -51,7 +88,8 @@ def logits(heads: HeadsCheckpoint, rows: Tensor, lm_head: Tensor | None = None) 
             matrix = lm_head
         else:
             matrix = tensors["lm_head.up"][h] @ tensors["lm_head.down"][h]
-        results.append(torch.stack([matrix @ x for x in feature]))
+        bias = tensors["lm_head.bias"][h] if "lm_head.bias" in tensors else 0
+        results.append(torch.stack([matrix @ x + bias for x in feature]))
     return torch.stack(results)
 
 

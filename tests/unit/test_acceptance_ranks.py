@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_hydra, make_mlp_speculator
 from tests.training import make_settings
 from vllm_medusa.acceptance.ranks import Heads, RankMeter, rank_of, wanted_tokens
 from vllm_medusa.acceptance.statistics import RANK_CAP
@@ -56,7 +58,8 @@ def plain_ranks(
     target: FrozenTarget, checkpoint: HeadsCheckpoint, text: Text, answer: Answer
 ) -> list[list[int]]:
     """Rank by sorting, a forward pass for every position."""
-    heads = MedusaHeads.from_checkpoint(checkpoint, torch.float32)
+    is_medusa = checkpoint.spec.kind == "medusa"
+    heads = MedusaHeads.from_checkpoint(checkpoint, torch.float32) if is_medusa else None
     weight = checkpoint.tensors.get("lm_head.weight", target.weight)
     token_map = checkpoint.tensors.get("token_map", torch.arange(tiny.VOCAB_SIZE)).tolist()
     last = answer.stop - 1
@@ -66,8 +69,15 @@ def plain_ranks(
             break
         with torch.no_grad():
             hidden = target.model.model(input_ids=torch.tensor([text.token_ids[:root]]))
-            features = heads(hidden.last_hidden_state[0, -1:])
+            last_state = hidden.last_hidden_state[0, -1:]
+            if heads is None:
+                path = text.token_ids[root:last][:NUM_HEADS]
+                features = features_in_turn(checkpoint, target, last_state[0], path)
+            else:
+                features = heads(last_state)
             logits = head_logits(features, weight=weight)[:, 0]
+            if "lm_head.bias" in checkpoint.tensors:
+                logits = logits + checkpoint.tensors["lm_head.bias"]
         row = []
         for head in range(NUM_HEADS):
             place = root + 1 + head
@@ -76,6 +86,21 @@ def plain_ranks(
             row.append(min(RANK_CAP, order.index(text.token_ids[place])) if pays else RANK_CAP)
         rows.append(row)
     return rows
+
+
+def features_in_turn(
+    checkpoint: HeadsCheckpoint, target: FrozenTarget, hidden: torch.Tensor, path: list[int]
+) -> torch.Tensor:
+    """[K, 1, F] of heads that see the tokens before their guess; where there are none, any."""
+    rows = []
+    for head in range(NUM_HEADS):
+        seen = (path + [0] * NUM_HEADS)[: head + 1]
+        if checkpoint.spec.kind == "hydra":
+            embeddings = target.embedding[torch.tensor(seen)]
+            rows.append(oracle.hydra_features(checkpoint, head, hidden, embeddings))
+        else:
+            rows.append(oracle.mlp_features(checkpoint, hidden, seen))
+    return torch.stack(rows)[:, None]
 
 
 def with_lm_heads(checkpoint: HeadsCheckpoint, target: FrozenTarget, kind: str) -> HeadsCheckpoint:
@@ -95,11 +120,44 @@ def with_lm_heads(checkpoint: HeadsCheckpoint, target: FrozenTarget, kind: str) 
     return replace(checkpoint, spec=spec, tensors=tensors)
 
 
-@pytest.mark.parametrize("kind", ["own", "common", "target", "token_map"])
+def mlp_from(target: FrozenTarget) -> HeadsCheckpoint:
+    """A random MLP speculator with few of its ranks out of reach."""
+    return make_mlp_speculator(
+        num_heads=NUM_HEADS,
+        hidden_size=target.hidden_size,
+        inner_size=16,
+        vocab_size=target.vocab_size,
+        scales_input=True,
+    )
+
+
+def hydra_from(checkpoint: HeadsCheckpoint, target: FrozenTarget) -> HeadsCheckpoint:
+    """Hydra heads near the target's own guesses, with the same lm_heads."""
+    hydra = make_hydra(
+        num_layers=2,
+        has_lm_head_bias=True,
+        num_heads=NUM_HEADS,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        root_size=target.hidden_size,
+    )
+    tensors = {name: tensor * 0.02 for name, tensor in hydra.tensors.items()}
+    for head in range(NUM_HEADS):
+        tensors[f"hydra.{head}.weight"][1, :, : target.hidden_size] += torch.eye(target.hidden_size)
+    tensors["lm_head.weight"] = checkpoint.tensors["lm_head.weight"]
+    return replace(hydra, tensors=tensors)
+
+
+@pytest.mark.parametrize("kind", ["own", "common", "target", "token_map", "hydra", "mlp"])
 def test_ranks_are_those_of_sorting(
     target: FrozenTarget, checkpoint: HeadsCheckpoint, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = with_lm_heads(checkpoint, target, kind)
+    if kind == "hydra":
+        checkpoint = hydra_from(checkpoint, target)
+    elif kind == "mlp":
+        checkpoint = mlp_from(target)
+    else:
+        checkpoint = with_lm_heads(checkpoint, target, kind)
     # Several batches, and several chunks in each.
     monkeypatch.setitem(frozen._CHUNK_LOGITS, "cpu", 17 * tiny.VOCAB_SIZE)
     given = texts()

@@ -20,6 +20,7 @@ from tests.checkpoints import (
     write_tgi,
     write_vllm,
 )
+from tests.sequential_checkpoints import make_hydra, write_hydra
 from vllm_medusa import __version__
 from vllm_medusa.cli import main as cli
 from vllm_medusa.heads import load_heads
@@ -104,6 +105,18 @@ def test_inspect_heads_that_see_tokens(tmp_path: Path, capsys: pytest.CaptureFix
     out = run(capsys, "inspect", write_native(tmp_path, heads))
     assert "root-aware:       yes, by embeddings of size 6" in out
     assert "selector:         of rank 2, among 16 guesses" in out
+
+
+def test_inspect_hydra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = make_hydra(num_layers=2, has_lm_head_bias=True)
+    out = run(capsys, "inspect", write_hydra(tmp_path / "heads", heads))
+    assert "format:           Hydra, MLP form" in out
+    assert "heads:            3, which run in turn and read all tokens of a path (Hydra)" in out
+    assert "layers per head:  2, with biases" in out
+    assert "lm_head:          one matrix per head, with biases" in out
+    assert "root-aware" not in out
+    refused = fail(capsys, "convert", tmp_path / "heads", tmp_path / "out", "--to", "vllm")
+    assert "the layers with which hydra heads read the tokens of a path would be lost" in refused
 
 
 def test_inspect_heads_for_another_model(

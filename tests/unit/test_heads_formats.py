@@ -22,6 +22,7 @@ from tests.checkpoints import (
     write_tgi,
     write_vllm,
 )
+from tests.sequential_checkpoints import make_hydra, write_hydra
 from vllm_medusa.heads import load_heads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -256,3 +257,27 @@ def test_reading_heads_of_a_merged_model_does_not_read_the_backbone(tmp_path: Pa
     tensors = backbone | sequential_tensors(heads, "medusa_head.")
     write_shards(tmp_path, tensors, {"hidden_size": 8}, 1)
     assert_same_heads(load_heads(tmp_path), heads, source_format="merged")
+
+
+@pytest.mark.parametrize("file", ["hydra_lm_head.pt", "any.safetensors"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_hydra(tmp_path: Path, file: str, num_layers: int) -> None:
+    heads = make_hydra(num_layers=num_layers, has_lm_head_bias=True, dtype=torch.float16)
+    loaded = load_heads(write_hydra(tmp_path, heads, file))
+    assert_same_heads(loaded, heads, source_format="hydra")
+    assert loaded.base_model == "lmsys/vicuna-7b-v1.3"
+    assert loaded.notes == ()
+
+
+def test_hydra_beside_its_model(tmp_path: Path) -> None:
+    heads = make_hydra(has_lm_head_bias=True)
+    write_hydra(tmp_path, heads)
+    write(tmp_path, backbone_tensors(), None, "model.safetensors")
+    assert_same_heads(load_heads(tmp_path), heads, source_format="hydra")
+
+
+@pytest.mark.parametrize("lm_head", ["own", "common", "target", "low_rank"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_native_hydra(tmp_path: Path, lm_head: str, num_layers: int) -> None:
+    heads = make_hydra(lm_head=lm_head, num_layers=num_layers, root_size=4)
+    assert_same_heads(load_heads(write_native(tmp_path, heads)), heads)

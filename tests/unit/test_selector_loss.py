@@ -49,7 +49,9 @@ def slow_losses(
                 predicted = t + 2 + k
                 if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
-                feature = heads.features(hidden[t][None], tokens[t + 1][None])[k].detach()
+                feature = heads.features(
+                    hidden[t][None], tokens[t + 1][None, None].expand(1, heads.num_heads)
+                )[k].detach()
                 logits = heads.logits(feature, k)[0].detach()
                 above = selector.parent[tokens[predicted - 1]] * selector.depth[k]
                 guesses = logits.topk(NUM_CANDIDATES).indices.tolist()

@@ -30,16 +30,17 @@ def heads(target: FrozenTarget) -> TrainableHeads:
     return heads
 
 
-ROOTS = torch.arange(5)
+FOLLOWING = torch.arange(15).view(5, 3)
 
 
-def test_new_heads_guess_the_next_token_of_the_target(target: FrozenTarget) -> None:
+@pytest.mark.parametrize("hydra", [False, True])
+def test_new_heads_guess_the_next_token_of_the_target(target: FrozenTarget, hydra: bool) -> None:
     """A zero residual: the heads say what the lm_head says (of the position before the root)."""
-    heads = TrainableHeads(make_settings(num_heads=2, num_layers=3), target)
+    heads = TrainableHeads(make_settings(num_heads=2, num_layers=3, hydra=hydra), target)
     hidden = torch.randn(5, 32)
     for k in range(2):
         torch.testing.assert_close(
-            heads.logits(heads.features(hidden, ROOTS)[k], k), target.logits(hidden)
+            heads.logits(heads.features(hidden, FOLLOWING)[k], k), target.logits(hidden)
         )
 
 
@@ -50,7 +51,7 @@ def test_new_lm_heads_are_copies_of_the_targets(
     heads = TrainableHeads(make_settings(**kind), target)
     hidden = torch.randn(5, 32)
     for k in range(3):
-        logits = heads.logits(heads.features(hidden, ROOTS)[k], k)
+        logits = heads.logits(heads.features(hidden, FOLLOWING)[k], k)
         torch.testing.assert_close(logits, target.logits(hidden), atol=1e-4, rtol=1e-4)
     before = target.weight.clone()
     with torch.no_grad():

@@ -74,7 +74,7 @@ def slow_loss(
         positions = torch.arange(len(tokens))[None]
         hidden = target.forward(tokens[None], positions)[0]
         before = F.softmax(original.logits(original.hidden(tokens[None], positions)[0]), dim=-1)
-        features = heads.features(hidden, tokens.roll(-1))
+        features = heads.features(hidden, tokens.roll(-1)[:, None])
         for t in range(len(tokens) - 1):
             log_p = F.log_softmax(target.project(hidden[t]), dim=-1)
             if row.loss_mask[t + 1]:

@@ -49,7 +49,7 @@ def slow_losses(
                 predicted = t + 2 + k
                 if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
-                feature = heads.features(hidden[t][None], tokens[t + 1][None])[k]
+                feature = heads.features(hidden[t][None], following(tokens, t, heads))[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
                 wanted = F.softmax(own[predicted - 1] / settings.kl_temperature, dim=-1)
                 if settings.loss == "ce":
@@ -60,6 +60,14 @@ def slow_losses(
                 else:
                     sums[k] = sums[k] - (wanted * log_q).sum()
     return torch.stack(sums)
+
+
+def following(tokens: Tensor, position: int, heads: TrainableHeads) -> Tensor:
+    """[1, K] the tokens after a position; zeros behind the document."""
+    found = torch.zeros(1, heads.num_heads, dtype=torch.int64)
+    after = tokens[position + 1 :][: heads.num_heads]
+    found[0, : len(after)] = after
+    return found
 
 
 CASES = {
@@ -73,6 +81,8 @@ CASES = {
     "own ce": {"lm_head": "own", "loss": "ce"},
     "low-rank": {"lm_head": "low-rank", "rank": 8, "decay": 0.5},
     "root-aware": {"root_aware": True},
+    "hydra": {"hydra": True},
+    "hydra of 3 layers": {"hydra": True, "num_layers": 3, "lm_head": "own", "loss": "lk"},
 }
 
 

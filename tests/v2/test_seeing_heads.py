@@ -17,6 +17,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import greedy, open_engine, spec_metrics, token_ids
 from tests.integration.seeing_heads import SlowHeads, write_seeing_heads
+from tests.integration.sequential_heads import write_native_hydra
 from tests.oracles import heads as slow_heads
 from tests.oracles.best_first import RankPath, by_parent
 from tests.v2.accepted import accepted
@@ -42,6 +43,22 @@ def test_static_trees(
         assert llm.llm_engine.vllm_config.use_v2_model_runner
         assert greedy(llm, prompts[:2], 8) == [text[:8] for text in reference[:2]]
         assert spec_metrics(llm)["num_draft_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", [spec, dynamic], ids=["static", "dynamic"])
+def test_hydra(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
+    """Heads that run in turn: greedy and seeded."""
+    lines = (DEMO_MODEL.parent / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"][-120:] for line in lines[:2]]
+    params = sampling([0, 0.8], max_tokens=12)
+    options = {"skip_tokenizer_init": False, "max_model_len": 256, "max_num_seqs": 4}
+    with open_engine(DEMO_MODEL, **options) as llm:
+        reference = token_ids(llm.generate(prompts, params, use_tqdm=False))
+    heads = kind(write_native_hydra(tmp_path / "heads"))
+    with accepted() as taken, open_engine(DEMO_MODEL, speculative_config=heads, **options) as llm:
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
+        assert token_ids(llm.generate(prompts, params, use_tqdm=False)) == reference
+    assert len(taken.nodes) > 3
 
 
 def test_dynamic_trees(engine: Callable[..., Any], seeing_heads: Path, prompts: list[Any]) -> None:

@@ -39,19 +39,20 @@ class Heads(Protocol):
     def selector(self) -> Selector | None:
         """Ranks each head's best guesses again."""
 
-    def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
-        """Apply the residual blocks.
+    def features(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """Compute what the lm_heads read.
 
         Args:
             hidden: [N, H] states.
-            roots: [N] int64, the token after each.
+            following: [N, K] int64, the tokens after each: the root, and the parents of what the
+                other heads guess.
 
         Returns:
-            [K, N, H]
+            [K, N, F]
         """
 
     def logits(self, features: Tensor, head: int) -> Tensor:
-        """Project one head's features: [N, H] to [N, V], minus infinity for unknown tokens."""
+        """Project one head's features: [N, F] to [N, V], minus infinity for unknown tokens."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,10 @@ class RankMeter:
 
         """
         device = hidden.device
-        features = self._heads.features(hidden, roots)
         labels = torch.from_numpy(wanted).to(device)
-        parents = torch.cat((roots[:, None], labels), dim=1)
+        # Where there is no parent there is no label either, and nothing to rank.
+        parents = torch.cat((roots[:, None], labels[:, :-1]), dim=1).clamp_(min=0)
+        features = self._heads.features(hidden, parents)
         ranks = torch.empty(wanted.shape, dtype=torch.int16, device=device)
         shape = (*wanted.shape, self._num_guesses)
         guesses = torch.empty(shape, dtype=torch.int32, device=device)

@@ -54,7 +54,8 @@ class Findings:
         sections: kinds of text; trees are chosen by the first one.
         paths: each method's most probable paths.
         probabilities: share of positions at which each of the joint ones is right.
-        dynamic: findings about dynamic trees.
+        dynamic: findings about dynamic trees; None of heads that run in turn, because their guesses
+            along a text do not tell those on other paths.
         checked: measurements of the engine.
         costs: step costs, if they are known.
         choice: trees chosen by the costs.
@@ -68,7 +69,7 @@ class Findings:
     sections: Sequence[Section]
     paths: Mapping[str, Sequence[TreePath]]
     probabilities: Mapping[TreePath, float]
-    dynamic: DynamicFindings
+    dynamic: DynamicFindings | None
     checked: Sequence[Checked]
     costs: StepCosts | None
     choice: Choice | None

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_medusa.acceptance.intervals import Estimate
 from vllm_medusa.acceptance.texts import LOOP_TOKENS
 from vllm_medusa.calibration.choice import Choice
+from vllm_medusa.calibration.dynamic import DynamicFindings
 from vllm_medusa.calibration.estimates import NUM_FOLDS, SizeEstimate
 from vllm_medusa.calibration.findings import Findings, Section
 from vllm_medusa.calibration.plots import draw_acceptance, draw_reliability, draw_speedup, draw_tree
@@ -26,7 +27,8 @@ def write_report(findings: Findings, out: Path) -> None:
     data = json.dumps(to_dict(findings), indent=1)
     (out / "calibration.json").write_text(data + "\n", encoding="utf-8")
     pictures = [draw_acceptance(findings, out), draw_tree(findings, out)]
-    pictures.append(draw_reliability(findings.dynamic.reliability, out))
+    if findings.dynamic is not None:
+        pictures.append(draw_reliability(findings.dynamic.reliability, out))
     if findings.choice is not None:
         pictures.append(draw_speedup(findings.choice, out))
     (out / "calibration.md").write_text(markdown(findings, pictures), encoding="utf-8")
@@ -54,13 +56,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         ],
         "paths": {name: [list(p) for p in paths] for name, paths in findings.paths.items()},
         "probabilities": [findings.probabilities[path] for path in findings.paths["joint"]],
-        "dynamic": {
-            "accepted": [asdict(accepted) for accepted in findings.dynamic.accepted],
-            "reliability": {
-                source: [asdict(part) for part in bins]
-                for source, bins in findings.dynamic.reliability.items()
-            },
-        },
+        "dynamic": None if findings.dynamic is None else _dynamic_values(findings.dynamic),
         "checked": [
             {
                 **asdict(checked),
@@ -115,7 +111,9 @@ def markdown(findings: Findings, pictures: Sequence[tuple[str, str]]) -> str:
 def tables(findings: Findings) -> list[Table]:
     """Return the report's tables."""
     result = [_acceptance_table(section) for section in findings.sections]
-    result += [_dynamic_table(findings), _accuracy_table(findings)]
+    if findings.dynamic is not None:
+        result.append(_dynamic_table(findings, findings.dynamic))
+    result.append(_accuracy_table(findings))
     if findings.checked:
         result.append(_check_table(findings))
     if findings.costs is not None:
@@ -123,6 +121,15 @@ def tables(findings: Findings) -> list[Table]:
     if findings.choice is not None:
         result.append(_choice_table(findings, findings.choice))
     return result
+
+
+def _dynamic_values(dynamic: DynamicFindings) -> dict[str, Any]:
+    return {
+        "accepted": [asdict(accepted) for accepted in dynamic.accepted],
+        "reliability": {
+            source: [asdict(part) for part in bins] for source, bins in dynamic.reliability.items()
+        },
+    }
 
 
 def summary(findings: Findings, out: Path) -> str:
@@ -150,7 +157,7 @@ def _acceptance_table(section: Section) -> Table:
     return table
 
 
-def _dynamic_table(findings: Findings) -> Table:
+def _dynamic_table(findings: Findings, dynamic: DynamicFindings) -> Table:
     """Dynamic trees beside static ones of the same size, on the text of the first section."""
     table = Table(
         "Tokens per step of dynamic trees (every allowed node drafted), predicted",
@@ -160,7 +167,7 @@ def _dynamic_table(findings: Findings) -> Table:
         {estimate.size: estimate.predicted for estimate in section.curve.methods["joint"]}
         for section in findings.sections[:2]
     ]
-    for found in findings.dynamic.accepted:
+    for found in dynamic.accepted:
         cells: list[str | None] = []
         for value, estimates in zip((found.with_loops, found.without_loops), static, strict=True):
             estimate = estimates.get(found.size)

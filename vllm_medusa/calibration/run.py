@@ -146,7 +146,9 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
 
 def _dynamic(
     fit: CrossFit, continuations: Sequence[Continuation], inputs: Inputs
-) -> DynamicFindings:
+) -> DynamicFindings | None:
+    if inputs.checkpoint.spec.is_sequential:
+        return None
     selector = None
     if inputs.checkpoint.spec.selector_rank is not None:
         selector = Selector.from_tensors(inputs.checkpoint.tensors, torch.float32)
@@ -243,8 +245,9 @@ def _write(findings: Findings, out: Path) -> None:
         staged = Path(name)
         write_report(findings, staged)
         write_tree_file(staged / TREE_FILE, findings.paths["joint"])
-        probabilities = json.dumps(findings.dynamic.probabilities.to_dict())
-        (staged / PROBABILITIES_FILE).write_text(probabilities + "\n", encoding="utf-8")
+        if findings.dynamic is not None:
+            probabilities = json.dumps(findings.dynamic.probabilities.to_dict())
+            (staged / PROBABILITIES_FILE).write_text(probabilities + "\n", encoding="utf-8")
         if schedule is not None:
             write_schedule_file(staged / SCHEDULE_FILE, schedule)
         try:

@@ -18,6 +18,13 @@ _FORMATS = {
     "vllm": "vLLM or speculators (F4)",
     "modelopt": "ModelOpt, merged into the model (F5)",
     "native": "vllm_medusa",
+    "hydra": "Hydra, MLP form",
+    "mlp_speculator": "IBM's MLP speculator",
+}
+_KINDS = {
+    "medusa": "",
+    "hydra": ", which run in turn and read all tokens of a path (Hydra)",
+    "mlp_speculator": ", which run in turn, each from the state of the one before",
 }
 _LM_HEADS = {
     "own": "one matrix per head",
@@ -55,7 +62,7 @@ def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
     rows = [
         ("format", _FORMATS[spec.source_format]),
         ("made for", heads.base_model or "not said"),
-        ("heads", str(spec.num_heads)),
+        ("heads", f"{spec.num_heads}{_KINDS[spec.kind]}"),
         ("layers per head", f"{spec.num_layers}, {'with' if spec.has_bias else 'without'} biases"),
         ("hidden size", str(spec.hidden_size)),
         ("vocabulary", str(spec.vocab_size or "the target's")),
@@ -65,8 +72,10 @@ def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
         lm_head += f" of rank {heads.tensors['lm_head.down'].shape[1]}"
     if spec.draft_vocab_size is not None:
         lm_head += f", for {spec.draft_vocab_size} tokens of the vocabulary"
+    if "lm_head.bias" in heads.tensors:
+        lm_head += ", with biases"
     rows.append(("lm_head", lm_head))
-    if spec.root_size is not None:
+    if spec.root_size is not None and not spec.is_sequential:
         rows.append(("root-aware", f"yes, by embeddings of size {spec.root_size}"))
     if spec.selector_rank is not None:
         rows.append(("selector", f"of rank {spec.selector_rank}, among {NUM_CANDIDATES} guesses"))

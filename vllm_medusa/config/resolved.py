@@ -34,6 +34,8 @@ class MedusaConfig:
         max_tree_requests: as in `MedusaOptions`.
         dynamic: limits of the trees if they are dynamic.
         typical: the rule of typical acceptance; None: acceptance is lossless.
+        in_turn: whether the heads run one after the other, each on the path of the one before
+            (Hydra).
 
     """
 
@@ -45,6 +47,7 @@ class MedusaConfig:
     max_tree_requests: int | None = None
     dynamic: DynamicTrees | None = None
     typical: TypicalRule | None = None
+    in_turn: bool = False
 
     @cached_property
     def limits(self) -> TreeLimits:
@@ -66,6 +69,7 @@ class MedusaConfig:
             "max_tree_requests": self.max_tree_requests,
             "dynamic": self.dynamic and dataclasses.asdict(self.dynamic),
             "typical": self.typical and dataclasses.asdict(self.typical),
+            "in_turn": self.in_turn,
         }
 
     @classmethod
@@ -81,4 +85,5 @@ class MedusaConfig:
             max_tree_requests=values["max_tree_requests"],
             dynamic=dynamic and DynamicTrees.from_dict(dynamic),
             typical=typical and TypicalRule(**typical),
+            in_turn=values["in_turn"],
         )

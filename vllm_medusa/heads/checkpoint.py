@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,8 @@ from vllm_medusa.tree.schedule import TreeSchedule
 TREE_FILE = "medusa_tree.json"
 SCHEDULE_FILE = "medusa_tree_schedule.json"
 
+HeadsKind = Literal["medusa", "hydra", "mlp_speculator"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsSpec:
@@ -18,7 +21,7 @@ class HeadsSpec:
 
     Attributes:
         source_format: the format it was read from, see `formats`.
-        num_heads, num_layers: Medusa heads, and residual blocks in each.
+        num_heads, num_layers: heads, and layers in each before its lm_head.
         hidden_size: of the target's final hidden states, which the heads read.
         vocab_size: of the target; None if tensors, config.json and caller do not give it.
         draft_vocab_size: rows of the lm_heads if `token_map` restricts them to a part of the
@@ -28,8 +31,11 @@ class HeadsSpec:
         has_bias: whether the blocks' linear layers have biases.
         logit_scale: factor on the heads' logits.
         dtype: of the floating-point tensors.
-        root_size: E, of the target's token embeddings, if the heads are root-aware, else None.
+        root_size: E, of the target's token embeddings, if the heads read them (root-aware and Hydra
+            heads), else None.
         selector_rank: r, of the selector's tables, if the heads have one, else None.
+        kind: Medusa heads, which run all at once, or heads of `sequential`.
+        scales_input: whether an MLP speculator normalises the hidden states first.
     """
 
     source_format: SourceFormat
@@ -44,11 +50,18 @@ class HeadsSpec:
     dtype: torch.dtype
     root_size: int | None = None
     selector_rank: int | None = None
+    kind: HeadsKind = "medusa"
+    scales_input: bool = False
 
     @property
     def sees_tokens(self) -> bool:
-        """Whether the heads are root-aware or have a selector, which only our format 2 can hold."""
-        return self.root_size is not None or self.selector_rank is not None
+        """Whether the heads see tokens or have a selector; not in our format 1."""
+        return self.is_sequential or self.root_size is not None or self.selector_rank is not None
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a head's guesses depend on the path above, so that the heads run in turn."""
+        return self.kind != "medusa"
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,13 @@ class HeadsCheckpoint:
             `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
             ids, if `spec.draft_vocab_size` is set; `root.weight` [K, H, E] (out, in) of root-aware
             heads; `selector.parent` and `selector.child` [vocab_size, r] and `selector.depth`
-            [K, r] of heads with a selector.
+            [K, r] of heads with a selector. Of Hydra heads, `hydra.{k}.weight`
+            [2, H, H + (k + 1) E] and `hydra.{k}.bias` [2, H], the first layer's W and R and their
+            biases, and `blocks` [K, L - 1, ...] with the other layers, if there are any;
+            `lm_head.bias` [K, V] if their lm_heads have biases. Of an MLP speculator with the inner
+            size D, `speculator.{k}.embedding` [V, D], `speculator.{k}.weight` [D, H or D],
+            `speculator.{k}.scale` and `speculator.{k}.bias` [D], of the later heads only where they
+            do not share those before; its lm_heads read D features in place of H.
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.

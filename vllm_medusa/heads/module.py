@@ -92,6 +92,16 @@ class MedusaHeads(nn.Module):
                 heads.root.copy_(tensors["root.weight"])
         return heads
 
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters that are stacks of matrices [..., out, in]."""
+        return [self.weight, *([] if self.root is None else [self.root])]
+
+    @property
+    def biases(self) -> list[nn.Parameter]:
+        """The parameters that are stacks of biases."""
+        return [] if self.bias is None else [self.bias]
+
     def canonical_tensors(self) -> dict[str, Tensor]:
         """Return the parameters under the names and in the layout of `HeadsCheckpoint`."""
         tensors = {"blocks.weight": self.weight.detach().transpose(0, 1).contiguous()}

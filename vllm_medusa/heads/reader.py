@@ -20,6 +20,7 @@ from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.files import open_store
 from vllm_medusa.heads.io.formats import ROOT, SELECTOR, Plan, make_plan, select_heads
 from vllm_medusa.heads.io.headers import read_headers
+from vllm_medusa.heads.io.hydra_names import native_names
 from vllm_medusa.heads.io.resolve import resolve
 from vllm_medusa.heads.io.spec import compare_config, make_spec, rows_name
 from vllm_medusa.tree.draft_tree import DraftTree, read_tree_file
@@ -76,8 +77,12 @@ class HeadsReader:
         directory = self._location if self._location.is_dir() else self._location.parent
         config = ConfigFile(directory / "config.json")
         self._store = open_store(self._location, select_heads)
-        original_lm_head = config.flag("original_lm_head")
-        plan = make_plan(self._location, self._store.keys, original_lm_head=original_lm_head)
+        plan = make_plan(
+            self._location,
+            self._store.keys,
+            original_lm_head=config.flag("original_lm_head"),
+            tie_weights=config.flag("tie_weights"),
+        )
         self._headers = read_headers(self._store, plan)
         self._stored = _by_canonical_name(plan)
         self.spec = make_spec(self._location, config, plan, self._headers, target_vocab_size)
@@ -142,10 +147,12 @@ class HeadsReader:
             return self._rows(name, (), 0, None).to(self.spec.dtype)
         if name in ("selector.parent", "selector.child"):
             return self._part(name).to(self.spec.dtype)
+        if name.startswith(("hydra.", "speculator.")):
+            return self._whole(name).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
         lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
         if name.startswith("blocks."):
-            lead += (self.spec.num_layers,)
+            lead += (self._headers[name].shape[1],)
         shape = [*lead, *self._headers[name].shape[len(lead) :]]
         if has_rows:
             shape[-2] = self.spec.draft_vocab_size or shape[-2]
@@ -155,8 +162,12 @@ class HeadsReader:
         return whole
 
     def read_blocks(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
-        """Read the canonical tensors that `MedusaHeads` is made of, of the first heads."""
+        """Read the canonical tensors before the lm_heads and the selector, of the first heads."""
         names = [name for name in self._stored if name.startswith("blocks.") or name in ROOT]
+        count = num_heads or self.spec.num_heads
+        names += [name for name in native_names(count) if name in self._stored]
+        of_heads = tuple(f"speculator.{head}." for head in range(count))
+        names += [name for name in self._stored if name.startswith(of_heads)]
         return {name: self.read(name, num_heads) for name in names}
 
     def read_selector(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
@@ -180,6 +191,20 @@ class HeadsReader:
         assert name is not None, "the heads use the target's lm_head"
         return self._rows(name, () if self._is_common(name) else (head,), start, stop)
 
+    def read_biases(self, head: int, start: int, stop: int) -> torch.Tensor | None:
+        """Read the biases [stop - start] of rows of a head's lm_head; None if there are none.
+
+        Args:
+            head: index of the head.
+            start, stop: as for `read_rows`.
+
+        Raises:
+            UserError: they hold values that are not finite.
+        """
+        if "lm_head.bias" not in self._stored:
+            return None
+        return self._part("lm_head.bias", (head,), slice(start, stop))
+
     def read_all(self) -> HeadsCheckpoint:
         """Read all tensors.
 
@@ -201,6 +226,13 @@ class HeadsReader:
 
     def _is_common(self, name: str) -> bool:
         return name == "lm_head.weight" and self.spec.lm_head == "common"
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """A tensor that is stored alone, or in parts by its first dimension."""
+        stored = self._stored[name]
+        return torch.stack([self._part(name, index) for index in sorted(stored)]).view(
+            self._headers[name].shape
+        )
 
     def _rows(
         self, name: str, index: tuple[int, ...], start: int, stop: int | None

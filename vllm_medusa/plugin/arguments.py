@@ -144,6 +144,7 @@ def _resolve(args: Any, request: MedusaOptions, heads: HeadsReader) -> MedusaCon
         dynamic=choice.dynamic,
         max_tree_requests=request.max_tree_requests,
         typical=typical_rule(request),
+        in_turn=heads.spec.is_sequential,
     )
 
 

@@ -57,8 +57,10 @@ def accumulate_gradients(
     """
     if hidden is None:
         hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
-    # The root of a document's last position is not known; nothing is learnt from that position.
-    features = heads.features(hidden, batch.tokens.flatten().roll(-1))
+    # Beyond a document's end they are wrong; no head learns from positions that see such tokens.
+    tokens = batch.tokens.flatten()
+    following = torch.stack([tokens.roll(-1 - k) for k in range(heads.num_heads)], dim=1)
+    features = heads.features(hidden, following)
     trains_heads = features.requires_grad
     values = features.detach()
     gradient = torch.zeros_like(values) if trains_heads else None

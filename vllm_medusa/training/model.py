@@ -12,9 +12,11 @@ from vllm_medusa.acceptance.stored_heads import StoredHeads
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
+from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
 from vllm_medusa.heads.selector import Selector
+from vllm_medusa.heads.sequential import features_along
 from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.settings import TrainSettings
 
@@ -22,16 +24,16 @@ _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
 
 
 class TrainableHeads(nn.Module):
-    """Medusa heads in float32, which start as the target's own next-token guess.
+    """Medusa or Hydra heads in float32, which start as the target's own next-token guess.
 
-    The blocks start as the identity. Lm_heads of their own start as copies of the target's,
+    The layers start as the identity. Lm_heads of their own start as copies of the target's,
     low-rank ones as its best approximation of their rank (a truncated singular value
     decomposition).
 
     Args:
         settings: the heads' number and kind.
-        target: its lm_head is used or copied, and root-aware heads use its embedding; neither is
-            trained.
+        target: its lm_head is used or copied, and root-aware and Hydra heads use its embedding;
+            neither is trained.
 
     Raises:
         UserError: a rank is above the hidden size.
@@ -44,15 +46,24 @@ class TrainableHeads(nn.Module):
         lm_head = target.weight
         self.use(target)
         self.lm_head_kind = settings.lm_head
-        self.blocks = MedusaHeads(
-            settings.num_heads,
-            settings.num_layers,
-            lm_head.shape[1],
-            bias=True,
-            root_size=target.embedding.shape[1] if settings.root_aware else None,
-            dtype=torch.float32,
-            device=lm_head.device,
-        )
+        self.num_heads, self.num_layers = settings.num_heads, settings.num_layers
+        shape = (settings.num_heads, settings.num_layers, lm_head.shape[1])
+        embedding_size = target.embedding.shape[1]
+        self.blocks: MedusaHeads | HydraHeads
+        if settings.hydra:
+            self.blocks = HydraHeads(
+                *(*shape, embedding_size, self._embed),
+                dtype=torch.float32,
+                device=lm_head.device,
+            )
+        else:
+            self.blocks = MedusaHeads(
+                *shape,
+                bias=True,
+                root_size=embedding_size if settings.root_aware else None,
+                dtype=torch.float32,
+                device=lm_head.device,
+            )
         self.selector: Selector | None = None
         if settings.selector:
             self.selector = new_selector(settings, target, settings.num_heads)
@@ -68,11 +79,6 @@ class TrainableHeads(nn.Module):
             down, up = low_rank_factors(lm_head, settings.rank)
             self.down = _copies(down, settings.num_heads)
             self.up = _copies(up, settings.num_heads)
-
-    @property
-    def num_heads(self) -> int:
-        """K."""
-        return self.blocks.weight.shape[1]
 
     def use(self, target: FrozenTarget) -> None:
         """Read the lm_head and the embedding of this target from now on."""
@@ -96,21 +102,26 @@ class TrainableHeads(nn.Module):
             for parameter, tensor in zip(getattr(self, name, ()), stored, strict=True):
                 parameter.copy_(tensor)
 
-    def features(self, hidden: Tensor, roots: Tensor) -> Tensor:
-        """Apply the blocks, with products in the dtype of `hidden`.
+    def features(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """Compute what the lm_heads read, with products in the dtype of `hidden`.
 
         Args:
             hidden: [N, H] states.
-            roots: [N] int64, the token after each.
+            following: [N, K] int64, the tokens after each, the root first.
 
         Returns:
             [K, N, H]
         """
         low = hidden.dtype != torch.float32
-        seen = None if self.blocks.root is None else F.embedding(roots, self._embedding)
         with torch.autocast(hidden.device.type, dtype=hidden.dtype if low else None, enabled=low):
+            if isinstance(self.blocks, HydraHeads):
+                return features_along(self.blocks, self.num_heads, hidden, following)
+            seen = None if self.blocks.root is None else self._embed(following[:, 0])
             features: Tensor = self.blocks(hidden, seen)
         return features
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self._embedding)
 
     def factors(self, head: int) -> list[Tensor]:
         """Return the matrices that project one head's features, each (out, in), first to last."""
@@ -137,10 +148,12 @@ class TrainableHeads(nn.Module):
             tensors["lm_head.down"] = torch.stack(list(self.down)).detach()
             tensors["lm_head.up"] = torch.stack(list(self.up)).detach()
         vocab_size, hidden_size = self._shared.shape
+        is_hydra = isinstance(self.blocks, HydraHeads)
+        sees_embeddings = is_hydra or "root.weight" in tensors
         spec = HeadsSpec(
             source_format="native",
             num_heads=self.num_heads,
-            num_layers=self.blocks.weight.shape[0],
+            num_layers=self.num_layers,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             draft_vocab_size=None,
@@ -148,8 +161,9 @@ class TrainableHeads(nn.Module):
             has_bias=True,
             logit_scale=self.logit_scale,
             dtype=dtype,
-            root_size=None if self.blocks.root is None else self.blocks.root.shape[2],
+            root_size=self._embedding.shape[1] if sees_embeddings else None,
             selector_rank=None if self.selector is None else self.selector.rank,
+            kind="hydra" if is_hydra else "medusa",
         )
         stored = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
         return HeadsCheckpoint(spec, stored, base_model=base_model)
@@ -215,6 +229,11 @@ def make_heads(settings: TrainSettings, target: FrozenTarget) -> tuple[TrainedHe
         target_hidden_size=target.hidden_size,
         target_vocab_size=target.vocab_size,
     )
+    if checkpoint.spec.is_sequential:
+        raise UserError(
+            f"--heads {settings.heads}: are {checkpoint.spec.kind} heads, which are not trained on "
+            "and get no selector, because they see the path already; give Medusa heads"
+        )
     if settings.selector_only:
         return HeadsAsTheyAre(checkpoint, settings, target), checkpoint.fingerprint()
     heads = TrainableHeads(settings_of(settings, checkpoint), target)

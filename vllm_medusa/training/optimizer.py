@@ -28,8 +28,8 @@ def rate_factor(step: int, num_steps: int, warmup: float) -> float:
 class HeadsOptimizer:
     """The optimizer of the settings over the heads' parameters.
 
-    With Muon (`torch.optim.Muon`, rates matched to AdamW's), the matrix of each block and of each
-    head's root is orthogonalised separately, as a view of the stacked weights. Biases, lm_heads and
+    With Muon (`torch.optim.Muon`, rates matched to AdamW's), each matrix of the heads before their
+    lm_heads is orthogonalised separately, as a view of the stacked weights. Biases, lm_heads and
     selectors get AdamW.
 
     Args:
@@ -40,7 +40,8 @@ class HeadsOptimizer:
     def __init__(self, heads: TrainedHeads, settings: TrainSettings) -> None:
         self._parameters = list(heads.parameters())
         self._clip, self._peak = settings.clip, settings.lr
-        stacked, bias = _of_blocks(heads)
+        stacked = [] if heads.blocks is None else heads.blocks.matrices
+        biases = [] if heads.blocks is None else heads.blocks.biases
         self._by_muon = stacked if settings.optimizer == "muon" else []
         self._muon_views = [
             nn.Parameter(view) for parameter in self._by_muon for view in _matrices(parameter.data)
@@ -48,7 +49,7 @@ class HeadsOptimizer:
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
         for parameter in self._parameters:
-            if parameter is bias:
+            if any(parameter is bias for bias in biases):
                 vectors.append(parameter)
             elif not any(parameter is other for other in self._by_muon):
                 matrices.append(parameter)
@@ -147,14 +148,6 @@ class BackboneOptimizer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self._adamw.load_state_dict(state)
-
-
-def _of_blocks(heads: TrainedHeads) -> tuple[list[nn.Parameter], nn.Parameter | None]:
-    """The stacked matrices and the biases of heads that are trained."""
-    blocks = heads.blocks
-    if blocks is None:
-        return [], None
-    return [blocks.weight] + ([] if blocks.root is None else [blocks.root]), blocks.bias
 
 
 def _matrices(stacked: Tensor) -> Tensor:

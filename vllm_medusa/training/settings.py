@@ -13,7 +13,7 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.settings import Share, flag_of, settings
 from vllm_medusa.target.precision import fast_dtype
 
-_KIND = ("num_heads", "num_layers", "lm_head", "root_aware", "selector")
+_KIND = ("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra")
 _JOINT = (
     "backbone_lr",
     "backbone_loss",
@@ -39,7 +39,7 @@ class TrainSettings:
     num_heads: PositiveInt = 4
     """Number of Medusa heads."""
     num_layers: PositiveInt = 1
-    """Number of residual blocks in each head."""
+    """Number of layers in each head."""
     lm_head: Literal["shared", "own", "low-rank"] = "shared"
     """lm_head of the heads: the target's, a copy for each head, or two low-rank factors each."""
     rank: PositiveInt | None = None
@@ -48,6 +48,8 @@ class TrainSettings:
     """Let the heads read the root, the token that the target sampled last."""
     selector: bool = False
     """Also train a selector, which ranks a head's best guesses again by their parent token."""
+    hydra: bool = False
+    """Train Hydra heads, which read all tokens of the path that they continue."""
     selector_only: bool = False
     """Train only a selector, for the heads of --heads."""
     selector_rank: PositiveInt = 64
@@ -133,6 +135,9 @@ class TrainSettings:
             self._refuse("--selector-only trains no heads", *_KIND, "joint")
         elif self.heads is not None:
             self._refuse("--heads decides what heads there are", *_KIND, "rank", "selector_rank")
+        if self.hydra:
+            self._refuse("Hydra heads see the tokens before them", "root_aware", "selector")
+            self._refuse("the target is not trained together with Hydra heads", "joint")
         self._check_joint()
 
     @property

@@ -10,6 +10,9 @@ from vllm_medusa.heads.io.files import read_json
 NATIVE_FORMAT = "vllm_medusa.heads/1"
 #: Format of root-aware heads and of heads with a selector; readers of format 1 refuse it.
 NATIVE_FORMAT_2 = "vllm_medusa.heads/2"
+#: Format of heads that run in turn; readers of format 2 refuse it.
+NATIVE_FORMAT_3 = "vllm_medusa.heads/3"
+_NATIVE_FORMATS = (NATIVE_FORMAT, NATIVE_FORMAT_2, NATIVE_FORMAT_3)
 
 
 class ConfigFile:
@@ -27,10 +30,10 @@ class ConfigFile:
         nested = values.get("medusa")
         self._values: dict[str, Any] = values | (nested if isinstance(nested, dict) else {})
         written_as = self._values.get("format", NATIVE_FORMAT)
-        if written_as not in (NATIVE_FORMAT, NATIVE_FORMAT_2):
+        if written_as not in _NATIVE_FORMATS:
             raise UserError(
-                f"{path}: format is {written_as!r}, this version reads {NATIVE_FORMAT!r} and "
-                f"{NATIVE_FORMAT_2!r}; update vllm-medusa"
+                f"{path}: format is {written_as!r}, this version reads {NATIVE_FORMAT!r} to "
+                f"{NATIVE_FORMAT_3!r}; update vllm-medusa"
             )
 
     def flag(self, name: str) -> bool:
@@ -66,6 +69,15 @@ class ConfigFile:
         name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
         name = name or self._values.get("base_model_name_or_path")
         return name if isinstance(name, str) else None
+
+    def check_hidden_states(self) -> None:
+        """Raise if the heads read other hidden states than the target's last ones (Hydra)."""
+        offset = self._values.get("hidden_state_offset") or 0
+        if offset != 0:
+            raise UserError(
+                f"{self.path}: hidden_state_offset is {offset!r}: the heads read an earlier layer "
+                "of the target, which is not supported; use heads that were trained with 0"
+            )
 
     def vocab_size(self) -> int | None:
         """The target's vocabulary, or None."""

@@ -14,7 +14,10 @@ modelopt        F5    as F1 with the prefix `medusa_heads.` beside the backbone
 native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight` or
                       `lm_head.weight` or `lm_heads.down` and `lm_heads.up`, `token_map`; of
                       root-aware heads `root.weight`; of heads with a selector
-                      `selector.parent`, `selector.child` and `selector.depth`
+                      `selector.parent`, `selector.child` and `selector.depth`; of Hydra heads
+                      `hydra.{h}.weight|bias`, and `blocks` only beyond the first layer
+hydra                 Hydra heads, see `hydra_names`
+mlp_speculator        MLP speculators, see `mlp_names`
 =============== ===== =============================================================================
 
 Any of them may carry one of `PREFIXES`. The canonical tensors are those of `HeadsCheckpoint`.
@@ -27,24 +30,33 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.heads.io import hydra_names, mlp_names
+from vllm_medusa.heads.io.slots import Slot, check_complete
 
-SourceFormat = Literal["fasterdecoding", "tgi", "merged", "vllm", "modelopt", "native"]
+SourceFormat = Literal[
+    "fasterdecoding", "tgi", "merged", "vllm", "modelopt", "native", "hydra", "mlp_speculator"
+]
 LmHeadKind = Literal["own", "common", "target", "low_rank"]
-NameStyle = Literal["sequential", "vllm", "native"]
+NameStyle = Literal["sequential", "vllm", "native", "hydra", "mlp_speculator"]
 
-PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.")
+PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.", "speculator.")
 SELECTOR = ("selector.parent", "selector.child", "selector.depth")
 ROOT = ("root.weight",)
+LM_HEAD_BIAS = ("lm_heads.bias",)
 
 _BLOCK: dict[NameStyle, re.Pattern[str]] = {
     "sequential": re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)"),
     "vllm": re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)"),
-    "native": re.compile(r"blocks\.(?P<kind>weight|bias)"),
+    "native": re.compile(r"(?:blocks|hydra\.\d+)\.(?P<kind>weight|bias)"),
+    "hydra": hydra_names.BLOCK,
+    "mlp_speculator": mlp_names.BLOCK,
 }
 _SEQUENTIAL_LM_HEAD = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.weight")
 _VLLM_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 # Names that no backbone uses, so that heads may lie in the model's directory without a prefix.
-_UNMISTAKABLE = re.compile(r"\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.\d+\.|(token_map|d2t|t2d)$")
+_UNMISTAKABLE = re.compile(
+    r"\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.\d+\.|hydra_(mlp|lm_head)\.|(token_map|d2t|t2d)$"
+)
 # An input embedding means that the checkpoint holds a whole model.
 EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
 # What quantised linear layers store: scales and quantizer states of ModelOpt, GPTQ, AWQ and others.
@@ -53,23 +65,16 @@ _QUANTISED = re.compile(
     r"|_quantizer\b|_amax$"
 )
 
-Slot = tuple[str, tuple[int, ...]]
-"""A canonical tensor's name and an index into its leading dimensions; `()` is all of it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Where the canonical tensors of one checkpoint come from.
 
     Attributes:
-        num_heads, num_layers: given by the names; None in the native style, where the shapes give
-            them.
         slots: the canonical place of each tensor of the checkpoint, by its stored name.
     """
 
     source_format: SourceFormat
-    num_heads: int | None
-    num_layers: int | None
     lm_head: LmHeadKind
     slots: dict[str, Slot]
 
@@ -81,6 +86,7 @@ def expected_names(
     num_layers: int,
     lm_head: LmHeadKind,
     has_bias: bool,
+    has_blocks: bool = True,
     others: Collection[str] = (),
 ) -> dict[str, Slot]:
     """Return every tensor name of complete heads in one style, with its canonical place.
@@ -91,14 +97,16 @@ def expected_names(
         num_layers: residual blocks per head.
         lm_head: which lm_heads the heads have.
         has_bias: whether the blocks have biases.
+        has_blocks: whether there are any; only in the native style there may be none.
         others: tensors with their canonical names: those that restrict the draft vocabulary
-            (`token_map`, or `d2t` and `t2d`), those of root-aware heads and of a selector.
+            (`token_map`, or `d2t` and `t2d`), those of root-aware and Hydra heads and of a
+            selector, and biases of the lm_heads.
     """
     heads, layers = range(num_heads), range(num_layers)
     kinds = ("weight", "bias") if has_bias else ("weight",)
     names: dict[str, Slot] = {}
     if style == "native":
-        names |= {f"blocks.{kind}": (f"blocks.{kind}", ()) for kind in kinds}
+        names |= {f"blocks.{kind}": (f"blocks.{kind}", ()) for kind in kinds if has_blocks}
         names |= {
             "own": {"lm_heads.weight": ("lm_head.weight", ())},
             "common": {"lm_head.weight": ("lm_head.weight", ())},
@@ -118,7 +126,7 @@ def expected_names(
             names |= {own.format(h): ("lm_head.weight", (h,)) for h in heads}
         elif lm_head == "common":
             names["lm_head.weight"] = ("lm_head.weight", ())
-    return names | {name: (name, ()) for name in others}
+    return names | {name: (name.replace("lm_heads.", "lm_head."), ()) for name in others}
 
 
 def select_heads(keys: Iterable[str]) -> Collection[str]:
@@ -156,7 +164,9 @@ def head_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) -> Plan:
+def make_plan(
+    location: Path, keys: Iterable[str], *, original_lm_head: bool, tie_weights: bool = False
+) -> Plan:
     """Recognise the format and check that the heads are complete and nothing is left over.
 
     Args:
@@ -164,6 +174,7 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         keys: the names of all its tensors.
         original_lm_head: the key of vLLM's config.json: one lm_head for all heads, which is the
             target's own if the checkpoint holds none.
+        tie_weights: the key of an MLP speculator's config.json.
 
     Raises:
         UserError: no heads, quantised heads, or tensors missing or left over.
@@ -176,18 +187,14 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
                 f"{location}: tensor {key!r} belongs to quantised heads, which are not supported; "
                 "export the heads in float16, bfloat16 or float32"
             )
-    styles = {style for style in map(_style, names) if style is not None}
-    if not styles:
-        raise UserError(
-            f'{location}: holds no Medusa heads; name heads with "model": HEADS in the '
-            "speculative config, or train some with `vllm-medusa train`"
-        )
-    if len(styles) > 1:
-        raise UserError(
-            f"{location}: mixes heads of different formats ({', '.join(sorted(styles))}); "
-            "keep one of them"
-        )
-    style = styles.pop()
+    style = _recognised(location, names)
+    if style == "hydra":
+        slots = hydra_names.slots(location, stored, names)
+        return Plan(source_format=style, lm_head="own", slots=slots)
+    if style == "mlp_speculator":
+        slots = mlp_names.slots(location, names, is_tied=tie_weights)
+        kind: LmHeadKind = "common" if tie_weights else "own"
+        return Plan(source_format=style, lm_head=kind, slots=slots)
     num_heads, num_layers = _count(style, names)
     if max(num_heads, num_layers) > len(names):
         raise UserError(
@@ -201,20 +208,35 @@ def make_plan(location: Path, keys: Iterable[str], *, original_lm_head: bool) ->
         num_layers=num_layers,
         lm_head=lm_head,
         has_bias=any(match["kind"] == "bias" for match in _matches(_BLOCK[style], names)),
+        has_blocks="hydra.0.weight" not in names or "blocks.weight" in names,
         others=_other_names(style, names),
     )
     if style == "vllm" and original_lm_head and "lm_heads.0.weight" in names:
         # vLLM's loader reads it as the one lm_head of all heads.
         expected["lm_heads.0.weight"] = expected.pop("lm_head.weight")
     what = "stacked heads" if style == "native" else f"{num_heads} heads of {num_layers} layers"
-    _check_complete(location, expected, names, what)
+    check_complete(location, expected, names, what)
     return Plan(
         source_format=_source_format(style, names, lm_head, _holds_model(stored)),
-        num_heads=None if style == "native" else num_heads,
-        num_layers=None if style == "native" else num_layers,
         lm_head=lm_head,
         slots={names[name]: slot for name, slot in expected.items()},
     )
+
+
+def _recognised(location: Path, names: Collection[str]) -> NameStyle:
+    """The one style that heads with these names have."""
+    styles = {style for style in map(_style, names) if style is not None}
+    if not styles:
+        raise UserError(
+            f'{location}: holds no Medusa heads; name heads with "model": HEADS in the '
+            "speculative config, or train some with `vllm-medusa train`"
+        )
+    if len(styles) > 1:
+        raise UserError(
+            f"{location}: mixes heads of different formats ({', '.join(sorted(styles))}); "
+            "keep one of them"
+        )
+    return styles.pop()
 
 
 def _strip(key: str) -> str:
@@ -271,7 +293,12 @@ def _other_names(style: NameStyle, names: Collection[str]) -> list[str]:
     if style != "sequential":
         groups.append(("token_map",) if "token_map" in names else ("d2t", "t2d"))
     if style == "native":
+        heads = [int(match["head"]) for match in _matches(hydra_names.NATIVE, names)]
         groups += [ROOT, SELECTOR]
+        if "lm_heads.weight" in names:  # only these are applied with their biases
+            groups.append(LM_HEAD_BIAS)
+        # Not more than there are names, whatever number one of them has.
+        groups.append(tuple(hydra_names.native_names(min(max(heads, default=-1) + 1, len(names)))))
     return [name for group in groups if any(part in names for part in group) for name in group]
 
 
@@ -285,25 +312,3 @@ def _source_format(
     if is_model and any(key != name for name, key in names.items()):
         return "merged"
     return "tgi" if lm_head == "target" else "fasterdecoding"
-
-
-def _check_complete(
-    location: Path, expected: Iterable[str], names: dict[str, str], what: str
-) -> None:
-    missing = [name for name in expected if name not in names]
-    left_over = [key for name, key in names.items() if name not in set(expected)]
-    if missing:
-        raise UserError(
-            f"{location}: tensor {_list(missing)} is missing for {what}; the checkpoint is "
-            "incomplete, export the heads again"
-        )
-    if left_over:
-        raise UserError(
-            f"{location}: tensor {_list(left_over)} is no part of {what}; "
-            "remove it, or export the heads again"
-        )
-
-
-def _list(names: list[str]) -> str:
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    return ", ".join(repr(name) for name in names[:3]) + more

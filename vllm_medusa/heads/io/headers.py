@@ -7,6 +7,8 @@ import torch
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.io.files import TensorStore
 from vllm_medusa.heads.io.formats import Plan
+from vllm_medusa.heads.io.hydra_names import NATIVE
+from vllm_medusa.heads.io.mlp_names import CANONICAL
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -15,6 +17,7 @@ _DIMENSIONS = {
     "blocks.weight": ("num_heads", "num_layers", "hidden_size", "hidden_size"),
     "blocks.bias": ("num_heads", "num_layers", "hidden_size"),
     "lm_head.weight": ("num_heads", "vocab_size", "hidden_size"),
+    "lm_head.bias": ("num_heads", "vocab_size"),
     "lm_head.down": ("num_heads", "rank", "hidden_size"),
     "lm_head.up": ("num_heads", "vocab_size", "rank"),
     "token_map": ("draft_vocab_size",),
@@ -24,6 +27,18 @@ _DIMENSIONS = {
     "selector.parent": ("target_vocab_size", "selector_rank"),
     "selector.child": ("target_vocab_size", "selector_rank"),
     "selector.depth": ("num_heads", "selector_rank"),
+}
+# Of Hydra heads, whose input grows from head to head.
+_HYDRA_DIMENSIONS = {
+    "weight": ("num_parts", "hidden_size", "input_size_{}"),
+    "bias": ("num_parts", "hidden_size"),
+}
+# Of MLP speculators, whose first head reads the target's hidden state.
+_SPECULATOR_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab_size", "inner_size"),
+    "weight": ("inner_size", "inner_size"),
+    "scale": ("inner_size",),
+    "bias": ("inner_size",),
 }
 _INDEX_TENSORS = ("token_map", "d2t", "t2d")
 
@@ -49,15 +64,29 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for key, (name, index) in plan.slots.items():
         value = store.read(key)
-        dimensions = _DIMENSIONS[name][len(index) :]
-        if name == "lm_head.weight" and plan.lm_head == "common":
-            dimensions = ("vocab_size", "hidden_size")
+        dimensions = _dimensions(name)[len(index) :]
+        if name == "lm_head.weight":
+            is_mlp = plan.source_format == "mlp_speculator"
+            rows = ("vocab_size", "inner_size" if is_mlp else "hidden_size")
+            dimensions = rows if plan.lm_head == "common" else (("num_heads", *rows)[len(index) :])
         _check_dtype(store, key, value.dtype, name)
         _check_shape(store, key, value.shape, dimensions, sizes)
         known = headers.get(name, Header((0,) * len(index), value.dtype))
         lead = tuple(max(size, i + 1) for size, i in zip(known.shape, index, strict=False))
         headers[name] = Header((*lead, *value.shape), torch.promote_types(known.dtype, value.dtype))
     return headers
+
+
+def _dimensions(name: str) -> tuple[str, ...]:
+    if of_speculator := CANONICAL.fullmatch(name):
+        if (of_speculator["head"], of_speculator["part"]) == ("0", "weight"):
+            return "inner_size", "hidden_size"
+        return _SPECULATOR_DIMENSIONS[of_speculator["part"]]
+    match = NATIVE.fullmatch(name)
+    if match is None:
+        return _DIMENSIONS[name]
+    dimensions = _HYDRA_DIMENSIONS[name.rpartition(".")[2]]
+    return tuple(dimension.format(match["head"]) for dimension in dimensions)
 
 
 def _check_dtype(store: TensorStore, key: str, dtype: torch.dtype, name: str) -> None:

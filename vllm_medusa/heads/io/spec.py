@@ -1,12 +1,14 @@
 """What kind of heads a checkpoint holds, from its headers and config.json."""
 
+import functools
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.heads.checkpoint import HeadsSpec
+from vllm_medusa.heads.checkpoint import HeadsKind, HeadsSpec
 from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.formats import Plan
 from vllm_medusa.heads.io.headers import Header
@@ -32,41 +34,43 @@ def make_spec(
         UserError: config.json contradicts the headers, or the lm_heads fit no vocabulary.
     """
     vocab_size, draft_vocab_size = _vocab(location, headers, config, target_vocab_size)
-    num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    sizes = _sizes(location, headers, config)
     selector = headers.get("selector.parent")
     if selector is not None and selector.shape[0] != (vocab_size or selector.shape[0]):
         raise UserError(
             f"{location}: the selector's tables have {selector.shape[0]} rows, the vocabulary has "
             f"{vocab_size}; export the heads again"
         )
-    config.check_size(hidden_size, "hidden_size", "medusa_hidden_size")
-    dtype = headers["blocks.weight"].dtype
-    for header in headers.values():
-        if header.dtype.is_floating_point:
-            dtype = torch.promote_types(dtype, header.dtype)
+    config.check_hidden_states()
+    config.check_size(sizes.hidden_size, "hidden_size", "medusa_hidden_size", "emb_dim")
+    dtypes = [header.dtype for header in headers.values() if header.dtype.is_floating_point]
     return HeadsSpec(
         source_format=plan.source_format,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
+        num_heads=sizes.num_heads,
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
         vocab_size=vocab_size if selector is None else selector.shape[0],
         draft_vocab_size=draft_vocab_size,
         lm_head=plan.lm_head,
-        has_bias="blocks.bias" in headers,
+        has_bias=sizes.kind != "medusa" or "blocks.bias" in headers,
         logit_scale=config.logit_scale(),
-        dtype=dtype,
-        root_size=headers["root.weight"].shape[2] if "root.weight" in headers else None,
+        dtype=functools.reduce(torch.promote_types, dtypes),
+        root_size=sizes.root_size,
         selector_rank=None if selector is None else selector.shape[1],
+        kind=sizes.kind,
+        scales_input=sizes.kind == "mlp_speculator" and config.flag("scale_input"),
     )
 
 
 def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str, ...]:
     """Check that config.json promises nothing that the tensors lack; note smaller counts."""
     notes = config.check_count(
-        "heads", spec.num_heads, "medusa_num_heads", "num_medusa_heads", "num_heads"
+        "heads",
+        spec.num_heads,
+        *("medusa_num_heads", "num_medusa_heads", "hydra_num_heads", "num_heads", "n_predict"),
     )
     # In the config of a whole model `num_hidden_layers` counts the backbone's layers.
-    layer_names = ["medusa_num_layers", "num_medusa_layers", "num_layers"]
+    layer_names = ["medusa_num_layers", "num_medusa_layers", "hydra_num_layers", "num_layers"]
     if plan.source_format == "vllm":
         layer_names.append("num_hidden_layers")
     notes += config.check_count("layers per head", spec.num_layers, *layer_names)
@@ -79,6 +83,60 @@ def compare_config(config: ConfigFile, plan: Plan, spec: HeadsSpec) -> tuple[str
     if plan.source_format == "vllm" and spec.has_bias and not has_bias_flag:
         notes += ("config.json does not set medusa_fc_bias: vLLM itself would drop the biases",)
     return notes
+
+
+class _Sizes(NamedTuple):
+    """Attributes of a `HeadsSpec`."""
+
+    kind: HeadsKind
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    root_size: int | None = None
+
+
+def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _Sizes:
+    """Tell the kind of heads by the names of their tensors, and the sizes by the shapes."""
+    if "hydra.0.weight" in headers:
+        return _hydra_sizes(location, headers)
+    if "speculator.0.weight" in headers:
+        num_heads = sum(name.endswith(".embedding") for name in headers)
+        if config.flag("tie_weights"):
+            given = config.integer("n_predict")
+            has_more = "speculator.1.weight" in headers
+            if given is None or (given > 1) != has_more:
+                raise UserError(
+                    f"{config.path}: n_predict is {given} for an MLP speculator with "
+                    f"{1 + has_more} tensors 'proj'; set it to the number of its heads"
+                )
+            num_heads = given
+        return _Sizes("mlp_speculator", num_heads, 1, headers["speculator.0.weight"].shape[1])
+    num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
+    root_size = headers["root.weight"].shape[2] if "root.weight" in headers else None
+    return _Sizes("medusa", num_heads, num_layers, hidden_size, root_size)
+
+
+def _hydra_sizes(location: Path, headers: dict[str, Header]) -> _Sizes:
+    """Check the sizes of Hydra heads' layers against each other."""
+    num_heads = sum(name.startswith("hydra.") and name.endswith(".bias") for name in headers)
+    num_parts, hidden_size, first = headers["hydra.0.weight"].shape
+    embedding_size = first - hidden_size
+    for head in range(num_heads):
+        size = headers[f"hydra.{head}.weight"].shape[2]
+        if num_parts != 2 or size != hidden_size + (head + 1) * embedding_size or size <= 0:
+            raise UserError(
+                f"{location}: the first layer of Hydra head {head} has shape "
+                f"{list(headers[f'hydra.{head}.weight'].shape)}; expected [2, {hidden_size}, "
+                f"{hidden_size} + {head + 1} x {embedding_size}]; export the heads again"
+            )
+    blocks = headers.get("blocks.weight")
+    if blocks is not None and blocks.shape[0] != num_heads:
+        raise UserError(
+            f"{location}: 'blocks.weight' is for {blocks.shape[0]} heads, 'hydra' for {num_heads}; "
+            "export the heads again"
+        )
+    num_layers = 1 if blocks is None else 1 + blocks.shape[1]
+    return _Sizes("hydra", num_heads, num_layers, hidden_size, embedding_size)
 
 
 def rows_name(names: Collection[str]) -> str | None:
@@ -109,6 +167,11 @@ def _vocab(
     if token_map is None:
         config.check_size(num_rows, "vocab_size", "medusa_vocab_size")
         return num_rows, None
+    if "lm_head.bias" in headers:
+        raise UserError(
+            f"{location}: holds a token_map and lm_heads with biases, which are not supported "
+            "together; export the heads without biases of their lm_heads"
+        )
     draft_vocab_size = token_map.shape[0]
     config.check_size(draft_vocab_size, "truncated_vocab_size")
     vocab_size = config.vocab_size() or target_vocab_size

@@ -12,8 +12,8 @@ fasterdecoding own                       as zeros  no         no           1, or
 tgi            own, target               as zeros  no         no           any; 1 with the target's
 ============== ========================= ========= ========== ============ ======================
 
-Only native holds root-aware heads and a selector. One lm_head common to all heads is written as
-each head's own where the format has no other way.
+Only native holds root-aware and Hydra heads and a selector. One lm_head common to all heads is
+written as each head's own where the format has no other way.
 """
 
 import dataclasses
@@ -29,8 +29,15 @@ from safetensors.torch import save_file
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
-from vllm_medusa.heads.io.config_file import NATIVE_FORMAT, NATIVE_FORMAT_2
-from vllm_medusa.heads.io.formats import ROOT, SELECTOR, NameStyle, expected_names
+from vllm_medusa.heads.io.config_file import NATIVE_FORMAT, NATIVE_FORMAT_2, NATIVE_FORMAT_3
+from vllm_medusa.heads.io.formats import (
+    LM_HEAD_BIAS,
+    ROOT,
+    SELECTOR,
+    NameStyle,
+    expected_names,
+)
+from vllm_medusa.heads.io.hydra_names import native_names
 from vllm_medusa.tree.draft_tree import write_tree_file
 from vllm_medusa.tree.schedule import write_schedule_file
 
@@ -145,7 +152,7 @@ def with_target_lm_head(checkpoint: HeadsCheckpoint, weight: torch.Tensor) -> He
 
 def _fit(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> HeadsCheckpoint:
     """Bring heads into a form that the format has, or refuse, naming what would be lost."""
-    if write_format == "native":
+    if write_format == "native" and checkpoint.spec.kind != "mlp_speculator":
         return checkpoint
     for lost in _losses(checkpoint, write_format):
         raise UserError(f"heads cannot be written as {write_format}: {lost}")
@@ -165,6 +172,11 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
     spec = checkpoint.spec
     sequential = _STYLE[write_format] == "sequential"
     losses: list[str] = []
+    if spec.is_sequential:
+        losses.append(
+            f"the layers with which {spec.kind} heads read the tokens of a path would be lost; "
+            "keep the heads as they are"
+        )
     for is_there, what in (
         (spec.root_size, "the matrices with which these heads read the last token"),
         (spec.selector_rank, "the selector, which re-ranks these heads' guesses by their parent,"),
@@ -224,13 +236,16 @@ def _named_tensors(
     checkpoint: HeadsCheckpoint, write_format: WriteFormat
 ) -> dict[str, torch.Tensor]:
     spec, tensors = checkpoint.spec, checkpoint.tensors
+    others = [name for name in ("token_map", *ROOT, *SELECTOR) if name in tensors]
+    others += [name for name in native_names(spec.num_heads) if name in tensors]
     names = expected_names(
         _STYLE[write_format],
         num_heads=spec.num_heads,
         num_layers=spec.num_layers,
         lm_head=spec.lm_head,
         has_bias=spec.has_bias,
-        others=[name for name in ("token_map", *ROOT, *SELECTOR) if name in tensors],
+        has_blocks="blocks.weight" in tensors,
+        others=[*others, *(LM_HEAD_BIAS if "lm_head.bias" in tensors else ())],
     )
     return {name: tensors[canonical][index] for name, (canonical, index) in names.items()}
 
@@ -246,8 +261,9 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
+    version = NATIVE_FORMAT_2 if spec.sees_tokens else NATIVE_FORMAT
     return {
-        "format": NATIVE_FORMAT_2 if spec.sees_tokens else NATIVE_FORMAT,
+        "format": NATIVE_FORMAT_3 if spec.is_sequential else version,
         "model_type": "medusa",
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,

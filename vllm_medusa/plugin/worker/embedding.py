@@ -42,6 +42,6 @@ def target_embedding(
         raise UserError(
             f"the heads {heads} need the target's embedding of {vocab_size} tokens and size {size}"
             f", but {type(target).__name__} exposes {len(found)} of these; "
-            "use heads that were trained for this model without --root-aware"
+            "use heads of this model that do not read it"
         )
     return found[0]

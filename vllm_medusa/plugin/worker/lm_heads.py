@@ -28,11 +28,13 @@ class LmHeads:
         first_token: draft id of the first row.
         logits: from features [K, B, H] to logits [K, B, rows], in one part for all heads or one
             for each.
+        of_head: from features [N, H] and the head that they are of to logits [N, rows].
 
     """
 
     first_token: int
     logits: Callable[[Tensor], list[Tensor]]
+    of_head: Callable[[Tensor, int], Tensor]
 
 
 def target_lm_heads(target: nn.Module, heads: str) -> LmHeads:
@@ -55,11 +57,14 @@ def target_lm_heads(target: nn.Module, heads: str) -> LmHeads:
     shard = lm_head.shard_indices
     num_tokens = shard.num_org_elements
 
-    def logits(features: Tensor) -> list[Tensor]:
-        flat = lm_head.quant_method.apply(lm_head, features.flatten(0, 1))
-        return [flat[:, :num_tokens].unflatten(0, features.shape[:2])]
+    def of_head(features: Tensor, _: int) -> Tensor:
+        flat: Tensor = lm_head.quant_method.apply(lm_head, features)
+        return flat[:, :num_tokens]
 
-    return LmHeads(shard.org_vocab_start_index, logits)
+    def logits(features: Tensor) -> list[Tensor]:
+        return [of_head(features.flatten(0, 1), 0).unflatten(0, features.shape[:2])]
+
+    return LmHeads(shard.org_vocab_start_index, logits, of_head)
 
 
 def read_lm_heads(
@@ -90,11 +95,14 @@ def read_lm_heads(
     start, stop = (num_rows * part // world_size for part in (rank, rank + 1))
 
     def layer(head: int) -> ReplicatedLinear:
-        return _linear(reader.read_rows(head, start, stop), dtype, device)
+        bias = reader.read_biases(head, start, stop)
+        return _linear(reader.read_rows(head, start, stop), bias, dtype, device)
 
     if reader.spec.lm_head == "common":
         common = layer(0)
-        return LmHeads(start, lambda features: [common(features)])
+        return LmHeads(
+            start, lambda features: [common(features)], lambda features, _: common(features)
+        )
     layers = [layer(head) for head in range(num_heads)]
 
     def logits(features: Tensor) -> list[Tensor]:
@@ -102,25 +110,33 @@ def read_lm_heads(
         return [layer(feature) for layer, feature in parts]
 
     if reader.spec.lm_head == "own":
-        return LmHeads(start, logits)
+        return LmHeads(start, logits, lambda features, head: layers[head](features))
     down = reader.read("lm_head.down", num_heads).to(device, dtype).transpose(1, 2)
-    return LmHeads(start, lambda features: logits(features.bmm(down)))
+    return LmHeads(
+        start,
+        lambda features: logits(features.bmm(down)),
+        lambda features, head: layers[head](features @ down[head]),
+    )
 
 
-def _linear(weight: Tensor, dtype: torch.dtype, device: torch.device) -> ReplicatedLinear:
-    """A layer of the platform with these weights [out, in]."""
+def _linear(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> ReplicatedLinear:
+    """A layer of the platform with these weights [out, in] and biases [out]."""
     out_features, in_features = weight.shape
     with device:
         # Not split by vLLM: the weights are this rank's rows already.
         layer = ReplicatedLinear(
             in_features,
             out_features,
-            bias=False,
+            bias=bias is not None,
             params_dtype=dtype,
             return_bias=False,
             disable_tp=True,
         )
     layer.weight_loader(layer.weight, weight)
+    if bias is not None:
+        layer.weight_loader(layer.bias, bias)
     layer.quant_method.process_weights_after_loading(layer)
     return layer
 

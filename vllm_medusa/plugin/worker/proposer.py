@@ -6,6 +6,7 @@ such a proposer no hidden states (``propose_draft_token_ids``, ``gpu_model_runne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -21,10 +22,11 @@ from vllm.distributed import (
 )
 
 from vllm_medusa.config import CONFIG_KEY, MedusaConfig
-from vllm_medusa.draft.probability import probabilities_of_heads
+from vllm_medusa.draft.probability import Probabilities, probabilities_of_heads
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.heads import HeadsReader, MedusaHeads
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
+from vllm_medusa.heads.sequential import SequentialTree, make_sequential
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
 from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
@@ -53,6 +55,8 @@ class MedusaProposer:
         self._embed: Callable[[Tensor], Tensor] | None = None
         #: The nodes whose tokens depend on their parents', for heads with a selector.
         self.selector_tree: SelectorTree | None = None
+        #: All nodes, for heads that run in turn.
+        self.sequential_tree: SequentialTree | None = None
         self._num_guesses = self.config.tree.top_k
 
     def load_model(self, target: nn.Module) -> None:
@@ -69,7 +73,6 @@ class MedusaProposer:
         )
         reader.check_target(model_config.get_hidden_size(), vocab_size)
         num_heads = self.config.tree.depth
-        self._blocks = MedusaHeads.from_tensors(reader.read_blocks(num_heads), dtype, self._device)
         if reader.spec.lm_head == "target":
             self._lm_heads = target_lm_heads(target, self.config.heads)
         else:
@@ -81,18 +84,32 @@ class MedusaProposer:
                 rank=get_tensor_model_parallel_rank(),
                 world_size=get_tensor_model_parallel_world_size(),
             )
-        self._read_root_and_selector(reader, target, vocab_size)
+        self._read_layers(reader, target, vocab_size)
         self._logit_scale = reader.spec.logit_scale
         token_map = reader.token_map
         self._token_map = None if token_map is None else token_map.to(self._device)
 
-    def _read_root_and_selector(
-        self, reader: HeadsReader, target: nn.Module, vocab_size: int
-    ) -> None:
-        """Find the embedding of root-aware heads, and read the whole selector on every rank."""
+    @property
+    def by_parent(self) -> bool:
+        """Whether a node's guesses depend on the path above it (`Superset.by_parent`)."""
+        return self.selector_tree is not None or self.sequential_tree is not None
+
+    def _read_layers(self, reader: HeadsReader, target: nn.Module, vocab_size: int) -> None:
+        """Read the layers before the lm_heads and the selector, all of them on every rank.
+
+        Heads that see tokens also get the target's embedding.
+        """
         spec, dtype = reader.spec, self._vllm_config.model_config.dtype
+        tensors = reader.read_blocks(self.config.tree.depth)
         if spec.root_size is not None:
             self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
+        if spec.is_sequential:
+            heads = make_sequential(
+                spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
+            )
+            self.sequential_tree = SequentialTree.of(heads, self._levels())
+        else:
+            self._blocks = MedusaHeads.from_tensors(tensors, dtype, self._device)
         if spec.selector_rank is not None:
             tensors = reader.read_selector(self.config.tree.depth)
             selector = Selector.from_tensors(tensors, dtype, self._device)
@@ -109,10 +126,20 @@ class MedusaProposer:
 
     def superset(self) -> Superset:
         """Return the rank paths that dynamic trees hold."""
+        assert self.config.dynamic is not None
+        return self.probabilities().superset.cut_to_depth(self.config.dynamic.max_depth)
+
+    def probabilities(self) -> Probabilities:
+        """Return the curves of dynamic trees, with their rank paths.
+
+        For heads that run in turn these are the paths of the heads' tree: they compute the guesses
+        below every path, so that hundreds of paths would take too long.
+        """
         config = self.config
-        assert config.dynamic is not None
-        probabilities = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
-        return probabilities.superset.cut_to_depth(config.dynamic.max_depth)
+        found = probabilities_of_heads(config.heads, config.tree.depth, config.tree.top_k)
+        if config.in_turn:
+            found = dataclasses.replace(found, superset=Superset.of_tree(config.tree))
+        return found
 
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, roots: Roots) -> Tensor:
@@ -127,13 +154,15 @@ class MedusaProposer:
             [B, N] int64 token of each draft node.
 
         """
+        if self.sequential_tree is not None:
+            return self.sequential_tree.draft(hidden_states, self._on_device(roots), self._guess)
         logits, tokens = self.guesses(hidden_states, roots)
         if self.selector_tree is None:
             return self._layout.draft_tokens(tokens)
         return self.selector_tree.draft(logits, tokens, self._on_device(roots))
 
     def guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
-        """Return the best guesses of each head, the best first.
+        """Return the best guesses of each of the heads that run at once, the best first.
 
         There are as many as the tree has ranks, or as a selector ranks again, if this is more.
 
@@ -161,22 +190,40 @@ class MedusaProposer:
         Returns:
             [T, B, k] float32 log-probabilities and [T, B, k] int64 tokens of the target's
             vocabulary, in the tables that a `Superset` reads: T is the number of heads, or with a
-            selector that of the paths that have children.
+            selector, or for heads that run in turn, that of the paths that have children.
 
         """
+        if self.sequential_tree is not None:
+            return self.sequential_tree.probable(
+                hidden_states, self._on_device(roots), self._guess_probably
+            )
         parts = self._lm_heads.logits(self._features(hidden_states, roots))
+        log_probs, tokens = self._probable(parts)
+        if self.selector_tree is None:
+            return log_probs, tokens
+        top_k = self.config.tree.top_k
+        log_probs, tokens = self.selector_tree.probable(log_probs, tokens, self._on_device(roots))
+        return log_probs[..., :top_k], tokens[..., :top_k]
+
+    def _guess(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, k] logits and tokens of one head's best guesses, from [N, F]."""
+        values, tokens = self._best([self._lm_heads.of_head(features, head)[None]])
+        return values[0], tokens[0]
+
+    def _guess_probably(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, k] log-probabilities and tokens of the same."""
+        log_probs, tokens = self._probable([self._lm_heads.of_head(features, head)[None]])
+        return log_probs[0], tokens[0]
+
+    def _probable(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `_best`, with log-probabilities in place of logits."""
         values, tokens = self._best(parts)
         scaled = [part.float() * self._logit_scale for part in parts]
         totals = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in scaled])
         if get_tensor_model_parallel_world_size() > 1:
             totals = tensor_model_parallel_all_gather(totals, dim=-1)
             totals = totals.logsumexp(dim=-1, keepdim=True)
-        log_probs = values.float() - totals
-        if self.selector_tree is None:
-            return log_probs, tokens
-        top_k = self.config.tree.top_k
-        log_probs, tokens = self.selector_tree.probable(log_probs, tokens, self._on_device(roots))
-        return log_probs[..., :top_k], tokens[..., :top_k]
+        return values.float() - totals, tokens
 
     def _features(self, hidden_states: Tensor, roots: Roots) -> Tensor:
         """[K, B, H] that the lm_heads read."""

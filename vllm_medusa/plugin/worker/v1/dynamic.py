@@ -13,7 +13,6 @@ from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.drafter import Drafter, DraftSettings, compile_ahead
 from vllm_medusa.draft.order import depth_first
-from vllm_medusa.draft.probability import probabilities_of_heads
 from vllm_medusa.draft.types import Drafts, Floats, Ints, Request, Source
 from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.counters import Counters
@@ -50,10 +49,9 @@ class DynamicDrafter:
         compile_ahead()
         self._proposer = proposer
         self._counters = counters
-        tree = proposer.config.tree
-        probabilities = probabilities_of_heads(proposer.config.heads, tree.depth, tree.top_k)
-        by_parent = proposer.selector_tree is not None
-        self._drafter = Drafter(settings, probabilities, costs, by_parent=by_parent)
+        self._drafter = Drafter(
+            settings, proposer.probabilities(), costs, by_parent=proposer.by_parent
+        )
         # The last drafts of each request: the drafts of that step, and the request's place in them.
         self._drafted: dict[str, tuple[Drafts, int]] = {}
 

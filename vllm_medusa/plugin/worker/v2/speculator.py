@@ -94,7 +94,7 @@ class TreeSpeculator(BaseSpeculator):
         """Load the heads."""
         self.proposer.load_model(target)
         if self._best_first is not None:
-            self._best_first.read_tables(by_parent=self.proposer.selector_tree is not None)
+            self._best_first.read_tables(by_parent=self.proposer.by_parent)
 
     def set_shape(self, state_index: int, needs_chain: bool, has_grammar: bool) -> None:
         """Tell what the request of this state index may draft.

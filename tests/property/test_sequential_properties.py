@@ -1,0 +1,67 @@
+"""Trees of heads that run in turn, against one node after another."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.oracles import heads as oracle
+from tests.sequential_checkpoints import make_hydra
+from vllm_medusa.heads import HeadsCheckpoint
+from vllm_medusa.heads.hydra import HydraHeads
+from vllm_medusa.heads.sequential import SequentialTree
+from vllm_medusa.tree.draft_tree import DraftTree, TreePath
+from vllm_medusa.tree.layout import TreeLayout
+
+HEADS = make_hydra(num_heads=4, num_layers=2, root_size=6)
+EMBEDDING = torch.randn(20, 6, generator=torch.Generator().manual_seed(5))
+NUM_GUESSES = 4
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> DraftTree:
+    """Trees whose nodes hang below any earlier node, with ranks in any order."""
+    paths: list[TreePath] = [()]
+    for _ in range(draw(st.integers(1, 14))):
+        above = draw(st.sampled_from([path for path in paths if len(path) < 4]))
+        paths.append((*above, draw(st.integers(0, NUM_GUESSES - 1))))
+    return DraftTree.from_paths(sorted({path for path in paths if path}, key=lambda p: (len(p), p)))
+
+
+def slow_logits(heads: HeadsCheckpoint, hidden: Tensor, tokens: list[int]) -> Tensor:
+    """[V] of what follows a path, whose tokens begin with the root."""
+    head = len(tokens) - 1
+    features = oracle.hydra_features(heads, head, hidden, EMBEDDING[torch.tensor(tokens)])
+    return heads.tensors["lm_head.weight"][head] @ features
+
+
+@given(tree=trees(), num_requests=st.integers(1, 4), seed=st.integers(0, 2**16))
+def test_every_node_follows_its_path(tree: DraftTree, num_requests: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_requests, 8, generator=generator)
+    roots = torch.randint(20, (num_requests,), generator=generator)
+    fast = HydraHeads.from_tensors(HEADS.tensors, lambda tokens: EMBEDDING[tokens], torch.float32)
+
+    def guess(head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        best = (features @ HEADS.tensors["lm_head.weight"][head].T).topk(NUM_GUESSES)
+        return best.values, best.indices
+
+    levels = TreeLayout.build(tree).levels
+    with torch.no_grad():
+        made = SequentialTree.of(fast, levels)
+        drafted = made.draft(hidden, roots, guess)
+        scores, tokens = made.probable(hidden, roots, guess)
+    parents = [int(parent) for level in levels for parent in level.parents]
+    assert len(scores) == len(tokens) == len(parents)
+    for row in range(num_requests):
+        path_tokens = {(): [int(roots[row])]}
+        for node, path in enumerate(tree.paths):
+            logits = slow_logits(HEADS, hidden[row], path_tokens[path[:-1]])
+            best = logits.topk(NUM_GUESSES)
+            path_tokens[path] = [*path_tokens[path[:-1]], int(best.indices[path[-1]])]
+            assert int(drafted[row, node]) == path_tokens[path][-1]
+            table = parents.index(0 if len(path) == 1 else 1 + tree.paths.index(path[:-1]))
+            assert tokens[table, row].tolist() == best.indices.tolist()
+            torch.testing.assert_close(scores[table, row], best.values, rtol=1e-3, atol=1e-3)
