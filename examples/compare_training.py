@@ -111,7 +111,7 @@ def table_of(reports: Reports, test: int, key: str) -> str:
         for tree, values in lengths_of(reports, variant, test, key).items():
             cell = f"{statistics.mean(values):.3f}"
             if len(values) > 1:
-                cell += f" ({min(values):.2f} to {max(values):.2f})"
+                cell += f" ({min(values):.3f} to {max(values):.3f})"
             if number:
                 ratios = [a / b for a, b in zip(values, baseline[tree], strict=True)]
                 cell += f", {100 * statistics.mean(ratios) - 100:+.1f} %"
