@@ -77,10 +77,18 @@ def in_turn(prompts_of_files: list[list[str]]) -> list[str]:
     return [prompt for column in columns for prompt in column if prompt is not None]
 
 
+def category_of(prompt: str) -> str:
+    """What a prompt begins with: a class, a function of a module, or one inside something else."""
+    if prompt.lstrip().startswith("class "):
+        return "class"
+    return "inner function" if prompt.startswith(" ") else "function"
+
+
 def write(path: Path, prompts: list[str], available: int) -> None:
     """Write the prompts as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    records = [{"prompt": prompt, "category": category_of(prompt)} for prompt in prompts]
+    lines = [json.dumps(record) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{len(prompts)} prompts of {available} written to {path}")
 

@@ -20,11 +20,12 @@ from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.seeing_heads import RANK, seeing_tensors
 from tests.training import make_settings
 from vllm_medusa.acceptance.texts import counted_positions
-from vllm_medusa.calibration.check import check_trees
+from vllm_medusa.acceptance.trees import best_paths
+from vllm_medusa.calibration.check import check_trees, steps_of
 from vllm_medusa.calibration.texts import Request
 from vllm_medusa.cli import main as cli
 from vllm_medusa.data.rows import Row, write_shard
-from vllm_medusa.engines.engine import EngineProcess, Run
+from vllm_medusa.engines.engine import EngineProcess, Run, start_engine
 from vllm_medusa.heads import load_heads
 from vllm_medusa.training.dataset import load_dataset
 from vllm_medusa.training.evaluate import summary
@@ -34,6 +35,7 @@ from vllm_medusa.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.engine
 
+TEMPERATURE = 0.8
 NUM_PROMPTS, MAX_TOKENS, NUM_HEADS, SIZE = 32, 64, 4, 16
 #: An empty line and the indent of the next one.
 END_TOKENS = [320, 381]
@@ -46,6 +48,19 @@ ENGINE = {
 
 
 @dataclass
+class Sampled:
+    """Other prompts, each with its own seed, and their sampled answers."""
+
+    rows: Path
+    prompts: list[list[int]]
+    run: Run
+
+    def run_on(self, engine: EngineProcess) -> Run:
+        seeds = list(range(len(self.prompts)))
+        return engine.run(self.prompts, MAX_TOKENS, temperature=TEMPERATURE, seeds=seeds)
+
+
+@dataclass
 class Texts:
     """A model, its answers to some prompts, and the rows of them that `train` holds out."""
 
@@ -53,6 +68,7 @@ class Texts:
     rows: Path
     held_out: list[Row]
     run: Run
+    sampled: Sampled
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,6 +77,20 @@ class Texts:
     def requests(self) -> list[Request]:
         prompts = [row.token_ids[: row.answers()[0][0]].tolist() for row in self.held_out]
         return [Request(row.id, tokens) for row, tokens in zip(self.held_out, prompts, strict=True)]
+
+
+def write_rows(directory: Path, prompts: list[list[int]], run: Run) -> None:
+    """Prompts with their answers, as `distill` writes them."""
+    directory.mkdir()
+    rows = [
+        Row(
+            f"row {index}",
+            np.array(prompt + answer, dtype=np.int32),
+            np.arange(len(prompt + answer)) >= len(prompt),
+        )
+        for index, (prompt, answer) in enumerate(zip(prompts, run.token_ids, strict=True))
+    ]
+    write_shard(directory / "part-00000.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -73,29 +103,26 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": END_TOKENS}))
     tokenizer = AutoTokenizer.from_pretrained(model)
     lines = (REPO / "demo" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines[:NUM_PROMPTS]]
-    texts = Texts(model, directory / "rows", [], None)  # type: ignore[arg-type]
+    tokens = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
+    prompts, other_prompts = tokens[:NUM_PROMPTS], tokens[NUM_PROMPTS:]
+    sampled = Sampled(directory / "sampled", other_prompts, None)  # type: ignore[arg-type]
+    texts = Texts(model, directory / "rows", [], None, sampled)  # type: ignore[arg-type]
     with EngineProcess(texts.options) as engine:
         engine.wait()
         texts.run = engine.run(prompts, MAX_TOKENS)
-    texts.rows.mkdir()
-    write_shard(
-        texts.rows / "part-00000.jsonl",
-        [
-            Row(
-                f"row {index}",
-                np.array(prompt + answer, dtype=np.int32),
-                np.arange(len(prompt + answer)) >= len(prompt),
-            )
-            for index, (prompt, answer) in enumerate(zip(prompts, texts.run.token_ids, strict=True))
-        ],
-    )
+        sampled.run = sampled.run_on(engine)
+    write_rows(texts.rows, prompts, texts.run)
+    write_rows(sampled.rows, other_prompts, sampled.run)
+    made = {"num_shards": 1, "made_from": {"temperature": TEMPERATURE}}
+    (sampled.rows / "distill.json").write_text(json.dumps(made))
     dataset = load_dataset(texts.rows, vocab_size=4096, max_tokens=512, held_out=0.5)
     texts.held_out = dataset.held_out
     return texts
 
 
-def trained(texts: Texts, heads: Path, sees_tokens: bool) -> Outcome:
+def trained(
+    texts: Texts, heads: Path, sees_tokens: bool, test_data: Sequence[Path] = ()
+) -> Outcome:
     """What `train` finds, of the demo's heads in place of those that it starts from."""
     settings = make_settings(
         model=str(texts.model),
@@ -109,6 +136,7 @@ def trained(texts: Texts, heads: Path, sees_tokens: bool) -> Outcome:
         root_aware=sees_tokens,
         selector=sees_tokens,
         selector_rank=RANK,
+        test_data=test_data,
     )
     training = Training(settings)
     demo = load_heads(MEDUSA_HEADS)
@@ -173,6 +201,31 @@ def test_train_calibrate_and_check_give_equal_figures(
         assert by_train[f"chain of {NUM_HEADS}"] == chain
         assert figures["positions"] == section["num_positions"]
         assert figures["accuracy"] == rounded(section["accuracy"])
+
+
+@pytest.mark.parametrize("sees_tokens", [False, True])
+def test_sampled_test_data_is_counted_as_the_engine_samples(
+    texts: Texts, tmp_path: Path, sees_tokens: bool
+) -> None:
+    """Along the samples of an engine without drafts: as many steps as it takes with a tree."""
+    outcome = trained(texts, tmp_path / "heads", sees_tokens, [texts.sampled.rows])
+    ((test, continuations),) = outcome.tested
+    assert test.temperature == TEMPERATURE
+    paths = best_paths([item.ranks for item in outcome.continuations], SIZE)
+    tree = [list(path) for path in paths]
+    config = {"method": "medusa", "model": str(tmp_path / "heads"), "tree": tree}
+    config = {**config, "max_tree_requests": len(texts.sampled.prompts)}
+    with start_engine({**texts.options, "speculative_config": config}) as engine:
+        run = texts.sampled.run_on(engine)
+    assert run.token_ids == texts.sampled.run.token_ids
+    counts = np.array(steps_of(run, NUM_HEADS)).sum(axis=0)
+    for (tokens, steps), figures in zip(
+        counts, summary(continuations, paths).values(), strict=True
+    ):
+        assert steps > 200
+        length = figures["acceptance_length"][f"tree of {SIZE}"]
+        assert length == round(tokens / steps, 4)
+        assert length > 1.1
 
 
 def rounded(accuracy: dict[str, Sequence[float]]) -> dict[str, list[float]]:

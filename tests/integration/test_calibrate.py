@@ -50,6 +50,10 @@ def write_costs(path: Path) -> Path:
     return path
 
 
+#: What `distill` says of rows that it sampled.
+SAMPLED = json.dumps({"num_shards": 1, "made_from": {"temperature": 0.8}})
+
+
 def write_rows(directory: Path, count: int, longest: int = 1000) -> Path:
     """Rows as distill makes them, of two answers each: pieces of the demo's prompts."""
     from transformers import AutoTokenizer
@@ -110,10 +114,14 @@ def test_rows_to_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (heads / "calibration-speedup.png").exists()
     assert "tree of 8" in capsys.readouterr().out
 
-    # Again without step costs: a schedule of other trees must not stay.
+    # Again without step costs: a schedule of other trees must not stay. And as rows that were
+    # sampled: the report says so.
+    (rows / "distill.json").write_text(SAMPLED)
     assert calibrate("--prompts", rows, "--no-step-costs", heads=heads) == 0
     assert not (heads / "medusa_tree_schedule.json").exists()
     assert (heads / "medusa_tree.json").exists()
+    sections = json.loads((heads / "calibration.json").read_text())["sections"]
+    assert {section["text"] for section in sections} == {"temperature 0.8"}
     written = json.loads((heads / PROBABILITIES_FILE).read_text())["curves"]
     used = curves_in_engine(heads)
     assert used == {name: written[name] for name in used}
@@ -225,6 +233,10 @@ def test_prediction_is_what_the_engine_measures(tmp_path: Path) -> None:
         ),
         (["--prompts", "{rows}", "--no-step-costs"], "4 prompts (416 positions) are too few"),
         (["--prompts", "{rows}", "--temperature", "1"], "leave the temperature out"),
+        (
+            ["--prompts", "{sampled}", "--check", "8", "--check-prompts", "{prompts}"],
+            "were sampled at temperature 0.8; give greedy rows",
+        ),
         (["--prompts", "{prompts}", "--no-step-costs", "--batch-sizes", "1"], "leave it out"),
         (["--prompts", "{prompts}", "--step-costs", "{costs}", "--sizes", "16"], "go up to 8"),
         (["--prompts", "{prompts}", "--out", "{prompts}/deep"], "no directory to write to"),
@@ -237,8 +249,10 @@ def test_mistakes_are_one_line_and_write_nothing(
     places = {
         "prompts": write_prompts(tmp_path / "prompts.jsonl", 0, 4),
         "rows": write_rows(tmp_path / "rows", 4),
+        "sampled": write_rows(tmp_path / "sampled", 4),
         "costs": write_costs(tmp_path / "costs.json"),
     }
+    (places["sampled"] / "distill.json").write_text(SAMPLED)
     given = [
         text.format(**places) if text[0] == "{" and text[1] != '"' else text for text in arguments
     ]

@@ -195,6 +195,18 @@ def test_rows_are_the_targets_own_answers(
 
 
 @pytest.mark.engine
+def test_prompts_that_do_not_fit_into_one_step_are_sampled(tmp_path: Path) -> None:
+    """vLLM ends if a CPU samples with a seed after a part of a prompt: prompts stay whole."""
+    options = json.dumps({**ENGINE, "max_num_batched_tokens": ENGINE["max_model_len"]})
+    done = run_tool(
+        *("distill", "--model", DEMO_MODEL, "--prompts", DEMO_PROMPTS, "--out", tmp_path / "rows"),
+        *("--temperature", "0.8", "--max-tokens", "4", "--llm-options", options),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "48 rows, 48 answers" in done.stdout
+
+
+@pytest.mark.engine
 @pytest.mark.slow
 def test_trees_speed_up_distillation_without_changing_it(
     tmp_path: Path, command: Callable[..., list[str]], greedy: tuple[Path, str, str]

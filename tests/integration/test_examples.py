@@ -11,12 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.integration.command_line import REPO
 from vllm_medusa.bench.settings import settings_from
 from vllm_medusa.bench.variants import VLLM_CHAIN, missing_requirement
+from vllm_medusa.data.rows import Row, write_shard
 
 pytestmark = pytest.mark.engine
 
@@ -115,6 +117,41 @@ def test_training_benchmark(tmp_path: Path) -> None:
     few = ["--millions", "--rounds", 1, "--batch-tokens", 512]
     run("bench_training.py", *few, "--out", tmp_path / "training.json")
     assert json.loads((tmp_path / "training.json").read_text())["steps"]
+
+
+@pytest.mark.slow
+def test_comparing_trainings(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, count, temperature in (("data", 24, 0.0), ("greedy", 6, 0.0), ("sampled", 6, 0.8)):
+        answers = np.arange(40) >= 8
+        rows = [
+            Row(f"{i}", rng.integers(9, 99, 40).astype(np.int32), answers) for i in range(count)
+        ]
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "part-00000.jsonl", rows)
+        made = {"num_shards": 1, "made_from": {"temperature": temperature}}
+        (tmp_path / name / "distill.json").write_text(json.dumps(made))
+    out = tmp_path / "out"
+    command = ["--data", tmp_path / "data", "--out", out, "--steps", 3, "--seeds", 0, 1]
+    command += ["--test-data", tmp_path / "greedy", tmp_path / "sampled"]
+    command += ["--common", "--batch-tokens 512 --dtype float32 --held-out 0.2"]
+    command += ["--variant", "plain=", "--variant", "all=--root-aware --selector"]
+    printed = run("compare_training.py", *command)
+    assert "temperature 0.8, without looping text" in printed
+    results = json.loads((out / "results.json").read_text())
+    lengths = {}
+    for variant in results["variants"]:
+        assert [each["seed"] for each in variant["runs"]] == [0, 1]
+        for each in variant["runs"]:
+            lengths[variant["name"], each["seed"]] = each["tested"][0]["with_loops"]
+    mean = sum(lengths["all", s]["acceptance_length"]["chain of 4"] for s in (0, 1)) / 2
+    assert re.search(rf"\| all \| {mean:.3f} \(.* to .*\), [+-]\d+\.\d %", printed)
+    assert (out / "results.png").exists()
+    # Again: nothing is trained.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert len(before) == 4
+    run("compare_training.py", *command)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
 def test_building_trees(tmp_path: Path) -> None:

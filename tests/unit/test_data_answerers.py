@@ -12,7 +12,10 @@ from vllm_medusa.engines import engine, process
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.settings import AnswerSettings
 
-SHARDS = [(3, [Prompt("a", 1, "x"), Prompt("bb", 2, "y")]), (5, [Prompt("ccc", 3, "z")])]
+SHARDS = [
+    (3, [Prompt("a", 1, "x"), Prompt("bb", 2, "y", category="math")]),
+    (5, [Prompt("ccc", 3, "z")]),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,7 @@ def record(identity: str, text: str) -> dict[str, Any]:
         "id": identity,
         "token_ids": [ord(text), 1, 10],
         "loss_mask": [False, True, True],
+        "category": "math" if identity == "bb" else None,
     }
 
 

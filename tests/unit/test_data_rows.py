@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from vllm_medusa.data.rows import (
     list_shards,
     read_rows,
     shard_path,
+    temperature_of,
     write_shard,
 )
 from vllm_medusa.errors import UserError
@@ -50,8 +52,47 @@ def test_rows_come_back_in_order(tmp_path: Path, shard_format: ShardFormat) -> N
 def test_columns_of_parquet_have_the_documented_types(tmp_path: Path) -> None:
     write_shard(tmp_path / "part-00000.parquet", [row("a")])
     schema = pq.read_schema(tmp_path / "part-00000.parquet")
-    assert schema.names == ["id", "token_ids", "loss_mask"]
-    assert schema.types == [pa.string(), pa.list_(pa.int32()), pa.list_(pa.bool_())]
+    assert schema.names == ["id", "token_ids", "loss_mask", "category"]
+    types = [pa.string(), pa.list_(pa.int32()), pa.list_(pa.bool_()), pa.string()]
+    assert schema.types == types
+
+
+@pytest.mark.parametrize("shard_format", SHARD_FORMATS)
+def test_categories_come_back(tmp_path: Path, shard_format: ShardFormat) -> None:
+    path = shard_path(tmp_path, 0, shard_format)
+    write_shard(path, [replace(row("a"), category="math"), row("b")])
+    assert [read.category for read in read_rows(path)] == ["math", None]
+
+
+def test_rows_of_before_there_were_categories(tmp_path: Path) -> None:
+    for shard_format, write in (("parquet", pq.write_table), ("jsonl", None)):
+        path = tmp_path / f"part-00000.{shard_format}"
+        if write is None:
+            path.write_text(json.dumps(RECORD) + "\n")
+        else:
+            write(pa.table({name: [value] for name, value in RECORD.items()}), path)
+        assert [read.category for read in read_rows(path)] == [None]
+
+
+def test_temperature_of_a_data_set(tmp_path: Path) -> None:
+    """Without provenance, or with one that says nothing of it, rows count as greedy."""
+    path = tmp_path / "distill.json"
+    assert temperature_of(tmp_path) == 0
+    for content, temperature in (
+        ("{}", 0),
+        ('{"made_from": {}}', 0),
+        ('{"made_from": {"temperature": 0.8}}', 0.8),
+    ):
+        path.write_text(content)
+        assert temperature_of(tmp_path) == temperature
+    for content, reason in (
+        ('{"made_from": {"temperature": null}}', "has no temperature that can be read"),
+        ('{"made_from": 3}', "has no temperature that can be read"),
+        ("{", "cannot be read"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=reason):
+            temperature_of(tmp_path)
 
 
 def test_answers_are_counted() -> None:
@@ -91,6 +132,7 @@ def test_two_files_of_one_shard_are_refused(tmp_path: Path) -> None:
     [
         ({"token_ids": None}, "lacks token_ids"),
         ({"id": 3}, "id is not a string"),
+        ({"category": 3}, "category is neither a string nor null"),
         ({"token_ids": [1, -1]}, "must hold int32"),
         ({"token_ids": [1, 2**31]}, "must hold int32"),
         ({"token_ids": [1, 2.5]}, "must hold int32"),

@@ -12,7 +12,7 @@ from vllm_medusa.acceptance.statistics import RANK_CAP
 from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.frozen import FrozenTarget
-from vllm_medusa.training.evaluate import expected_acceptance, held_out_texts, summary
+from vllm_medusa.training.evaluate import expected_acceptance, measurable_texts, summary
 from vllm_medusa.training.model import TrainableHeads
 
 
@@ -63,7 +63,8 @@ def test_new_lm_heads_are_copies_of_the_targets(
 def test_summary_has_both_kinds_of_text_and_no_tree_larger_than_known(
     heads: TrainableHeads, target: FrozenTarget
 ) -> None:
-    given = held_out_texts(random_documents(12, seed=6), {7}, heads.num_heads)
+    rows = random_documents(12, seed=6)
+    given = measurable_texts(rows, {7}, heads.num_heads, temperature=0.5, setting="--data d")
     found = RankMeter(target, heads, 128).measure(given, lambda _: None)
     ranks = [item.ranks for item in found]
     paths = best_paths(ranks, 64)
@@ -71,6 +72,7 @@ def test_summary_has_both_kinds_of_text_and_no_tree_larger_than_known(
     assert figures.keys() == {"with_loops", "without_loops"}
     assert list(figures["with_loops"]["acceptance_length"]) == [
         "chain of 3",
+        "tree of 4",
         "tree of 8",
         "tree of 16",
     ]
@@ -83,9 +85,10 @@ def test_summary_has_both_kinds_of_text_and_no_tree_larger_than_known(
 
 def test_rows_on_which_nothing_can_be_measured_are_refused() -> None:
     short = [document([1, 2, 3, 4, 5], [0, 1, 1, 1, 1]), document([1, 7], [0, 1])]
-    assert len(held_out_texts(short, {5}, 3)) == 2
-    with pytest.raises(UserError, match=r"none of the 2 held-out answers.*takes 5 tokens"):
-        held_out_texts(short, {7}, 3)
+    told = {"temperature": 0.5, "setting": "--data d"}
+    assert [text.temperature for text in measurable_texts(short, {5}, 3, **told)] == [0.5, 0.5]
+    with pytest.raises(UserError, match=r"--data d: none of its 2 answers.*takes 5 tokens"):
+        measurable_texts(short, {7}, 3, **told)
 
 
 def test_spread_is_that_of_prompts() -> None:

@@ -85,6 +85,7 @@ class Continuation:
         ranks: [positions, heads] int16, as in `statistics`.
         num_before_loop: number of positions before the answer begins to loop.
         guessed: the heads' guesses, if the caller asked for them.
+        category: of its prompt, if it has one.
 
     """
 
@@ -93,6 +94,7 @@ class Continuation:
     ranks: Ranks
     num_before_loop: int
     guessed: Guessed | None = None
+    category: str | None = None
 
     def ranks_of(self, *, with_loops: bool) -> Ranks:
         """Return the ranks of all positions, or of those before the loop."""
@@ -175,7 +177,9 @@ class RankMeter:
         if self._num_guesses:
             tokens = np.array(text.token_ids[: answer.stop], dtype=np.int64)
             guessed = Guessed(tokens, answer.start, answer.has_ended, guesses, probability)
-        return Continuation(text.prompt_id, text.temperature, ranks, num_before_loop, guessed)
+        return Continuation(
+            text.prompt_id, text.temperature, ranks, num_before_loop, guessed, text.category
+        )
 
     def _padded(self, sequences: Sequence[list[int]]) -> Tensor:
         """Return [B, T]; shorter sequences are padded at the end."""

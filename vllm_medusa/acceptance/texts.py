@@ -38,6 +38,7 @@ class Text:
         temperature: of the answers; 0 is greedy.
         token_ids: all tokens.
         answers: which of them the target wrote.
+        category: of the prompt, if it has one.
 
     """
 
@@ -45,6 +46,7 @@ class Text:
     temperature: float
     token_ids: list[int]
     answers: Sequence[Answer]
+    category: str | None = None
 
     def tokens_of(self, answer: Answer) -> list[int]:
         """Return an answer's tokens."""
@@ -65,15 +67,15 @@ class Counted:
     before_loop: int
 
 
-def text_of_row(row: Row, end_tokens: Collection[int]) -> Text:
-    """Return a row as a text. Its temperature is unknown, so it counts as greedy.
+def text_of_row(row: Row, end_tokens: Collection[int], temperature: float = 0.0) -> Text:
+    """Return a row as a text.
 
     Rows do not say why an answer stopped. It has ended if its last token is one of ``end_tokens``
     (`Target.end_tokens`); if not, it counts as cut.
     """
     tokens: list[int] = row.token_ids.tolist()
     answers = [Answer(start, stop, tokens[stop - 1] in end_tokens) for start, stop in row.answers()]
-    return Text(row.id, 0.0, tokens, answers)
+    return Text(row.id, temperature, tokens, answers, row.category)
 
 
 def counted_positions(tokens: Sequence[int], has_ended: bool, num_heads: int) -> Counted:

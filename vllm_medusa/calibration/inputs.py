@@ -13,7 +13,7 @@ from vllm_medusa.acceptance.texts import Text, text_of_row
 from vllm_medusa.calibration.settings import CalibrateSettings
 from vllm_medusa.calibration.texts import Request, encode_prompts, tokens_to_generate
 from vllm_medusa.data.prompts import read_prompts
-from vllm_medusa.data.rows import read_rows
+from vllm_medusa.data.rows import read_rows, temperature_of
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, load_heads
 from vllm_medusa.heads.io.files import read_json
@@ -115,7 +115,13 @@ def _requests_or_texts(
             "rows, whose answers are used as they are; leave the temperature out"
         )
     rows = list(read_rows(settings.prompts))[: settings.max_prompts]
-    texts = [text_of_row(row, target.end_tokens) for row in rows]
+    temperature = temperature_of(settings.prompts)
+    if temperature and settings.check_sizes:
+        raise UserError(
+            f"--check: continues its prompts greedily, and the rows of {settings.prompts} were "
+            f"sampled at temperature {temperature:g}; give greedy rows, or leave the check out"
+        )
+    texts = [text_of_row(row, target.end_tokens, temperature) for row in rows]
     return [], texts
 
 

@@ -118,6 +118,8 @@ def _reading(annotation: Any, default: Any) -> dict[str, Any]:
         return {"action": "store_false" if default else "store_true"}
     if origin is Literal:
         return {"choices": types}
+    if origin is tuple and types[0] is Path:
+        return {"type": Path, "metavar": "PATH", "nargs": "+"}
     if origin is tuple:
         metavar = _METAVARS[types[0]]
         return {"type": numbers(types[0]), "metavar": f"{metavar},{metavar}"}

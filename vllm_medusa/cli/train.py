@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(joint, TrainSettings, "lora_rank", "lora_alpha", "lora_dropout")
     run = parser.add_argument_group("run")
     add_settings(run, TrainSettings, "batch_tokens", "grad_accumulation", "dtype", "held_out")
-    add_settings(run, TrainSettings, "eval_every", "seed")
+    add_settings(run, TrainSettings, "test_data", "eval_every", "seed")
     run.add_argument(
         "--save-every", type=int, metavar="N", help="Steps between checkpoints (as --eval-every)"
     )
@@ -65,13 +65,23 @@ def describe(out: Path, report: dict[str, Any]) -> str:
     joint = report.get("joint")
     what = "heads" if joint is None else "the model with its heads"
     lines = [f"wrote {what} to {out}; on held-out answers, tokens per step:"]
-    for label, key in (
-        ("with looping text", "with_loops"),
-        ("without looping text", "without_loops"),
-    ):
-        lengths = report["held_out"][key]["acceptance_length"].items()
-        lines.append(f"  {label}: " + ", ".join(f"{name} {value:.2f}" for name, value in lengths))
+    lines += _lengths(report["held_out"])
+    for test in report.get("tested", []):
+        lines.append(f"on {test['data']}, temperature {test['temperature']:g}:")
+        lines += _lengths(test)
     if joint is not None:
         before, after = (joint[when]["target"]["perplexity"] for when in ("before", "after"))
         lines.append(f"  perplexity of the target: {before:.4f} before, {after:.4f} after")
     return "\n".join(lines)
+
+
+def _lengths(figures: dict[str, Any]) -> list[str]:
+    """The acceptance lengths of one set of answers, a line with loops and one without."""
+    lines = []
+    for label, key in (
+        ("with looping text", "with_loops"),
+        ("without looping text", "without_loops"),
+    ):
+        lengths = figures[key]["acceptance_length"].items()
+        lines.append(f"  {label}: " + ", ".join(f"{name} {value:.2f}" for name, value in lengths))
+    return lines

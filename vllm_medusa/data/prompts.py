@@ -48,7 +48,7 @@ class Prompt:
         line: number of its line, from 1.
         text: the text; None for a conversation.
         turns: the conversation as the file has it, assistant's turns included; empty for a text.
-        category: of an MT-Bench question.
+        category: of its line, if it has one.
     """
 
     id: str
@@ -84,7 +84,8 @@ def read_prompts(path: str | Path, *, on_bad: OnBad = "error") -> list[Prompt]:
 
     A line is `{"prompt": text}` or `{"text": text}`, `{"messages": [{"role", "content"}, ...]}`,
     ShareGPT's `{"conversations": [{"from", "value"}, ...]}`, or MT-Bench's `{"question_id",
-    "category", "turns": [text, ...]}`, each with an optional `id`; other keys are ignored.
+    "category", "turns": [text, ...]}`, each with an optional `id` and `category`; other keys are
+    ignored.
 
     Args:
         path: the file.

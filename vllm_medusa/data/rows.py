@@ -1,8 +1,9 @@
 """Rows of token ids with a loss mask, in shards: `distill` writes them, other tools read them.
 
 A data set is a directory of shards `part-00000.parquet`, `part-00001.parquet`, ... or the same with
-`.jsonl`, of columns `id` (string), `token_ids` (list of int32) and `loss_mask` (list of bool), and
-`distill.json`, which says how they were made and how many there are.
+`.jsonl`, of columns `id` (string), `token_ids` (list of int32), `loss_mask` (list of bool) and
+`category` (string or null; may be missing), and `distill.json`, which says how they were made and
+how many there are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ShardFormat = Literal["parquet", "jsonl"]
 SHARD_FORMATS: tuple[ShardFormat, ...] = ("parquet", "jsonl")
 PROVENANCE_FILE = "distill.json"
 COLUMNS = ("id", "token_ids", "loss_mask")
+CATEGORY = "category"
 
 _SHARD_NAME = re.compile(r"part-(\d{5,})\.(parquet|jsonl)")
 _MAX_INT32 = 2**31 - 1
@@ -37,11 +39,13 @@ class Row:
         id: of the prompt that it answers.
         token_ids: [T] int32.
         loss_mask: [T] bool, true on the answers' tokens, their end tokens included.
+        category: of the prompt, if it has one.
     """
 
     id: str
     token_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    category: str | None = None
 
     @property
     def num_answers(self) -> int:
@@ -75,6 +79,7 @@ class Row:
             "id": self.id,
             "token_ids": self.token_ids.tolist(),
             "loss_mask": self.loss_mask.tolist(),
+            CATEGORY: self.category,
         }
 
     @staticmethod
@@ -99,7 +104,10 @@ class Row:
             raise ValueError("loss_mask must hold true and false only")
         if not isinstance(record["id"], str):
             raise ValueError("id is not a string")
-        return Row(record["id"], token_ids.astype(np.int32), loss_mask)
+        category = record.get(CATEGORY)
+        if not isinstance(category, str | None):
+            raise ValueError(f"{CATEGORY} is neither a string nor null")
+        return Row(record["id"], token_ids.astype(np.int32), loss_mask, category)
 
 
 def shard_path(directory: Path, index: int, shard_format: ShardFormat) -> Path:
@@ -148,6 +156,28 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     return (row for shard in shards for row in read_shard(shard))
 
 
+def temperature_of(directory: str | Path) -> float:
+    """Return the temperature at which `distill` sampled the answers of a data set.
+
+    Args:
+        directory: of the data set.
+
+    Returns:
+        0 for greedy answers, and where no `distill.json` says how they were made.
+
+    Raises:
+        UserError: `distill.json` cannot be read.
+    """
+    provenance = Path(directory) / PROVENANCE_FILE
+    if not provenance.is_file():
+        return 0.0
+    made_from = _read_provenance(provenance).get("made_from", {})
+    try:
+        return float(made_from.get("temperature", 0))
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise UserError(f"{provenance}: has no temperature that can be read ({exc!r})") from None
+
+
 def read_shard(path: Path) -> Iterator[Row]:
     """Read the rows of one shard, in order.
 
@@ -176,7 +206,7 @@ def _all_shards(directory: Path) -> list[Path]:
     provenance = directory / PROVENANCE_FILE
     if provenance.is_file():
         try:
-            wanted = int(json.loads(provenance.read_text(encoding="utf-8"))["num_shards"])
+            wanted = int(_read_provenance(provenance)["num_shards"])
         except (ValueError, KeyError, TypeError) as exc:
             raise UserError(f"{provenance}: has no number of shards ({exc!r})") from None
     if not shards:
@@ -189,6 +219,21 @@ def _all_shards(directory: Path) -> list[Path]:
             f"{missing[0]}; run the same distill command again to complete them"
         )
     return list(shards.values())
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """Return what `distill.json` says.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise UserError(f"{path}: cannot be read ({exc}); run distill again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: has no number of shards, because it is not a JSON object")
+    return found
 
 
 def _write_jsonl(file: BinaryIO, rows: Sequence[Row]) -> None:
@@ -226,12 +271,14 @@ def _write_parquet(file: BinaryIO, rows: Sequence[Row]) -> None:
             ("id", pa.string()),
             ("token_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.bool_())),
+            (CATEGORY, pa.string()),
         ]
     )
     columns = {
         "id": [row.id for row in rows],
         "token_ids": [row.token_ids for row in rows],
         "loss_mask": [row.loss_mask for row in rows],
+        CATEGORY: [row.category for row in rows],
     }
     pq.write_table(pa.table(columns, schema=schema), file)
 
@@ -249,13 +296,16 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         kind = table.schema.field(name).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             raise UserError(f"{path}: column {name} is of type {kind}, not a list")
-    for batch in table.select(COLUMNS).to_batches():
-        identities, token_ids, loss_masks = batch.columns
+    # Rows that were written before there were categories lack this column.
+    categories = [CATEGORY] if CATEGORY in table.column_names else []
+    for batch in table.select([*COLUMNS, *categories]).to_batches():
+        identities, token_ids, loss_masks, *rest = batch.columns
         for index in range(batch.num_rows):
             yield {
                 "id": identities[index].as_py(),
                 "token_ids": _array(token_ids[index]),
                 "loss_mask": _array(loss_masks[index]),
+                CATEGORY: rest[0][index].as_py() if rest else None,
             }
 
 

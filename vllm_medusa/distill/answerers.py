@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.rows import Row
 from vllm_medusa.engines.engine import EngineProcess
@@ -57,6 +59,10 @@ class Answerer(AbstractContextManager["Answerer"]):
             "seed": settings.seed,
             "max_model_len": model.max_model_len,
         }
+        if settings.temperature and not torch.cuda.is_available():
+            # After a part of a prompt vLLM rewinds its request's generator, which ends with an
+            # error on a CPU (docs/vllm-bugs.md).
+            options.setdefault("enable_chunked_prefill", False)
         if settings.batch_size is not None:
             options["max_num_seqs"] = settings.batch_size
         self._engine = EngineProcess(options)

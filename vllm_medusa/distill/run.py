@@ -188,7 +188,10 @@ def _made_from(
     """Return everything that decides the rows."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.text, prompt.as_record()["turns"]]).encode())
+        # A category counts only where there is one, so that rows of before stay the same.
+        category = [] if prompt.category is None else [prompt.category]
+        turns = prompt.as_record()["turns"]
+        digest.update(json.dumps([prompt.id, prompt.text, turns, *category]).encode())
     answers = asdict(settings.answers) | {"max_prompt_tokens": model.max_prompt_tokens}
     del answers["model"], answers["revision"]  # the fingerprint is more precise
     return {

@@ -54,7 +54,12 @@ class _Conversation:
 
     def rows(self) -> list[Row]:
         return [
-            Row(identity, np.array(token_ids, np.int32), np.array(loss_mask, np.bool_))
+            Row(
+                identity,
+                np.array(token_ids, np.int32),
+                np.array(loss_mask, np.bool_),
+                self.prompt.category,
+            )
             for identity, token_ids, loss_mask in self._rows
         ]
 

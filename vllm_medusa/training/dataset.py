@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_medusa.data.rows import Row, read_rows
@@ -50,15 +51,9 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
     digest = hashlib.sha256()
     rows: list[tuple[bytes, Row]] = []
     num_rows = num_cut = 0
-    for whole in read_rows(path):
+    for row, is_cut in fitting_rows(path, vocab_size=vocab_size, max_tokens=max_tokens):
         num_rows += 1
-        if whole.token_ids.max() >= vocab_size:
-            raise UserError(
-                f"{path}: row {whole.id!r} holds token {whole.token_ids.max()}, the target has "
-                f"{vocab_size} tokens; use rows of the target's own tokenizer (vllm-medusa distill)"
-            )
-        num_cut += len(whole.token_ids) > max_tokens
-        row = Row(whole.id, whole.token_ids[:max_tokens], whole.loss_mask[:max_tokens])
+        num_cut += is_cut
         digest.update(row.token_ids.tobytes() + row.loss_mask.tobytes() + b"|")
         if row.num_learnt:
             rows.append((hashlib.sha256(row.id.encode()).digest(), row))
@@ -78,3 +73,21 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         num_cut=num_cut,
         num_without_answer=num_rows - len(rows),
     )
+
+
+def fitting_rows(path: Path, *, vocab_size: int, max_tokens: int) -> Iterator[tuple[Row, bool]]:
+    """Yield the rows of a directory, cut to the target's positions, and whether they were cut.
+
+    Raises:
+        UserError: the directory or a shard cannot be read, or a token is not one of the target's.
+    """
+    for row in read_rows(path):
+        if row.token_ids.max() >= vocab_size:
+            raise UserError(
+                f"{path}: row {row.id!r} holds token {row.token_ids.max()}, the target has "
+                f"{vocab_size} tokens; use rows of the target's own tokenizer (vllm-medusa distill)"
+            )
+        cut = replace(
+            row, token_ids=row.token_ids[:max_tokens], loss_mask=row.loss_mask[:max_tokens]
+        )
+        yield cut, len(row.token_ids) > max_tokens

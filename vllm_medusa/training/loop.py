@@ -18,7 +18,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
+from vllm_medusa.acceptance.texts import Text
 from vllm_medusa.acceptance.trees import best_paths
+from vllm_medusa.data.rows import temperature_of
 from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.target.config import read_target
@@ -28,7 +30,7 @@ from vllm_medusa.training.dataset import Dataset, load_dataset
 from vllm_medusa.training.evaluate import (
     TREE_SIZES,
     expected_acceptance,
-    held_out_texts,
+    measurable_texts,
     summary,
 )
 from vllm_medusa.training.joint_loss import accumulate_joint_gradients
@@ -40,11 +42,12 @@ from vllm_medusa.training.packing import Batch, Batches
 from vllm_medusa.training.perplexity import measure_target
 from vllm_medusa.training.run_directory import RunDirectory
 from vllm_medusa.training.settings import TrainSettings
+from vllm_medusa.training.test_sets import TestSet, load_test_sets
 
 _LOGGER = logging.getLogger(__name__)
 
 # Names that may differ in the same run, because fingerprints identify their contents.
-_NAMES = ("model", "revision", "data", "heads")
+_NAMES = ("model", "revision", "data", "heads", "test_data")
 
 
 @dataclass
@@ -80,12 +83,14 @@ class Outcome:
     Attributes:
         heads: the best ones, rounded to the dtype that they are written in.
         continuations: their ranks on the held-out answers.
+        tested: and on the answers of each test set.
         num_steps, tokens_per_step: of training; tokens with their padding.
         after: of joint training, what it says of target and heads at the end, as `History.before`.
     """
 
     heads: TrainedHeads
     continuations: list[Continuation]
+    tested: list[tuple[TestSet, list[Continuation]]]
     history: History
     num_steps: int
     tokens_per_step: int
@@ -142,9 +147,8 @@ class Training:
                 self.dataset.num_cut,
                 self.target.max_tokens,
             )
-        end_tokens = read_target(settings.model, revision=settings.revision).end_tokens
         self._heads, heads_fingerprint = make_heads(settings, self.target)
-        self._held_out = held_out_texts(self.dataset.held_out, end_tokens, self._heads.num_heads)
+        self._held_out, self._test_sets = self._rows_to_measure()
         self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
         if compile_target:
             self.target.compile((self._batches.num_sequences, self._batches.sequence_length))
@@ -157,11 +161,13 @@ class Training:
             self.backbone = Backbone(self.target, settings, self.num_steps)
         self._eval_every = settings.eval_every or max(1, math.ceil(self.num_steps / 10))
         self._save_every = save_every or self._eval_every
+        tested = [test.fingerprint for test in self._test_sets]
         self.identity = {
             **{name: value for name, value in asdict(settings).items() if name not in _NAMES},
             "target_fingerprint": self.target.fingerprint(),
             "data_fingerprint": self.dataset.fingerprint,
             "heads_fingerprint": heads_fingerprint,
+            **({"test_data_fingerprints": tested} if tested else {}),
             "num_processes": self._accelerator.num_processes,
             "compile": compile_target,
         }
@@ -208,6 +214,20 @@ class Training:
                 bar.advance(self.tokens_per_step, f"step {step + 1}, loss {sum(losses):.3f}")
                 self._after(step + 1, directory)
         return self._finish(directory)
+
+    def _rows_to_measure(self) -> tuple[list[Text], list[TestSet]]:
+        """The held-out rows, and the test sets."""
+        settings, num_heads = self.settings, self._heads.num_heads
+        end_tokens = read_target(settings.model, revision=settings.revision).end_tokens
+        held_out = measurable_texts(
+            self.dataset.held_out,
+            end_tokens,
+            num_heads,
+            temperature=temperature_of(settings.data),
+            setting=f"--held-out {settings.held_out:g} of {settings.data}",
+        )
+        paths = settings.test_data
+        return held_out, load_test_sets(paths, self.dataset, self.target, end_tokens, num_heads)
 
     def _count_steps(self) -> int:
         if self.settings.steps is not None:
@@ -275,7 +295,7 @@ class Training:
         starts_joint = self._starts_joint(done)
         is_eval = done % self._eval_every == 0 or done == self.num_steps or starts_joint
         if is_eval:
-            found = self._measure()
+            found = self._measure(self._held_out)
             if starts_joint:
                 history.before = self.measured(found)
             length = expected_acceptance(found)
@@ -287,11 +307,11 @@ class Training:
         if self.is_main and (is_eval or done % self._save_every == 0):
             directory.save(self._state())
 
-    def _measure(self) -> list[Continuation]:
-        """Measure the heads on the held-out rows, each process on its share."""
+    def _measure(self, texts: Sequence[Text]) -> list[Continuation]:
+        """Measure the heads on texts, each process on its share."""
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         meter = RankMeter(self.target, self._heads, self.settings.batch_tokens)
-        found = meter.measure(self._held_out[rank::num_processes], lambda _: None)
+        found = meter.measure(texts[rank::num_processes], lambda _: None)
         return gather_object(found) if num_processes > 1 else found
 
     def measured(self, continuations: list[Continuation]) -> dict[str, Any]:
@@ -338,10 +358,11 @@ class Training:
             self.target = self.backbone.merged()
             assert isinstance(self._heads, TrainableHeads)
             self._heads.use(self.target)
-        continuations = self._measure()
+        continuations = self._measure(self._held_out)
         return Outcome(
             heads=self._heads,
             continuations=continuations,
+            tested=[(test, self._measure(test.texts)) for test in self._test_sets],
             history=self._history,
             num_steps=self.num_steps,
             tokens_per_step=self.tokens_per_step,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_medusa.acceptance.texts import LOOP_TOKENS
 from vllm_medusa.acceptance.trees import best_paths
 from vllm_medusa.files import write_json
 from vllm_medusa.heads.io.write import save_heads
@@ -20,6 +18,7 @@ from vllm_medusa.training.loop import Outcome, Training, curve
 from vllm_medusa.training.merged_model import save_merged
 from vllm_medusa.training.model import write_format_of
 from vllm_medusa.training.plot import plot_report
+from vllm_medusa.training.report_page import markdown
 from vllm_medusa.training.run_directory import PROVENANCE
 
 
@@ -55,6 +54,16 @@ def write_heads(training: Training, outcome: Outcome, path: Path, out: Path) -> 
     history = outcome.history
     report = {
         "held_out": summary(outcome.continuations, paths),
+        "held_out_temperature": outcome.continuations[0].temperature,
+        "tested": [
+            {
+                "data": test.name,
+                "temperature": test.temperature,
+                "rows_left_out": test.num_known,
+                **summary(continuations, paths),
+            }
+            for test, continuations in outcome.tested
+        ],
         "best_step": history.best_step,
         "evaluations": [
             {"step": step, "expected_acceptance_length": round(length, 4)}
@@ -109,68 +118,3 @@ def made_by(training: Training, outcome: Outcome) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(training.target.weight.device.type),
     }
-
-
-def markdown(model: str, report: Mapping[str, Any]) -> str:
-    """Return the report as a page of Markdown."""
-    both = [("with looping text", "with_loops"), ("without", "without_loops")]
-    columns = [report["held_out"][key] for _, key in both]
-    lines = [
-        "# Training report",
-        "",
-        f"Medusa heads for `{model}`, the best of {len(report['evaluations'])} measurements (after "
-        f"step {report['best_step']}), on held-out answers that they did not learn from. An answer "
-        f"loops from its first {LOOP_TOKENS} tokens in a row that it had written before.",
-        "",
-        "| held out | " + " | ".join(name for name, _ in both) + " |",
-        "|---|" + "---:|" * len(both),
-        "| positions | " + " | ".join(str(column["positions"]) for column in columns) + " |",
-    ]
-    for name in columns[0]["accuracy"]:
-        cells = [" / ".join(f"{x:.3f}" for x in column["accuracy"][name]) for column in columns]
-        lines.append(f"| {name} accuracy, head by head | " + " | ".join(cells) + " |")
-    for name in columns[0]["acceptance_length"]:
-        cells = [
-            f"{column['acceptance_length'][name]:.3f} ({low:.2f} to {high:.2f})"
-            for column in columns
-            for low, high in [column["interval"][name]]
-        ]
-        lines.append(f"| tokens per step, {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        *_joint_lines(report.get("joint")),
-        "Tokens per step, with the 95 % interval of a bootstrap over the prompts, are simulated "
-        "exactly along the held-out answers, with the trees of "
-        "`medusa_tree.json`, which come from the same answers: `vllm-medusa calibrate` measures "
-        "trees on others.",
-        "",
-        "![loss and acceptance length](report.png)",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _joint_lines(joint: Mapping[str, Any] | None) -> Sequence[str]:
-    """The part of the page that says what training the target too has changed."""
-    if joint is None:
-        return []
-    before, after = joint["before"], joint["after"]
-    rows = [
-        ("perplexity of the held-out answers", "perplexity", ".4f"),
-        ("share of their tokens that it finds likeliest", "top_1", ".4f"),
-    ]
-    lines = [
-        "The target was trained too. *Before* is what the steps that trained it began with. The "
-        "answers are those of the target before: it would give others now, on which `vllm-medusa "
-        "calibrate` measures.",
-        "",
-        "| the target, and tokens per step with looping text | before | after |",
-        "|---|---:|---:|",
-    ]
-    for label, key, form in rows:
-        cells = [format(part["target"][key], form) for part in (before, after)]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lengths = [part["held_out"]["with_loops"]["acceptance_length"] for part in (before, after)]
-    for name in lengths[1]:
-        cells = [f"{part[name]:.3f}" if name in part else "" for part in lengths]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]

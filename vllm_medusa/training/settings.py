@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vllm_medusa.errors import UserError
-from vllm_medusa.settings import Share, flag_of, settings
+from vllm_medusa.settings import PathText, Share, flag_of, settings
 from vllm_medusa.target.precision import fast_dtype
 
 _KIND = ("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra")
@@ -107,6 +107,9 @@ class TrainSettings:
     it, else float32); the heads' weights are float32 in training."""
     held_out: Share = 0.05
     """Share of the rows that is used to measure, not to learn."""
+    test_data: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
+    """Rows of other prompts that vllm-medusa distill wrote; the finished heads are measured on
+    them."""
     eval_every: PositiveInt | None = None
     """Steps between measurements (a tenth of all steps)."""
     seed: NonNegativeInt = 0
