@@ -4,7 +4,8 @@
 
 vLLM is not needed. Attention to trees is timed beside the same kernel without trees and torch's own
 attention of as many causal queries over contiguous keys, and the small kernels of a step by
-themselves. Times are medians in microseconds. Without a GPU, with TRITON_INTERPRET=1, every kernel
+themselves. "own keys" is attention to trees whose context FlashAttention attends to, without what
+that takes. Times are medians in microseconds. Without a GPU, with TRITON_INTERPRET=1, every kernel
 runs once on a small case, so that it is known to run, and no time is shown.
 """
 
@@ -125,14 +126,15 @@ def attentions(shape: Shape, t: Tensors) -> dict[str, Callable[[], object]]:
     if shape.device == "cuda":
         processors = torch.cuda.get_device_properties(0).multi_processor_count
 
-    def attend(base: Tensor) -> None:
+    def attend(base: Tensor, context_lse: Tensor | None = None) -> None:
         step = Step(t.starts, t.seq_lens, t.table, t.positions, t.ancestors, base, t.max_query_len)
         scale = shape.head_size**-0.5
         tree_attention(
             t.query, key, value, t.out, step, scale, workspace=t.workspace,
-            wanted_programs=2 * processors,
+            wanted_programs=2 * processors, context_lse=context_lse,
         )  # fmt: skip
 
+    lse = torch.zeros(shape.num_heads, len(t.query), device=shape.device)
     keys = shape.context + shape.queries
     size = (shape.num_reqs, shape.num_kv_heads, keys, shape.head_size)
     plain = [torch.randn(size, device=shape.device, dtype=shape.dtype) for _ in range(2)]
@@ -140,6 +142,7 @@ def attentions(shape: Shape, t: Tensors) -> dict[str, Callable[[], object]]:
     # With a mask torch leaves its fast kernels; all queries see all keys, which costs as much.
     return {
         "tree": lambda: attend(t.base),
+        "own keys": lambda: attend(t.base, lse),
         "causal": lambda: attend(t.no_tree),
         "torch": lambda: scaled_dot_product_attention(queries, *plain, enable_gqa=True),
     }
@@ -176,7 +179,8 @@ def main() -> None:
         run(Shape(2, 64, 16, 4, 2, 32, 2, device))
         return
     print(f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, microseconds")
-    names = ["set_trees", "prepare", "accept", "compact", "tree", "causal", "torch", "tree/causal"]
+    names = ["set_trees", "prepare", "accept", "compact", "tree"]
+    names += ["own keys", "causal", "torch", "tree/causal"]
     print(" batch  context  nodes", *(f"{name:>9}" for name in names))
     for nodes in args.nodes:
         for context in args.contexts:

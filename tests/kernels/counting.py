@@ -36,6 +36,7 @@ class Calls(TorchDispatchMode):
 
     Attributes:
         operations: how often each operation of torch was called.
+        num_launches: number of these that compute something: neither a view nor memory for later.
         kernels: how often each kernel was launched.
 
     """
@@ -44,11 +45,14 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
+        self.num_launches = 0
         self._is_in_kernel = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._is_in_kernel:
-            self.operations[func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            self.operations[name] += 1
+            self.num_launches += not (func.is_view or name.startswith(("empty", "new_empty")))
         return func(*args, **(kwargs or {}))
 
     @contextmanager

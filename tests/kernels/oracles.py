@@ -125,6 +125,7 @@ def paged_attention(
     softcap: float = 0.0,
     *,
     is_causal: bool = False,
+    window: int = 0,
 ) -> Tensor:
     """Attention as other kernels have it, FlashAttention for one.
 
@@ -139,6 +140,7 @@ def paged_attention(
         scale: factor on the products.
         softcap: 0: none.
         is_causal: the last query is at the last key.
+        window: with it, number of keys that a query sees, the one at it included; 0: all.
 
     Returns:
         [Hq, T] float32 log-sum-exp of the scores; minus infinity where there are no keys.
@@ -157,7 +159,10 @@ def paged_attention(
             scores = softcap * torch.tanh(scores / softcap)
         if is_causal:
             last = torch.arange(seq_len - queries.stop + queries.start, seq_len).to(query.device)
-            scores = scores.masked_fill(keys > last[:, None], float("-inf"))
+            unseen = keys > last[:, None]
+            if window:
+                unseen |= keys <= last[:, None] - window
+            scores = scores.masked_fill(unseen, float("-inf"))
         lse[:, queries] = scores.logsumexp(-1)
         weights = scores.softmax(-1)
         out[queries] = torch.einsum("hts,shd->thd", weights, value).to(out.dtype)

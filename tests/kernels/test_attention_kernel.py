@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -120,6 +121,27 @@ def test_context_by_another_kernel(
     tree_attention(out=whole, features=features, **tensors)
     assert (out - whole).abs().max() < 1e-5
     assert (out - by_oracle).abs().max() < 1e-5
+
+
+def test_fewer_keys_than_queries() -> None:
+    """As when a graph is captured: no key is read that is not there."""
+    case = random_case(1, 2, 16, kinds=("tree",))
+    case.prepare()
+    tensors = random_tensors(case)
+    case.seq_lens.fill_(1)
+    case.base.fill_(NO_TREE)
+    step = tensors["step"]
+    rows = torch.full((len(step.block_table), 2), -1, dtype=torch.int32, device=DEVICE)
+    rows[:, 1] = step.block_table[:, 0]  # before the first page is one that does not exist
+    tensors["step"] = dataclasses.replace(step, block_table=rows[:, 1:])
+    outs = []
+    for lse in (None, torch.full((tensors["query"].shape[1], case.num_tokens), float("-inf"))):
+        outs.append(torch.zeros_like(tensors["query"]))
+        lse = None if lse is None else lse.to(DEVICE)
+        tree_attention(out=outs[-1], context_lse=lse, **tensors)
+    assert torch.equal(*outs)
+    assert outs[0].isfinite().all()
+    assert outs[0].any()
 
 
 @pytest.mark.parametrize("features", [Features(window=3), Features(slopes=torch.ones(1))])

@@ -62,10 +62,15 @@ class Features:
     sinks: Tensor | None = None
     scales: Scales | None = None
 
-    @property
-    def alibi(self) -> int:
-        """The kernel's constant for ALiBi."""
-        return 0 if self.slopes is None else 1 + self.slopes_of_root
+    def constants(self) -> dict[str, int]:
+        """Return the kernel's constants of a layer."""
+        return {
+            "WINDOW": self.window,
+            "HAS_SOFTCAP": self.softcap > 0,
+            "ALIBI": 0 if self.slopes is None else 1 + self.slopes_of_root,
+            "HAS_SINKS": self.sinks is not None,
+            "SCALES": 0 if self.scales is None else self.scales.kind,
+        }
 
     @property
     def needs_positions(self) -> bool:
@@ -162,66 +167,79 @@ def tree_attention(
     A query sees the keys before its request's tree that are not after the query, and in the tree
     its ancestors and itself. Distances are differences of positions, so a node's depth counts.
 
-    Another kernel can attend to the *context*, the keys before a request's queries, which all of
-    its queries see. Then this one goes on from there, over the keys of the queries: a softmax over
-    some of the keys, its log-sum-exp known, is one key more with a score of that log-sum-exp
-    (FlashInfer, arXiv 2501.01005, section 2.2). Sinks count here, so not there.
+    Another kernel can attend to the *context*, the keys before a request's queries. Then this one
+    goes on from there: a softmax over some keys is one key more, with their log-sum-exp as its
+    score (arXiv 2501.01005, section 2.2). Sinks count here, so not there.
 
     The host decides nothing that differs from step to step, so a CUDA graph can replay it.
     Sizes (`TILE`, `MAX_ROWS`, `MAX_SPLITS`) are not tuned yet: no GPU has run it.
 
     Args:
         query: [T, Hq, D].
-        key_cache: [blocks, tokens of a block, Hkv, D], any strides but the last.
-        value_cache: likewise.
+        key_cache, value_cache: [blocks, tokens of a block, Hkv, D], any strides but the last.
         out: [T, Hq, D], written; with ``context_lse`` first read.
         step: the queries and keys.
         scale: factor on the products.
         features: features of the layer.
         workspace: memory for splits of the context; None: no splits.
         wanted_programs: number of programs that fill the device; the context is split to reach it.
-        context_lse: [Hq, T] float32, any strides: log-sum-exp of each query's scores in the
-            context, whose attention ``out`` holds; an infinity of either sign: no keys. The layer
-            must not be one that `Features.needs_positions`. None: attend to the context too.
+        context_lse: [Hq, T] float32 log-sum-exp of the context's scores, whose attention ``out``
+            holds; infinity: no keys. Not with `Features.needs_positions`. None: no other kernel.
 
     """
-    has_context = context_lse is not None
-    assert not (has_context and features.needs_positions)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, num_reqs = key_cache.shape[2], step.seq_lens.shape[0]
     group = num_heads // num_kv_heads
     block_m = _block_rows(group, step.max_query_len, head_size)
     num_blocks = num_tokens // (block_m // group) + num_reqs
     splits, parts = 1, (out, out, out)
-    if workspace is not None and not has_context:
+    if workspace is not None and context_lse is None:
         splits = workspace.num_splits(num_tokens, num_blocks * num_kv_heads, wanted_programs)
         parts = (workspace.out, workspace.top, workspace.total)
-    scales, pad = features.scales, triton.next_power_of_2(head_size)
-    has_sinks, sinks = features.sinks is not None, _given(features.sinks, out)
+    tensors, strides = _of_layer(features, context_lse, out)
     attention_kernel[(num_blocks, num_kv_heads, splits)](
         out, *parts, query, key_cache, value_cache, step.block_table, step.query_start_loc,
-        step.seq_lens, step.positions, step.ancestors, step.base,
-        _given(features.slopes, out), sinks, out if scales is None else scales.key,
-        out if scales is None else scales.value, _given(context_lse, out),
-        scale, features.softcap, num_reqs, *query.stride()[:2], *out.stride()[:2],
-        step.block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
-        *((0, 0, 0) if scales is None else scales.strides),
-        *((0, 0) if context_lse is None else context_lse.stride()),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PAD=pad,
-        BLOCK_SIZE=key_cache.shape[1], BLOCK_Q=block_m // group, BLOCK_M=block_m, TILE=TILE,
-        NUM_SPLITS=splits, WINDOW=features.window, HAS_SOFTCAP=features.softcap > 0,
-        ALIBI=features.alibi, HAS_SINKS=has_sinks, SCALES=0 if scales is None else scales.kind,
-        HAS_CONTEXT=has_context,
+        step.seq_lens, step.positions, step.ancestors, step.base, *tensors, scale,
+        features.softcap, num_reqs, *query.stride()[:2], *out.stride()[:2],
+        step.block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3], *strides,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size,
+        PAD=triton.next_power_of_2(head_size), BLOCK_SIZE=key_cache.shape[1],
+        BLOCK_Q=block_m // group, BLOCK_M=block_m, TILE=TILE, NUM_SPLITS=splits,
+        HAS_CONTEXT=context_lse is not None, **features.constants(),
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(num_tokens, num_heads)](
-            out, *parts, sinks, *out.stride()[:2], num_heads, head_size, pad, splits, has_sinks
-        )  # fmt: skip
+        _merge(out, parts, features.sinks, splits)
 
 
-def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return any tensor if there is none; the kernel does not read it."""
-    return other if tensor is None else tensor
+def _merge(out: Tensor, parts: tuple[Tensor, ...], sinks: Tensor | None, splits: int) -> None:
+    """Merge the splits of the context."""
+    num_tokens, num_heads, head_size = out.shape
+    pad, has_sinks = triton.next_power_of_2(head_size), sinks is not None
+    sinks = out if sinks is None else sinks
+    merge_kernel[(num_tokens, num_heads)](
+        out, *parts, sinks, *out.stride()[:2], num_heads, head_size, pad, splits, has_sinks
+    )  # fmt: skip
+
+
+def _of_layer(
+    features: Features, context_lse: Tensor | None, other: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Return slopes, sinks, scales, log-sum-exps; and the strides of scales and log-sum-exps.
+
+    In place of what a layer does not have is any other tensor; the kernel does not read it.
+    """
+    scales, lse = features.scales, context_lse
+    assert lse is None or not features.needs_positions
+    given = (
+        features.slopes,
+        features.sinks,
+        None if scales is None else scales.key,
+        None if scales is None else scales.value,
+        lse,
+    )
+    strides = (0, 0, 0) if scales is None else scales.strides
+    strides += (0, 0) if lse is None else lse.stride()
+    return tuple(other if tensor is None else tensor for tensor in given), strides
 
 
 def _block_rows(group: int, max_query_len: int, head_size: int) -> int:

@@ -117,6 +117,15 @@ def _attend_tile(
 
 
 @triton.jit
+def _slopes_of(slope_ptr, is_row, ALIBI: tl.constexpr):
+    """A slope for each row; zeros without ALiBi."""
+    slope = is_row.to(tl.float32) * 0
+    if ALIBI > 0:
+        slope = tl.load(slope_ptr, mask=is_row, other=0.0).to(tl.float32)
+    return slope
+
+
+@triton.jit
 def _begin_softmax(
     out_ptr, lse_ptr, is_row, mask,
     BLOCK_M: tl.constexpr, PAD: tl.constexpr, HAS_CONTEXT: tl.constexpr,
@@ -136,11 +145,11 @@ def _begin_softmax(
 
 @triton.jit
 def _tiles_of_split(
-    split, context, first, last, base,
+    split, context, first, num_keys, base,
     TILE: tl.constexpr, WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """This split's share of the tiles that any row of the block may see."""
-    num_tiles = tl.cdiv(last, TILE)
+    num_tiles = tl.cdiv(num_keys, TILE)
     first_tile = 0
     if WINDOW > 0:
         # A node's position can be before its slot, at the earliest at the root.
@@ -199,23 +208,18 @@ def attention_kernel(
     query = tl.load(row_ptr[:, None] + dim[None, :], mask=mask, other=0.0)
     ancestors = tl.load(ancestors_ptr + token, mask=is_row, other=0)
     position = tl.load(positions_ptr + token, mask=is_row, other=0).to(tl.int32)
-    slope = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if ALIBI > 0:
-        slope = tl.load(slopes_ptr + head, mask=is_row, other=0.0).to(tl.float32)
-    out_row_ptr = out_ptr + token * out_stride_t + head * out_stride_h
-    out_ptrs = out_row_ptr[:, None] + dim[None, :]
+    slope = _slopes_of(slopes_ptr + head, is_row, ALIBI)
+    out_ptrs = (out_ptr + token * out_stride_t + head * out_stride_h)[:, None] + dim[None, :]
     lse_ptrs = lse_ptr + head * lse_stride_h + token * lse_stride_t
     top, total, acc = _begin_softmax(out_ptrs, lse_ptrs, is_row, mask, BLOCK_M, PAD, HAS_CONTEXT)
-    origin = context if HAS_CONTEXT else 0
+    # A graph is captured with fewer keys than queries.
+    left = tl.maximum(context, 0) if HAS_CONTEXT else 0
     last = tl.minimum(context + first + BLOCK_Q, seq_len)
-    begin, end = _tiles_of_split(
-        split, context, first, last - origin, base, TILE, WINDOW, NUM_SPLITS
-    )
+    begin, end = _tiles_of_split(split, context, first, last - left, base, TILE, WINDOW, NUM_SPLITS)
     for tile in range(begin, end):
         top, total, acc = _attend_tile(
-            top, total, acc, query, origin + tile * TILE + tl.arange(0, TILE), last,
-            context + local,
-            position, ancestors, base, context, slope, scale, softcap,
+            top, total, acc, query, left + tile * TILE + tl.arange(0, TILE), last,
+            context + local, position, ancestors, base, context, slope, scale, softcap,
             key_ptr + kv_head * key_stride_h, value_ptr + kv_head * value_stride_h,
             block_table_ptr + req.to(tl.int64) * table_stride, positions_ptr + q_start,
             key_scale_ptr + kv_head * scale_stride_h, value_scale_ptr + kv_head * scale_stride_h,

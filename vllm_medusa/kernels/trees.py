@@ -117,9 +117,7 @@ def _prepare_kernel(
     state = tl.load(idx_mapping_ptr + req).to(tl.int64)
     first_token = tl.load(query_start_ptr + req)
     seq_len = tl.load(seq_lens_ptr + req)
-    tl.store(
-        context_lens_ptr + req, seq_len + first_token - tl.load(query_start_ptr + req + 1)
-    )
+    tl.store(context_lens_ptr + req, seq_len + first_token - tl.load(query_start_ptr + req + 1))
     num_nodes = tl.load(cu_num_logits_ptr + req + 1) - tl.load(cu_num_logits_ptr + req)
     base = seq_len - num_nodes
     # The scheduler pads a new request with placeholder drafts (`scheduler.py`): its query begins in
