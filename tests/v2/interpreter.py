@@ -63,26 +63,28 @@ def _write_cache_without_asking_for_cuda() -> None:
     """Launching the kernel that writes the cache asks for the GPU's capability."""
     from vllm.v1.attention.backends import triton_attn
 
-    def write(
-        key: Tensor,
-        value: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        slot_mapping: Tensor,
-        kv_cache_dtype: str,
-        k_scale: Tensor,
-        v_scale: Tensor,
-    ) -> None:
-        slots = slot_mapping[: key.shape[0]]
-        is_used = slots >= 0
-        page, inside = slots[is_used] // key_cache.shape[1], slots[is_used] % key_cache.shape[1]
-        for new, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
-            values = new[: len(is_used)][is_used]
-            if cache.dtype.itemsize == 1:
-                values = values / scale
-            cache[page, inside] = values.to(cache.dtype)
+    triton_attn.triton_reshape_and_cache_flash = write_cache
 
-    triton_attn.triton_reshape_and_cache_flash = write
+
+def write_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor,
+    v_scale: Tensor,
+) -> None:
+    """Stand for vLLM's ``reshape_and_cache_flash``."""
+    slots = slot_mapping[: key.shape[0]]
+    is_used = slots >= 0
+    page, inside = slots[is_used] // key_cache.shape[1], slots[is_used] % key_cache.shape[1]
+    for new, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        values = new[: len(is_used)][is_used]
+        if cache.dtype.itemsize == 1:
+            values = values / scale
+        cache[page, inside] = values.to(cache.dtype)
 
 
 def attend_with_torch() -> Any:

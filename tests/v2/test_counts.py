@@ -5,7 +5,8 @@ There is no clock to trust in the interpreter. Run with ``-s`` to see the figure
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,78 @@ def test_dynamic_trees_take_one_kernel_more(
     """And no wait; with a selector too, which has operations of torch for each depth."""
     counted = counts(dynamic(request.getfixturevalue(heads)), 2)
     check(heads, *counted, [*OURS, "_best_first_kernel"])
+
+
+@contextmanager
+def whole_steps_counted(num_reqs: int) -> Iterator[tuple[Calls, list[int]]]:
+    """Count all that the model runner calls in the steps in which so many requests have drafts."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    calls, steps, counts = Calls(), [0], False
+    originals = GPUModelRunner.execute_model, GPUModelRunner.sample_tokens
+
+    def counted(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not counts:
+            return original(*args, **kwargs)
+        with calls, calls.kernels_counted():
+            return original(*args, **kwargs)
+
+    def execute_model(self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal counts
+        counts = len(output.scheduled_spec_decode_tokens) == num_reqs
+        steps[0] += counts
+        return counted(originals[0], self, output, *args, **kwargs)
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return counted(originals[1], self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPUModelRunner, "execute_model", execute_model)
+        patch.setattr(GPUModelRunner, "sample_tokens", sample_tokens)
+        yield calls, steps
+
+
+@contextmanager
+def triton_attention_everywhere() -> Iterator[None]:
+    """The Triton backend without trees too, so that attention counts alike."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def chosen(cls: Any, *args: Any, **kwargs: Any) -> str:
+        return AttentionBackendEnum.TRITON_ATTN.get_path()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(chosen))
+        yield
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_whole_steps_beside_vllms_own_chains(
+    engine: Callable[..., Any], tiny_model: Path, tiny_heads: Path, num_reqs: int
+) -> None:
+    """vLLM has no Medusa on this runner; it has n-gram lookup and draft models."""
+    ngram = {"method": "ngram_gpu", "prompt_lookup_min": 2, "prompt_lookup_max": 3}
+    all_settings = {
+        "tree of 16": spec(tiny_heads, NUM_NODES),
+        "n-gram chain of 16": {**ngram, "num_speculative_tokens": NUM_NODES},
+        "draft model's chain of 4": {
+            "method": "draft_model",
+            "model": str(tiny_model),
+            "num_speculative_tokens": 4,
+        },
+    }
+    prompts = [{"prompt_token_ids": [7 + i, 8, 9]} for i in range(num_reqs)]
+    found = {}
+    for name, settings in all_settings.items():
+        with (
+            triton_attention_everywhere(),
+            engine(speculative_config=settings) as llm,
+            whole_steps_counted(num_reqs) as (calls, steps),
+        ):
+            greedy(llm, prompts, 7)
+        kernels = sum(calls.kernels.values()) / steps[0]
+        found[name] = kernels + calls.num_launches / steps[0]
+        print(f"\nbatch {num_reqs}, {name}, {steps[0]} steps: {kernels:.1f} kernels of Triton,")
+        print(f"{calls.num_launches / steps[0]:.1f} of torch; waits {calls.waits}")
+        print(dict(calls.kernels))
+    assert found["tree of 16"] < found["draft model's chain of 4"]

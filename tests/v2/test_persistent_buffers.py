@@ -38,7 +38,7 @@ OF_THE_STEP = {
 HANDED_ON = {
     "_set_trees_kernel": {"state_parents_ptr", "state_depths_ptr", "state_ancestors_ptr"},
     "_prepare_kernel": {
-        *("positions_ptr", "ancestors_ptr", "base_ptr"),
+        *("positions_ptr", "ancestors_ptr", "base_ptr", "context_lens_ptr"),
         *("state_depths_ptr", "state_ancestors_ptr", "query_start_ptr", "seq_lens_ptr"),
     },
     "_accept_kernel": {"state_parents_ptr", "base_ptr"},

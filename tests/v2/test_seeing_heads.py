@@ -80,10 +80,12 @@ def drafts_kept() -> Iterator[tuple[list[Drafted], list[Any]]]:
 
     kept: list[Drafted] = []
     speculators: list[Any] = []
-    original = speculator.TreeSpeculator._draft
+    original = speculator.TreeSpeculator._chosen
 
-    def draft(self: Any, hidden: Tensor, roots: Tensor, shapes: Any) -> Any:
-        drafts = original(self, hidden, roots, shapes)
+    def chosen(self: Any, num_reqs: int, shapes: Any) -> Any:
+        drafts = original(self, num_reqs, shapes)
+        hidden = self._buffers.hidden_states[:num_reqs]
+        roots = self._buffers.roots[:num_reqs]
         is_fixed = [shape == Shape.TREE for shape in shapes.tolist()]
         rows = zip(roots.tolist(), is_fixed, *map(Tensor.tolist, drafts), strict=True)
         kept.extend(Drafted(h.clone(), *row) for h, row in zip(hidden, rows, strict=True))
@@ -91,7 +93,7 @@ def drafts_kept() -> Iterator[tuple[list[Drafted], list[Any]]]:
         return drafts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculator.TreeSpeculator, "_draft", draft)
+        patch.setattr(speculator.TreeSpeculator, "_chosen", chosen)
         yield kept, speculators
 
 

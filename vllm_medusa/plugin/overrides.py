@@ -237,9 +237,9 @@ OVERRIDES = (
         "init_cudagraph_manager",
         ("self", "cudagraph_mode"),
         _SPECULATOR,
-        "heads run outside of graphs",
+        "the heads' graphs, where decode steps have full ones",
     ),
-    Override("V2", _V2_SPECULATOR, "capture", ("self",), _SPECULATOR, "nothing is captured"),
+    Override("V2", _V2_SPECULATOR, "capture", ("self",), _SPECULATOR, "the heads are captured"),
     Override(
         "V2",
         _V2_SPECULATOR,

@@ -1,15 +1,24 @@
-"""The speculator: hidden states of the last accepted tokens -> heads -> the next trees."""
+"""The speculator: hidden states of the last accepted tokens -> heads -> the next trees.
+
+The heads are some dozens of small kernels, which a host launches one by one more slowly than a GPU
+runs them. So they run in CUDA graphs of their own, one for each number of requests, of vLLM's own
+manager of graphs, as EAGLE's do.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.plugin.worker.v2.draft_buffers import DraftBuffers
 from vllm_medusa.plugin.worker.v2.shapes import BestFirst, FixedTrees, Shape
 from vllm_medusa.plugin.worker.v2.states import TreeStates
 
@@ -27,6 +36,7 @@ class TreeSpeculator(BaseSpeculator):
         is_chain: whether all trees are chains.
         states: the trees that requests run next.
         sampler: whose acceptance the drafts go on from; set by the runner.
+        cudagraph_manager: the heads' graphs; vLLM sets it to None after it has measured them.
 
     """
 
@@ -48,14 +58,37 @@ class TreeSpeculator(BaseSpeculator):
         self.states = TreeStates.make(req_states.max_num_reqs, self.num_nodes + 1, device)
         self._usual = Shape.TREE if self._best_first is None else Shape.BEST_FIRST
         self._shapes = np.full(req_states.max_num_reqs, self._usual, dtype=np.int64)
+        self._vllm_config = vllm_config
         self._device = device
+        self.cudagraph_manager: CudaGraphManager | None = None
+        model_config = vllm_config.model_config
+        self._buffers = DraftBuffers.make(
+            req_states.max_num_reqs,
+            model_config.get_hidden_size(),
+            self.num_nodes,
+            0 if self._best_first is None else self.tree.num_draft_tokens,
+            model_config.dtype,
+            device,
+        )
         self._fixed = FixedTrees(self.tree, self.num_nodes, device)
 
-    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """No graph of its own yet."""
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Choose the numbers of requests to capture: where decode steps run in full graphs."""
+        is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE
+        # One row for each request is one query token for vLLM.
+        self.cudagraph_manager = CudaGraphManager(
+            self._vllm_config, self._device, mode, decode_query_len=1
+        )
 
     def capture(self) -> None:
-        """No graph of its own yet."""
+        """Capture the heads."""
+        assert self.cudagraph_manager is not None
+
+        def forward(desc: Any, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            return lambda _: self._draft(desc.num_reqs)
+
+        self.cudagraph_manager.capture(forward, "Capturing CUDA graphs of the heads")
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Load the heads."""
@@ -124,33 +157,51 @@ class TreeSpeculator(BaseSpeculator):
         if acceptance is not None:
             rows = rows + acceptance.path[:, -1]
         index = input_batch.idx_mapping
-        parents, tokens = self._draft(
-            last_hidden_states[input_batch.logits_indices[rows]],
-            last_sampled.flatten()[index],
-            self._shapes[input_batch.idx_mapping_np],
+        num_reqs = self._buffers.read(
+            last_hidden_states, input_batch.logits_indices[rows], last_sampled, index
         )
+        self._run_heads(num_reqs)
+        parents, tokens = self._chosen(num_reqs, self._shapes[input_batch.idx_mapping_np])
         self.states.set_trees(parents, index)
         return tokens
 
-    def _draft(
-        self, hidden_states: Tensor, roots: Tensor, shapes: np.ndarray[Any, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """[B, N + 1] parents and [B, N] tokens from [B, H] states, [B] roots and [B] `Shape`s."""
-        is_usual = bool((shapes == self._usual).all())
+    def _run_heads(self, num_reqs: int) -> None:
+        """`_draft`, in a graph if there is one for as many requests or more."""
+        manager = self.cudagraph_manager
+        if manager is not None:
+            desc = manager.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+            if desc.cg_mode == CUDAGraphMode.FULL:
+                manager.run_fullgraph(desc)
+                return
+        self._draft(num_reqs)
+
+    def _draft(self, num_reqs: int) -> None:
+        """Draft the usual trees for the buffers' first rows, into them.
+
+        CUDA graphs capture it: it reads and writes nothing else that changes from step to step.
+        """
+        buffers, rows = self._buffers, slice(num_reqs)
+        hidden_states, roots = buffers.hidden_states[rows], buffers.roots[rows]
         if self._best_first is None:
-            grown = None
-            tokens = self.proposer.propose(hidden_states, roots)
-            if is_usual:
-                return self._fixed.whole(len(tokens)), tokens
-        else:
-            log_probs, guesses = self.proposer.probable_guesses(hidden_states, roots)
-            grown = self._best_first.draft(log_probs, guesses)
-            if is_usual:
-                return grown
-            tokens = self._best_first.fixed_tokens(guesses)
+            buffers.tokens[rows] = self.proposer.propose(hidden_states, roots)
+            return
+        log_probs, guesses = self.proposer.probable_guesses(hidden_states, roots)
+        buffers.parents[rows], buffers.tokens[rows] = self._best_first.draft(log_probs, guesses)
+        buffers.fixed_tokens[rows] = self._best_first.fixed_tokens(guesses)
+
+    def _chosen(self, num_reqs: int, shapes: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """[B, N + 1] parents and [B, N] tokens for requests of [B] `Shape`s."""
+        buffers, rows = self._buffers, slice(num_reqs)
+        parents, tokens = buffers.parents[rows], buffers.tokens[rows]
+        is_static = self._best_first is None
+        if (shapes == self._usual).all():
+            return self._fixed.whole(num_reqs) if is_static else parents, tokens
         wanted = torch.from_numpy(shapes).to(self._device, non_blocking=True)
-        parents, tokens = self._fixed.choose(wanted, tokens)
-        if grown is None:
-            return parents, tokens
+        if is_static:
+            return self._fixed.choose(wanted, tokens)
+        fixed_parents, fixed_tokens = self._fixed.choose(wanted, buffers.fixed_tokens[rows])
         is_grown = (wanted == Shape.BEST_FIRST)[:, None]
-        return torch.where(is_grown, grown[0], parents), torch.where(is_grown, grown[1], tokens)
+        return (
+            torch.where(is_grown, parents, fixed_parents),
+            torch.where(is_grown, tokens, fixed_tokens),
+        )
