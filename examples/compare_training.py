@@ -36,6 +36,8 @@ KINDS = (
     "Medusa=",
     "root-aware=--root-aware",
     "root-aware, selector=--root-aware --selector",
+    # One layer more than a Medusa head's blocks already: its first reads the whole path.
+    "Hydra=--hydra --num-layers 1",
 )
 #: Of the demo's heads (`make demo-model`), with fewer steps.
 COMMON = "--num-layers 3 --kl-temperature 0.5 --optimizer muon --lr 6e-3 --compile"
