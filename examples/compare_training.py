@@ -36,7 +36,7 @@ KINDS = (
     "Medusa=",
     "root-aware=--root-aware",
     "root-aware, selector=--root-aware --selector",
-    # One layer more than a Medusa head's blocks already: its first reads the whole path.
+    # Its one layer reads the whole path, and has more weights than three of a Medusa head.
     "Hydra=--hydra --num-layers 1",
 )
 #: Of the demo's heads (`make demo-model`), with fewer steps.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,31 +48,32 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         UserError: the directory or a shard cannot be read, rows do not fit the target, or too few
             rows have answers.
     """
-    digest = hashlib.sha256()
-    rows: list[tuple[bytes, Row]] = []
-    num_rows = num_cut = 0
-    for row, is_cut in fitting_rows(path, vocab_size=vocab_size, max_tokens=max_tokens):
-        num_rows += 1
-        num_cut += is_cut
-        digest.update(row.token_ids.tobytes() + row.loss_mask.tobytes() + b"|")
-        if row.num_learnt:
-            rows.append((hashlib.sha256(row.id.encode()).digest(), row))
+    found = list(fitting_rows(path, vocab_size=vocab_size, max_tokens=max_tokens))
+    rows = [(hashlib.sha256(row.id.encode()).digest(), row) for row, _ in found if row.num_learnt]
     # By id, so that several answers to one prompt are on the same side.
     order = sorted({key for key, _ in rows})
     num_held_out = min(MAX_HELD_OUT_ROWS, max(1, round(held_out * len(order))))
     if len(order) <= num_held_out:
         raise UserError(
-            f"{path}: {len(rows)} of {num_rows} rows hold an answer to learn, too few to hold "
+            f"{path}: {len(rows)} of {len(found)} rows hold an answer to learn, too few to hold "
             "some out; give more rows (vllm-medusa distill makes them)"
         )
     held = set(order[:num_held_out])
     return Dataset(
         train=[row for key, row in rows if key not in held],
         held_out=[row for key, row in rows if key in held],
-        fingerprint=digest.hexdigest()[:16],
-        num_cut=num_cut,
-        num_without_answer=num_rows - len(rows),
+        fingerprint=fingerprint_of(row for row, _ in found),
+        num_cut=sum(is_cut for _, is_cut in found),
+        num_without_answer=len(found) - len(rows),
     )
+
+
+def fingerprint_of(rows: Iterable[Row]) -> str:
+    """Return a hash of all tokens and masks, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.token_ids.tobytes() + row.loss_mask.tobytes() + b"|")
+    return digest.hexdigest()[:16]
 
 
 def fitting_rows(path: Path, *, vocab_size: int, max_tokens: int) -> Iterator[tuple[Row, bool]]:

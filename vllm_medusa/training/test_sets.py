@@ -16,7 +16,7 @@ from vllm_medusa.acceptance.texts import Text
 from vllm_medusa.data.rows import Row, temperature_of
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.frozen import FrozenTarget
-from vllm_medusa.training.dataset import Dataset, fitting_rows
+from vllm_medusa.training.dataset import Dataset, fingerprint_of, fitting_rows
 from vllm_medusa.training.evaluate import measurable_texts
 
 _LOGGER = logging.getLogger(__name__)
@@ -89,14 +89,11 @@ def _load(
             num_known,
             len(rows),
         )
-    digest = hashlib.sha256()
-    for row in new:
-        digest.update(row.token_ids.tobytes() + row.loss_mask.tobytes() + b"|")
     temperature = temperature_of(path)
     texts = measurable_texts(
         new, end_tokens, num_heads, temperature=temperature, setting=f"--test-data {path}"
     )
-    return TestSet(str(path), temperature, texts, num_known, digest.hexdigest()[:16])
+    return TestSet(str(path), temperature, texts, num_known, fingerprint_of(new))
 
 
 def _prompt_of(row: Row) -> bytes:

@@ -107,23 +107,22 @@ def take_typical(
     logprobs = logits.log_softmax(dim=-1)
     bounds = typical.of_rows(logprobs, rows.req)
     parent_rows = rows.row.gather(1, rows.parents[:, 1:])
-    likelihoods = torch.zeros_like(target_tokens, dtype=logits.dtype)
-    likelihoods[:, 1:] = logprobs[parent_rows, draft_tokens.clamp(min=0)]
-    nodes = torch.arange(target_tokens.shape[1], device=target_tokens.device)
-    counts = nodes <= rows.num_drafts[:, None]
-    counts[:, 1:] &= (likelihoods[:, 1:] > bounds[parent_rows]) & (draft_tokens >= 0)
+    of_drafts = logprobs[parent_rows, draft_tokens.clamp(min=0)]
+    likelihoods = torch.nn.functional.pad(of_drafts, (1, 0))
+    counts = rows.is_run & (of_drafts > bounds[parent_rows]) & (draft_tokens >= 0)
+    counts = torch.nn.functional.pad(counts, (1, 0), value=True)
 
     batch, num_nodes, width = rows.ancestors.shape
     ancestors = rows.ancestors.view(batch, -1)
     counts = counts.gather(1, ancestors).view(batch, num_nodes, width).all(dim=-1)
-    is_step = torch.arange(width, device=nodes.device) <= rows.depths[..., None]
+    is_step = torch.arange(width, device=logits.device) <= rows.depths[..., None]
     paths = likelihoods.gather(1, ancestors).view(batch, num_nodes, width)
     totals = paths.where(is_step, 0.0).sum(dim=-1)
     depths = rows.depths.where(counts, -1)
     is_longest = depths == depths.amax(dim=1, keepdim=True)
     best = totals.where(is_longest, -torch.inf).argmax(dim=1)
 
-    path = rows.ancestors[torch.arange(batch, device=nodes.device), best]
+    path = rows.ancestors[torch.arange(batch, device=logits.device), best]
     before, behind = path[:, :-1], path[:, 1:]
     drafts = draft_tokens.gather(1, (behind - 1).clamp(min=0))
     # A shorter path repeats its last node, whose sample stays.
