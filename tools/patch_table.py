@@ -46,12 +46,13 @@ def page() -> str:
     """Return the page."""
     patches = (
         (
-            entry.process,
+            process,
             _name(entry.owner, entry.name),
             entry.why + (f" (only {', '.join(entry.versions)})" if entry.versions else ""),
             entry.until,
         )
-        for entry in PATCHES
+        for process, entries in PATCHES.items()
+        for entry in entries
     )
     overrides = (
         (

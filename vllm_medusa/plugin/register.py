@@ -22,7 +22,7 @@ def register() -> None:
     if not compat.is_supported_version():
         # Patch nothing else, but give users who ask for Medusa an error, if the arguments still
         # fit.
-        for entry in patches.PATCHES:
+        for entry in patches.PATCHES["all"]:
             if entry.owner == "vllm.engine.arg_utils:EngineArgs":
                 with contextlib.suppress(UserError):
                     entry.apply()
