@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from vllm_medusa.config import MedusaConfig
@@ -11,6 +12,9 @@ from vllm_medusa.kernels import MAX_NODES
 from vllm_medusa.plugin.compat import plugin_logger
 
 logger = plugin_logger(__name__)
+
+#: A setting, its value, and why it is refused.
+Refusal = tuple[str, Any, str]
 
 
 def check_before(args: Any, worker_class: str) -> None:
@@ -56,182 +60,111 @@ def check_supported(vllm_config: Any, config: MedusaConfig) -> None:
     """
     is_v2 = bool(vllm_config.use_v2_model_runner)
     refused_with_trees = _refused_with_masks if is_v2 else _refused_with_forks
-    for setting, value, is_refused, reason in [
-        *_refused_always(vllm_config),
-        *(_refused_on_v2(vllm_config, config) if is_v2 else []),
-        *([] if config.limits.max_paths == 1 else refused_with_trees(vllm_config)),
-    ]:
-        if is_refused:
-            raise UserError(f"{setting}={shown(value)} is not supported with Medusa: {reason}")
+    for setting, value, reason in chain(
+        _refused_always(vllm_config),
+        _refused_on_v2(vllm_config, config) if is_v2 else (),
+        () if config.limits.max_paths == 1 else refused_with_trees(vllm_config),
+    ):
+        raise UserError(f"{setting}={shown(value)} is not supported with Medusa: {reason}")
     _check_token_budget(vllm_config, config)
     if not is_v2:
         _avoid_full_cuda_graphs(vllm_config)
 
 
-def _refused_always(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
+def _refused_always(vllm_config: Any) -> Iterator[Refusal]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    pipeline = parallel.pipeline_parallel_size
     architectures = getattr(model.hf_config, "architectures", None)
-    return [
-        (
-            "pipeline_parallel_size",
-            pipeline,
-            pipeline > 1,
-            "only the last stage knows what was accepted; use tensor parallelism",
-        ),
-        (
-            "decode_context_parallel_size",
-            parallel.decode_context_parallel_size,
-            parallel.decode_context_parallel_size > 1,
-            "a block's tokens lie on several ranks; use tensor parallelism",
-        ),
-        (
-            "model",
-            architectures,
-            model.is_encoder_decoder,
-            "the plugin cannot draft for encoder-decoder models; serve without speculative_config",
-        ),
-        (
-            "model",
-            architectures,
-            model.is_hybrid or model.is_attention_free,
-            "recurrent (Mamba-like) states cannot be forked; serve without speculative_config",
-        ),
-        (
-            "runner",
-            model.runner_type,
-            model.runner_type != "generate",
-            "only models that generate text use drafts; leave speculative_config out",
-        ),
-        (
-            "structured_outputs_config.backend",
-            vllm_config.structured_outputs_config.backend,
-            vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
+    if (size := parallel.pipeline_parallel_size) > 1:
+        reason = "only the last stage knows what was accepted; use tensor parallelism"
+        yield "pipeline_parallel_size", size, reason
+    if (size := parallel.decode_context_parallel_size) > 1:
+        reason = "a block's tokens lie on several ranks; use tensor parallelism"
+        yield "decode_context_parallel_size", size, reason
+    if model.is_encoder_decoder:
+        reason = "the plugin cannot draft for encoder-decoder models"
+        yield "model", architectures, f"{reason}; serve without speculative_config"
+    if model.is_hybrid or model.is_attention_free:
+        reason = "recurrent (Mamba-like) states cannot be forked; serve without speculative_config"
+        yield "model", architectures, reason
+    if model.runner_type != "generate":
+        reason = "only models that generate text use drafts; leave speculative_config out"
+        yield "runner", model.runner_type, reason
+    if (backend := vllm_config.structured_outputs_config.backend) == "lm-format-enforcer":
+        reason = (
             "vLLM compiles no grammar with it when tokens are speculated; use 'auto', 'xgrammar', "
-            "'guidance' or 'outlines'",
-        ),
-    ]
+            "'guidance' or 'outlines'"
+        )
+        yield "structured_outputs_config.backend", backend, reason
 
 
-def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> list[tuple[str, Any, bool, str]]:
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    num_nodes = config.limits.max_nodes
-    sources = None if config.dynamic is None else list(config.dynamic.sources)
-    prefill_context = getattr(parallel, "prefill_context_parallel_size", 1)
-    return [
-        (
-            "sources",
-            sources,
-            sources is not None and "heads" not in sources,
+def _refused_on_v2(vllm_config: Any, config: MedusaConfig) -> Iterator[Refusal]:
+    parallel = vllm_config.parallel_config
+    if config.dynamic is not None and "heads" not in config.dynamic.sources:
+        reason = (
             "the text is searched on the host, and Model Runner V2 does not wait for the host; add "
-            "'heads', or use V1 with VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-        (
-            "tree",
-            f"{num_nodes} nodes",
-            num_nodes >= MAX_NODES,
-            f"Model Runner V2 keeps a node's ancestors in 64 bits; use {MAX_NODES - 1} nodes or "
-            "fewer",
-        ),
-        (
-            "prefill_context_parallel_size",
-            prefill_context,
-            prefill_context > 1,
-            "a request's tokens lie on several ranks; use tensor parallelism",
-        ),
-        (
-            "watermark_config",
-            "given",
-            getattr(vllm_config, "watermark_config", None) is not None,
-            "a watermark needs drafts that are a chain; leave it out",
-        ),
-        (
-            "enable_batch_sharded_sampling",
-            True,
-            bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
-            "a rank would not know the paths that other ranks accept; leave it out",
-        ),
-        (
-            "return_sampling_mask",
-            True,
-            bool(getattr(model, "return_sampling_mask", False)),
-            "masks for tree nodes are not returned yet; leave it out",
-        ),
-    ]
+            "'heads', or use V1 with VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+        yield "sources", list(config.dynamic.sources), reason
+    if (num_nodes := config.limits.max_nodes) >= MAX_NODES:
+        reason = "Model Runner V2 keeps a node's ancestors in 64 bits"
+        yield "tree", f"{num_nodes} nodes", f"{reason}; use {MAX_NODES - 1} nodes or fewer"
+    if (size := getattr(parallel, "prefill_context_parallel_size", 1)) > 1:
+        reason = "a request's tokens lie on several ranks; use tensor parallelism"
+        yield "prefill_context_parallel_size", size, reason
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        reason = "a watermark needs drafts that are a chain; leave it out"
+        yield "watermark_config", "given", reason
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        reason = "a rank would not know the paths that other ranks accept; leave it out"
+        yield "enable_batch_sharded_sampling", True, reason
+    if getattr(vllm_config.model_config, "return_sampling_mask", False):
+        reason = "masks for tree nodes are not returned yet; leave it out"
+        yield "return_sampling_mask", True, reason
 
 
-def _refused_with_masks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
-    """Return what attention to trees does not support on V2."""
-    model = vllm_config.model_config
-    chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+def _refused_with_masks(vllm_config: Any) -> Iterator[Refusal]:
+    """Yield what attention to trees does not support on V2."""
     kv_role = getattr(vllm_config.kv_transfer_config, "kv_role", None)
-    shared = [
-        refusal
-        for refusal in _refused_with_forks(vllm_config)
-        if not (refusal[0] == "kv_transfer_config.kv_connector" and kv_role == "kv_producer")
-    ]
-    return [
-        *shared,
-        (
+    for refusal in _refused_with_forks(vllm_config):
+        if not (refusal[0] == "kv_transfer_config.kv_connector" and kv_role == "kv_producer"):
+            yield refusal
+    model = vllm_config.model_config
+    if getattr(model.hf_text_config, "attention_chunk_size", None) is not None:
+        reason = "its attention is cut into chunks by a token's slot, not by its position"
+        yield (
             "model",
             getattr(model.hf_config, "architectures", None),
-            chunk is not None,
-            "its attention is cut into chunks by a token's slot, not by its position; use "
-            "tree='chain'",
-        ),
-    ]
+            f"{reason}; use tree='chain'",
+        )
 
 
-def _refused_with_forks(vllm_config: Any) -> list[tuple[str, Any, bool, str]]:
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+def _refused_with_forks(vllm_config: Any) -> Iterator[Refusal]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     architectures = getattr(model.hf_config, "architectures", None)
-    offloading_size = vllm_config.cache_config.kv_offloading_size
-    return [
-        (
-            "kv_offloading_size",
-            offloading_size,
-            # vLLM turns it into a connector, whose name the user does not know.
-            offloading_size is not None,
-            "it saves blocks before the accepted tokens are in them; leave it out or use "
-            "tree='chain'",
-        ),
-        (
-            "model",
-            architectures,
-            model.use_mla,
-            "attention to trees does not support MLA caches yet; use tree='chain'",
-        ),
-        (
-            "model",
-            architectures,
-            model.uses_mrope,
-            "M-RoPE positions of trees are not supported yet; use tree='chain'",
-        ),
-        (
-            "model",
-            architectures,
-            model.is_mm_prefix_lm or model.rswa_window is not None,
-            "its attention depends on a request's prompt, not on its path; use tree='chain'",
-        ),
-        (
-            "kv_transfer_config.kv_connector",
-            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
-            vllm_config.kv_transfer_config is not None,
-            "a connector saves blocks before the accepted tokens are in them; use tree='chain'",
-        ),
-        (
-            "enable_dbo",
-            True,
-            bool(parallel.use_ubatching),
-            "micro-batches would split a tree; leave it out or use tree='chain'",
-        ),
-        (
-            "kv_sharing_fast_prefill",
-            True,
-            bool(vllm_config.cache_config.kv_sharing_fast_prefill),
-            "it selects tokens by request, not by path; leave it out or use tree='chain'",
-        ),
-    ]
+    # vLLM turns it into a connector, whose name the user does not know.
+    if cache.kv_offloading_size is not None:
+        reason = "it saves blocks before the accepted tokens are in them"
+        remedy = "leave it out or use tree='chain'"
+        yield "kv_offloading_size", cache.kv_offloading_size, f"{reason}; {remedy}"
+    if model.use_mla:
+        reason = "attention to trees does not support MLA caches yet; use tree='chain'"
+        yield "model", architectures, reason
+    if model.uses_mrope:
+        reason = "M-RoPE positions of trees are not supported yet; use tree='chain'"
+        yield "model", architectures, reason
+    if model.is_mm_prefix_lm or model.rswa_window is not None:
+        reason = "its attention depends on a request's prompt, not on its path; use tree='chain'"
+        yield "model", architectures, reason
+    if (transfer := vllm_config.kv_transfer_config) is not None:
+        reason = "a connector saves blocks before the accepted tokens are in them"
+        connector = getattr(transfer, "kv_connector", None)
+        yield "kv_transfer_config.kv_connector", connector, f"{reason}; use tree='chain'"
+    if vllm_config.parallel_config.use_ubatching:
+        reason = "micro-batches would split a tree; leave it out or use tree='chain'"
+        yield "enable_dbo", True, reason
+    if cache.kv_sharing_fast_prefill:
+        reason = "it selects tokens by request, not by path; leave it out or use tree='chain'"
+        yield "kv_sharing_fast_prefill", True, reason
 
 
 def check_attention(attn_groups: Sequence[Sequence[Any]], block_sizes: Sequence[int]) -> None:
