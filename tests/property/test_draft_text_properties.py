@@ -24,7 +24,7 @@ from vllm_medusa.draft.text_index import (
     match_lengths,
 )
 from vllm_medusa.draft.trie import build_trie
-from vllm_medusa.draft.types import Candidates, Emitted, Request, Source
+from vllm_medusa.draft.types import Candidates, Request, Source
 
 # Two or three tokens, so that long matches are common.
 texts = st.lists(st.integers(0, 2), max_size=60) | st.lists(st.integers(0, 1), max_size=60)
@@ -228,7 +228,10 @@ def test_shared_text_source_proposes_what_followed_in_finished_outputs(
 def test_outcomes(tree: oracle.Tree, following: list[int]) -> None:
     candidates = oracle.as_candidates([{}, tree])
     tokens = np.array([[0] * 7, following + [9] * (7 - len(following))])
-    observed, right = outcomes(candidates, Emitted(tokens, np.array([0, len(following)])))
+    observed, right = outcomes(
+        *(candidates.request, candidates.parents, candidates.tokens),
+        *(tokens, np.array([0, len(following)])),
+    )
     paths = sorted(tree, key=lambda path: (len(path), list(tree).index(path)))
     for place, path in enumerate(paths):
         above_is_right = list(path[:-1]) == following[: len(path) - 1]

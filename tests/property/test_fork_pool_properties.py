@@ -33,18 +33,18 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
     max_tree_requests: int | None,
 ) -> None:
     rng = random.Random(seed)
-    layout = TreeLayout.build(random_subtree(rng.randrange, rng.randint(1, 40), 5, 4))
+    tree = random_subtree(rng.randrange, rng.randint(1, 40), 5, 4)
+    num_paths = len(TreeLayout.build(tree).path_starts)
     # What the scheduler must keep: the null block, and a full sequence with a block behind it.
     needed = 1 + sum(-(-max_model_len // size) + 1 for size in block_sizes)
     # A fork holds the tokens of a path from anywhere in a block on, the root's among them.
     forks = [
-        (layout.num_paths - 1)
-        * max(-(-(start + layout.tree.depth + 1) // size) for start in range(size))
+        (num_paths - 1) * max(-(-(start + tree.depth + 1) // size) for start in range(size))
         for size in block_sizes
     ]
     try:
         pool = plan_fork_pool(
-            TreeLimits(len(layout.tree.paths), layout.tree.depth, layout.num_paths),
+            TreeLimits(len(tree.paths), tree.depth, num_paths),
             CacheShape(
                 num_blocks,
                 block_sizes,
@@ -67,7 +67,7 @@ def test_the_pool_is_bounded_and_shared_by_nobody(
                 owners[block] = (group, place)
     assert sorted(owners) == list(range(pool.first_block, num_blocks))
     assert pool.num_blocks == len(owners)
-    if not layout.tree.is_chain:
+    if num_paths > 1:
         assert pool.first_block >= needed
         assert 1 <= pool.num_requests <= max_num_seqs
         assert max_tree_requests is None or pool.num_requests <= max_tree_requests

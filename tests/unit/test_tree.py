@@ -42,15 +42,12 @@ def test_shape_of_a_tree() -> None:
     assert tree.top_k == 5
     assert tree.parents == (-1, 0, 1, 1, 3, 0, 0, 6)
     assert tree.leaves == (2, 4, 5, 7)
-    assert not tree.is_chain
 
 
 def test_chain() -> None:
     tree = DraftTree.chain(3)
     assert tree.paths == ((0,), (0, 0), (0, 0, 0))
-    assert (tree.depth, tree.top_k, tree.leaves, tree.is_chain) == (3, 1, (3,), True)
-    # A chain need not be of first guesses.
-    assert DraftTree.from_paths([[2], [2, 1]]).is_chain
+    assert (tree.depth, tree.top_k, tree.leaves) == (3, 1, (3,))
 
 
 def test_trees_of_the_same_paths_are_equal() -> None:
@@ -72,13 +69,6 @@ def test_ranks_are_integers(rank: object) -> None:
         DraftTree.from_paths([[rank]])  # type: ignore[list-item]
 
 
-def test_cut_to_depth() -> None:
-    tree = DraftTree.from_paths(PATHS)
-    assert tree.cut_to_depth(2).paths == ((0,), (0, 0), (0, 2), (1,), (4,), (4, 0))
-    assert tree.cut_to_depth(1).paths == ((0,), (1,), (4,))
-    assert tree.cut_to_depth(9) == tree
-
-
 def test_check_heads() -> None:
     tree = DraftTree.from_paths(PATHS)
     tree.check_heads(3)
@@ -97,17 +87,15 @@ def test_every_prefix_is_a_tree_whose_paths_are_the_live_ones() -> None:
     """What the scheduler leaves of a tree is one, with the full tree's first leaf paths."""
     for tree in random_trees():
         layout = TreeLayout.build(tree)
-        first = [
-            path
-            for path in tree.paths
-            if path == tree.paths[layout.first_path_length - 1][: len(path)]
-        ]
-        assert first == list(tree.paths[: layout.first_path_length])
-        assert layout.first_path_length == tree.leaves[0]
+        length = tree.leaves[0]
+        first = [path for path in tree.paths if path == tree.paths[length - 1][: len(path)]]
+        assert first == list(tree.paths[:length])
+        assert (*layout.path_starts, len(tree.paths) + 1)[1] == length + 1
         for count in range(1, tree.num_draft_tokens + 1):
             cut = TreeLayout.build(DraftTree.from_paths(tree.paths[:count]))
-            assert layout.path_starts[: cut.num_paths] == cut.path_starts
-            assert all(start > count for start in layout.path_starts[cut.num_paths :])
+            num_paths = len(cut.path_starts)
+            assert layout.path_starts[:num_paths] == cut.path_starts
+            assert all(start > count for start in layout.path_starts[num_paths:])
             assert layout.parents[:count] == cut.parents
 
 

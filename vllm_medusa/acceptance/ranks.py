@@ -136,7 +136,8 @@ class RankMeter:
     def _measure(self, texts: Sequence[Text]) -> list[list[Continuation]]:
         """Return the answers of each text of one batch."""
         tokens_of_rows = self._padded([text.token_ids for text in texts])
-        hidden = self._hidden_states(tokens_of_rows)
+        position_ids = torch.arange(tokens_of_rows.shape[1], device=tokens_of_rows.device)
+        hidden = self._target.hidden(tokens_of_rows, position_ids[None])
         num_heads, length = self._heads.num_heads, hidden.shape[1]
         answers = []
         # From no answer on: a batch may hold texts without one.
@@ -186,12 +187,6 @@ class RankMeter:
         length = max(map(len, sequences))
         padded = [tokens + [0] * (length - len(tokens)) for tokens in sequences]
         return torch.tensor(padded, device=self._target.weight.device)
-
-    def _hidden_states(self, tokens: Tensor) -> Tensor:
-        """Return [B, T, H]."""
-        return self._target.hidden(
-            tokens, torch.arange(tokens.shape[1], device=tokens.device)[None]
-        )
 
     def _rank(
         self, hidden: Tensor, roots: Tensor, wanted: NDArray[np.int64]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 
 import rich.console
 import rich.text
@@ -14,7 +13,7 @@ from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.reporting.tables import Table
 
 
-class Display(AbstractContextManager["Display"]):
+class Display(Bar):
     """A live table and a bar on a terminal, else a line for each event; a context manager.
 
     Args:
@@ -27,17 +26,18 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         self._table = table
         self._pending: Counter[str] = Counter()
-        self._bar = Bar("bench", "turns", 0, above=self._above, writes_lines=False, console=console)
-        self.say = self._bar.say
+        super().__init__(
+            "bench", "turns", 0, above=self._above, writes_lines=False, console=console
+        )
 
     def expect(self, turns: Iterable[str]) -> None:
         """Set the variants whose turns will come."""
         self._pending = Counter(turns)
-        self._bar.set_total(self._pending.total())
+        self.set_total(self._pending.total())
 
     def turn_of(self, variant: str) -> None:
         """Show that a variant's turn begins."""
-        self._bar.advance(0, f"now: {variant}")
+        self.advance(0, f"now: {variant}")
 
     def started(self, variant: str, info: EngineInfo) -> None:
         """Show that a variant's engine has started."""
@@ -47,13 +47,13 @@ class Display(AbstractContextManager["Display"]):
     def measured(self, variant: str, line: str) -> None:
         """Show that a turn has ended, with its result."""
         self._pending[variant] -= 1
-        self._bar.advance(1, line)
+        self.advance(1, line)
         self._tell(line)
 
     def dropped(self, variant: str, reason: str) -> None:
         """Show that a variant is left out from now on, and why."""
         del self._pending[variant]
-        self._bar.set_total(self._bar.done + self._pending.total())
+        self.set_total(self.done + self._pending.total())
         self._tell(f"{variant}: left out: {reason}")
 
     def _above(self) -> Iterable[rich.console.RenderableType]:
@@ -61,16 +61,9 @@ class Display(AbstractContextManager["Display"]):
         return (rich.text.Text(table.title), table.rich()) if table.rows else ()
 
     def _tell(self, line: str) -> None:
-        if not self._bar.is_live:
-            turns, seconds = self._pending.total(), self._bar.seconds_left
+        if not self.is_live:
+            turns, seconds = self._pending.total(), self.seconds_left
             if turns:
                 about = "" if seconds is None else f", about {seconds:.0f} s"
                 line += f" (turns left: {turns}{about})"
             self.say(line)
-
-    def __enter__(self) -> Display:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)

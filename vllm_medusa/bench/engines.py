@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 import psutil
@@ -128,12 +127,7 @@ class EnginePool(Generic[E]):
     def __enter__(self) -> EnginePool[E]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for engine in self._engines.values():
             engine.close(patience_s=20 if error is None else 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.prompts import PromptSet, load_prompts
 from vllm_medusa.bench.results import prepare_out
-from vllm_medusa.bench.settings import Settings, engine_environment, engine_options
+from vllm_medusa.bench.settings import Settings, engine_options
 from vllm_medusa.bench.variants import (
     BASELINE,
     VLLM_CHAIN,
@@ -19,6 +19,7 @@ from vllm_medusa.bench.variants import (
     missing_requirement,
     with_built_in_heads,
 )
+from vllm_medusa.engines.engine import default_threads, thread_environment
 from vllm_medusa.reporting.provenance import provenance, vllm_version
 from vllm_medusa.target.text import load_tokenizer
 
@@ -94,6 +95,6 @@ def make_plan(settings: Settings, folder: Path) -> Plan:
             seed=settings.seed,
         ),
         options=engine_options(settings),
-        environment=engine_environment(settings),
+        environment=thread_environment(settings.threads or default_threads()),
         provenance=provenance(None),
     )

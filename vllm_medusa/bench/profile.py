@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 from vllm_medusa.bench.engines import has_room
 from vllm_medusa.bench.plan import Plan
@@ -75,7 +74,8 @@ def profile_steps(plan: Plan) -> str:
     values = {**costs.to_dict(), "stages": [asdict(times) for times in stages]}
     path = settings.out / STEP_COSTS
     write_json(path, values)
-    return "\n".join([as_text([cost_table(costs), stage_table(stages)]), _written(path)])
+    written = f"written to {path}, which vllm-medusa calibrate reads with --step-costs"
+    return "\n".join([as_text([cost_table(costs), stage_table(stages)]), written])
 
 
 def _engines_at_once(plan: Plan, num_engines: int) -> int:
@@ -116,7 +116,3 @@ def cost_table(costs: StepCosts) -> Table:
                 ratio.format(2) if row.num_drafts else "",
             )
     return table
-
-
-def _written(path: Path) -> str:
-    return f"written to {path}, which vllm-medusa calibrate reads with --step-costs"

@@ -12,10 +12,10 @@ from vllm_medusa.bench.categories import CategoryFigures
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.figures import Column, Figures, Kind, load_name
 from vllm_medusa.bench.plan import Plan
-from vllm_medusa.bench.results import REPORT, variant_to_json, write_results
+from vllm_medusa.bench.results import FORMAT, REPORT, RESULTS, variant_to_json
 from vllm_medusa.bench.sameness import Mismatch, Sameness
 from vllm_medusa.bench.spread import Spread
-from vllm_medusa.files import write_bytes
+from vllm_medusa.files import write_bytes, write_json
 from vllm_medusa.reporting.tables import Table, as_text
 
 #: Mismatches shown one by one, of each variant.
@@ -167,7 +167,7 @@ def write_report(
         "variants": [variant_to_json(v, states[v.name]) for v in plan.variants],
         "notes": list(notes),
     }
-    write_results(out, {**common, **results})
+    write_json(out / RESULTS, {"format": FORMAT, **common, **results})
     text = markdown(filled, notes, plots, provenance, settings)
     write_bytes(out / REPORT, text.encode())
     return "\n".join([as_text(filled), *notes, f"written to {out}"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.bench.engines import VariantState
 from vllm_medusa.bench.variants import Variant
 from vllm_medusa.errors import UserError
-from vllm_medusa.files import read_json, write_json
+from vllm_medusa.files import read_json
 
 FORMAT = "vllm_medusa.bench/1"
 RESULTS, LINES, REPORT = "results.json", "results.jsonl", "report.md"
@@ -42,37 +42,19 @@ def variant_to_json(variant: Variant, state: VariantState) -> dict[str, Any]:
     }
 
 
-class LineWriter:
-    """Writes measurements as JSON lines as they are made, after a header with the provenance.
+def add_line(out: Path, header: Mapping[str, Any], line: Mapping[str, Any]) -> None:
+    """Append a measurement to the JSON lines, whose first one is a header with the provenance.
 
     So the measurements of an interrupted run are kept, line by line.
-
-    Args:
-        out: directory of the results.
-        header: makes the header when the first line comes.
     """
-
-    def __init__(self, out: Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        self._path = out / LINES
-        self._header = header
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line."""
-        with self._path.open("a", encoding="utf-8") as file:
-            if not file.tell():
-                file.write(json.dumps({"format": FORMAT, **self._header()}) + "\n")
-            file.write(json.dumps(line) + "\n")
-
-
-def write_results(out: Path, results: Mapping[str, Any]) -> Path:
-    """Write the document, completely or not at all; return its path."""
-    path = out / RESULTS
-    write_json(path, {"format": FORMAT, **results})
-    return path
+    with (out / LINES).open("a", encoding="utf-8") as file:
+        if not file.tell():
+            file.write(json.dumps({"format": FORMAT, **header}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read such a document.
+    """Read the document of a run.
 
     Raises:
         UserError: it is not such a document.

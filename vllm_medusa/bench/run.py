@@ -25,7 +25,7 @@ from vllm_medusa.bench.report import (
     speed_table,
     write_report,
 )
-from vllm_medusa.bench.results import LineWriter
+from vllm_medusa.bench.results import add_line
 from vllm_medusa.bench.settings import Settings
 from vllm_medusa.bench.turns import take_turns
 from vllm_medusa.bench.variants import Variant
@@ -90,13 +90,6 @@ def compare(plan: Plan, mode: Mode[E, L, M]) -> str:
     kind = mode.kind
     measurements: list[M] = []
     display = Display(lambda: speed_table(figures_of(measurements, kind), pool.states, kind))
-    lines = LineWriter(
-        plan.settings.out,
-        lambda: {
-            "provenance": plan.provenance_json(pool.states),
-            "settings": plan.settings_json(),
-        },
-    )
 
     def on_start(name: str, engine: E, info: EngineInfo) -> None:
         display.started(name, info)
@@ -106,7 +99,8 @@ def compare(plan: Plan, mode: Mode[E, L, M]) -> str:
         found = mode.measure(engine, name, load, number)
         measurements.append(found)
         place = {"variant": name, kind.load[0]: load if isinstance(load, int) else str(load)}
-        lines.add({**place, "round": number, **found.line})
+        header = {"provenance": plan.provenance_json(pool.states), "settings": plan.settings_json()}
+        add_line(plan.settings.out, header, {**place, "round": number, **found.line})
         where = f"round {number}, {load_name(load)}, {name}"
         display.measured(name, f"{where}: {found.summary}")
 

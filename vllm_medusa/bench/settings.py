@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from vllm_medusa.bench.variants import Variant, variants_of_config
-from vllm_medusa.engines.engine import default_threads, has_accelerator, thread_environment
+from vllm_medusa.engines.engine import has_accelerator
 from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.plots import check_matplotlib
 from vllm_medusa.settings import Counts, PathText, as_json, refuse_own_options, settings
@@ -130,11 +130,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds no mapping; see docs/benchmarking.md")
     return values
-
-
-def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment variables of every engine."""
-    return thread_environment(settings.threads or default_threads())
 
 
 def engine_options(settings: Settings) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _NGRAM = {
     "prompt_lookup_max": 4,
 }
 _WITH_PATH = ("draft_model", "eagle", "eagle3")
-_KINDS = (
+KINDS = (
     "baseline, tree, tree=TREE, chain, vllm-chain, vllm-chain=HEADS, ngram, suffix, "
     "draft_model=PATH, eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}'"
 )
@@ -181,7 +181,7 @@ def _parse(text: str, heads: str | None) -> Variant:
     if has_value and value.lstrip().startswith("{"):
         return _of_json(kind, value)
     if has_value and not value:
-        raise UserError(f"variant {text!r} has nothing after '='; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} has nothing after '='; give one of {KINDS}")
     if kind == "tree":
         tree: dict[str, Any] = {"tree": value} if has_value else {}
         if value.isdigit():
@@ -201,7 +201,7 @@ def _parse(text: str, heads: str | None) -> Variant:
         "suffix": Variant(name=kind, speculative={"method": "suffix"}),
     }
     if has_value or kind not in plain:
-        raise UserError(f"variant {text!r} is unknown; give one of {_KINDS}")
+        raise UserError(f"variant {text!r} is unknown; give one of {KINDS}")
     return plain[kind]
 
 

@@ -10,7 +10,8 @@ from vllm_medusa.cli.arguments import add_settings, given_settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    from vllm_medusa.bench.settings import Settings
+    from vllm_medusa.bench.settings import DEFAULT_VARIANTS, Settings
+    from vllm_medusa.bench.variants import KINDS
 
     add_settings(parser, Settings, "model", "heads")
     parser.add_argument(
@@ -18,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="V",
-        help="baseline, tree, tree=TREE, chain, vllm-chain, vllm-chain=HEADS, ngram, suffix, "
-        "draft_model=PATH, eagle=PATH, eagle3=PATH or 'name={JSON of a speculative config}' "
-        "(baseline tree chain vllm-chain ngram)",
+        help=f"{KINDS} ({' '.join(DEFAULT_VARIANTS)})",
     )
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="File with variants and settings"

@@ -13,7 +13,7 @@ from vllm_medusa.draft.probability import text_features
 from vllm_medusa.draft.proposer import Proposed
 from vllm_medusa.draft.text_index import AHEAD, BEHIND, TextIndex, match_lengths
 from vllm_medusa.draft.trie import Trie, build_trie
-from vllm_medusa.draft.types import Candidates, Emitted, Floats, Ints, Source
+from vllm_medusa.draft.types import Candidates, Floats, Ints, Source
 
 #: Places of a request that are read: those with the longest match, then the latest.
 MAX_PLACES = 8
@@ -23,7 +23,7 @@ _WEIGHT_OF_MATCH = 1.5
 _MIN_PATH_PROBABILITY = 1e-3
 
 
-class Continuations:
+class Continuations(Proposed):
     """Makes candidates from the tokens that follow places in texts.
 
     Args:
@@ -37,9 +37,9 @@ class Continuations:
     def __init__(
         self, source: Source, curve: LogisticCurve, observer: Observer | None, *, max_depth: int
     ) -> None:
+        super().__init__(observer)
         self._source = source
         self._curve = curve
-        self._proposed = Proposed(observer)
         self._depth = min(max_depth, AHEAD)
 
     def propose(
@@ -57,7 +57,7 @@ class Continuations:
 
         """
         if not any(places):
-            return self._proposed.keep_none()
+            return self.keep_none()
         counts = np.array([len(found) for found in places], dtype=np.int64)
         windows = np.concatenate(
             [index.windows(found) for index, found in zip(indexes, places, strict=True) if found]
@@ -71,11 +71,7 @@ class Continuations:
         )
         source = np.full(len(tokens), int(self._source))
         candidates = Candidates(request, parents, tokens, probability, source, levels)
-        return self._proposed.keep(candidates, features, np.zeros(len(tokens), dtype=np.int64))
-
-    def learn(self, emitted: Emitted) -> None:
-        """Compare the last step's candidates with the tokens that followed."""
-        self._proposed.learn(emitted)
+        return self.keep(candidates, features, np.zeros(len(tokens), dtype=np.int64))
 
 
 @compiled

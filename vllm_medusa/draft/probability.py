@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.trie import Trie
 from vllm_medusa.draft.types import Floats, Ints, Source
 from vllm_medusa.errors import UserError
+from vllm_medusa.tree.draft_tree import read_json
 
 PROBABILITIES_FORMAT = "vllm_medusa.draft_probabilities/1"
 PROBABILITIES_FILE = "medusa_probabilities.json"
@@ -101,12 +101,7 @@ def read_probabilities(path: Path, num_heads: int, num_guesses: int) -> Probabil
         UserError: it cannot be read, or is not such a file.
 
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); calibrate again") from None
+    values = read_json(path, "probabilities file", "calibrate again")
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object; calibrate again")
     try:

@@ -66,24 +66,17 @@ class Proposed:
         self._observer.end_step()
 
 
-def outcomes(candidates: Candidates, emitted: Emitted) -> tuple[Bools, Bools]:
-    """Return the outcomes of candidates.
+@compiled
+def outcomes(
+    request: Ints, parents: Ints, tokens: Ints, emitted: Ints, counts: Ints
+) -> tuple[Bools, Bools]:
+    """Return the outcomes of candidates, in which parents come before their children.
 
     Returns:
         [n] whether the text went through the parent and the token after it is known; [n] whether
         the text went through the candidate itself.
 
     """
-    return _outcomes(
-        candidates.request, candidates.parents, candidates.tokens, emitted.tokens, emitted.counts
-    )
-
-
-@compiled
-def _outcomes(
-    request: Ints, parents: Ints, tokens: Ints, emitted: Ints, counts: Ints
-) -> tuple[Bools, Bools]:
-    """Return what `outcomes` returns; parents come before their children."""
     observed, right = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
     depths = np.zeros(len(tokens), np.int64)
     for node in range(len(tokens)):
@@ -106,7 +99,7 @@ def _observations(
     probability: Floats,
 ) -> tuple[Floats, Ints, Floats, Bools]:
     """Return the arguments of `Observer.observe` for candidates."""
-    observed, right = _outcomes(request, parents, tokens, emitted, counts)
+    observed, right = outcomes(request, parents, tokens, emitted, counts)
     size = observed.sum()
     seen_features, seen_groups = np.empty((size, features.shape[1])), np.empty(size, np.int64)
     predicted, outcome = np.empty(size), np.empty(size, np.bool_)

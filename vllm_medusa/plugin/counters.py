@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 DESCRIPTIONS = {
@@ -41,7 +42,7 @@ class Counters:
     shared_text_accepted: int = 0
     heads_runs: int = 0
     steps_without_drafts: int = 0
-    _taken: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    _taken: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
     def to_dict(self) -> dict[str, int]:
         """Return the totals by name."""
@@ -49,10 +50,5 @@ class Counters:
 
     def take_increase(self) -> dict[str, int]:
         """Return the increase since the last call, by name, without zeros."""
-        totals, taken = self.to_dict(), self._taken
-        self._taken = totals
-        return {
-            name: total - taken.get(name, 0)
-            for name, total in totals.items()
-            if total != taken.get(name, 0)
-        }
+        before, self._taken = self._taken, Counter(self.to_dict())
+        return dict(self._taken - before)

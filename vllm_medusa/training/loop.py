@@ -84,7 +84,6 @@ class Outcome:
         heads: the best ones, rounded to the dtype that they are written in.
         continuations: their ranks on the held-out answers.
         tested: and on the answers of each test set.
-        num_steps, tokens_per_step: of training; tokens with their padding.
         after: of joint training, what it says of target and heads at the end, as `History.before`.
     """
 
@@ -92,8 +91,6 @@ class Outcome:
     continuations: list[Continuation]
     tested: list[tuple[TestSet, list[Continuation]]]
     history: History
-    num_steps: int
-    tokens_per_step: int
     after: dict[str, Any] | None = None
 
 
@@ -364,8 +361,6 @@ class Training:
             continuations=continuations,
             tested=[(test, self._measure(test.texts)) for test in self._test_sets],
             history=self._history,
-            num_steps=self.num_steps,
-            tokens_per_step=self.tokens_per_step,
             after=None if self.backbone is None else self.measured(continuations),
         )
 

@@ -126,20 +126,6 @@ class DraftTree:
         inner = set(self.parents)
         return tuple(node for node in range(1, len(self.paths) + 1) if node not in inner)
 
-    @cached_property
-    def depth_first(self) -> tuple[int, ...]:
-        """Indices of the draft nodes in depth-first order."""
-        return tuple(sorted(range(1, len(self.paths) + 1), key=lambda node: self.paths[node - 1]))
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether every node has one child at most."""
-        return len(self.leaves) == 1
-
-    def cut_to_depth(self, depth: int) -> DraftTree:
-        """Return the tree without the nodes deeper than ``depth``."""
-        return DraftTree.from_paths(path for path in self.paths if len(path) <= depth)
-
     def check_heads(self, num_heads: int) -> None:
         """Raise `UserError` if the tree is deeper than there are heads."""
         if self.depth <= num_heads:

@@ -52,7 +52,6 @@ class TreeLayout:
     """A tree of N draft nodes.
 
     Attributes:
-        tree: the tree itself.
         parents: parent of each draft node; 0 is the root.
         path_starts: nodes at which its fork paths start (`step_trees.path_starts`).
         ranks: [N] int64, rank of each draft node among its head's guesses.
@@ -60,7 +59,6 @@ class TreeLayout:
 
     """
 
-    tree: DraftTree
     parents: tuple[int, ...]
     path_starts: tuple[int, ...]
     ranks: Tensor
@@ -71,7 +69,6 @@ class TreeLayout:
         """Compute the tensors of ``tree`` on ``device``."""
         parents = tree.parents[1:]
         return cls(
-            tree=tree,
             parents=parents,
             path_starts=tuple(path_starts(parents)),
             ranks=torch.tensor([path[-1] for path in tree.paths], device=device),
@@ -82,16 +79,6 @@ class TreeLayout:
     def levels(self) -> tuple[Level, ...]:
         """The nodes by depth, from 1."""
         return levels_of(torch.tensor(self.parents, device=self.ranks.device), self.ranks)
-
-    @property
-    def num_paths(self) -> int:
-        """Number of fork paths."""
-        return len(self.path_starts)
-
-    @property
-    def first_path_length(self) -> int:
-        """Number of draft nodes on the first fork path, which are the nodes ``1..length``."""
-        return (*self.path_starts, len(self.parents) + 1)[1] - 1
 
     def draft_tokens(self, topk: Tensor) -> Tensor:
         """Place the heads' guesses on the tree.

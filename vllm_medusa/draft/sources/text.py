@@ -43,10 +43,6 @@ class TextSource:
         """Drop a request's index."""
         self._indexes.pop(key, None)
 
-    def index(self, key: str) -> TextIndex | None:
-        """Return the index of a request's text, up to its last step."""
-        return self._indexes.get(key)
-
     def _updated(self, request: Request) -> TextIndex:
         """Return the request's index with all of its tokens."""
         index = self._indexes.get(request.key)

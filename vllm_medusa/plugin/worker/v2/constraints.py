@@ -7,6 +7,7 @@ unchanged.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,56 +23,44 @@ def follow_paths(sampler: Any, states: TreeStates) -> None:
     """Make a ``Sampler``'s penalties and bad words follow each node's own path."""
     for processor in sampler.logits_processors:
         if isinstance(processor, PenaltiesState):
-            processor.apply = _Penalties(processor, states)
+            processor.apply = partial(_penalise, processor, states)
         elif isinstance(processor, BadWordsState):
-            processor.apply = _BadWords(processor, states)
+            processor.apply = partial(_forbid, processor, states)
 
 
-class _Penalties:
+def _penalise(state: PenaltiesState, trees: TreeStates, logits: Tensor, ctx: Any) -> Tensor:
     """Replaces ``PenaltiesState.apply``."""
-
-    def __init__(self, state: PenaltiesState, trees: TreeStates) -> None:
-        self._state, self._trees = state, trees
-
-    def __call__(self, logits: Tensor, ctx: Any) -> Tensor:
-        state = self._state
-        if np.any(state.use_penalty[ctx.idx_mapping_np]):
-            apply_penalties(
-                logits,
-                ctx.expanded_idx_mapping,
-                ctx.expanded_local_pos,
-                ctx.input_ids,
-                self._trees.ancestors,
-                state.repetition_penalty.gpu,
-                state.frequency_penalty.gpu,
-                state.presence_penalty.gpu,
-                state.prompt_bin_mask,
-                state.output_bin_counts,
-            )
-        return logits
-
-
-class _BadWords:
-    """Replaces ``BadWordsState.apply``."""
-
-    def __init__(self, state: BadWordsState, trees: TreeStates) -> None:
-        self._state, self._trees = state, trees
-
-    def __call__(self, logits: Tensor, ctx: Any) -> Tensor:
-        state = self._state
-        apply_bad_words(
+    if np.any(state.use_penalty[ctx.idx_mapping_np]):
+        apply_penalties(
             logits,
             ctx.expanded_idx_mapping,
             ctx.expanded_local_pos,
             ctx.input_ids,
-            self._trees.ancestors,
-            self._trees.depths,
-            state.bad_word_token_ids.gpu,
-            state.bad_word_offsets.gpu,
-            state.num_bad_words.gpu,
-            state.req_states.all_token_ids.gpu,
-            state.req_states.prompt_len.gpu,
-            state.req_states.total_len.gpu,
-            int(state.num_bad_words.np[ctx.idx_mapping_np].max()),
+            trees.ancestors,
+            state.repetition_penalty.gpu,
+            state.frequency_penalty.gpu,
+            state.presence_penalty.gpu,
+            state.prompt_bin_mask,
+            state.output_bin_counts,
         )
-        return logits
+    return logits
+
+
+def _forbid(state: BadWordsState, trees: TreeStates, logits: Tensor, ctx: Any) -> Tensor:
+    """Replaces ``BadWordsState.apply``."""
+    apply_bad_words(
+        logits,
+        ctx.expanded_idx_mapping,
+        ctx.expanded_local_pos,
+        ctx.input_ids,
+        trees.ancestors,
+        trees.depths,
+        state.bad_word_token_ids.gpu,
+        state.bad_word_offsets.gpu,
+        state.num_bad_words.gpu,
+        state.req_states.all_token_ids.gpu,
+        state.req_states.prompt_len.gpu,
+        state.req_states.total_len.gpu,
+        int(state.num_bad_words.np[ctx.idx_mapping_np].max()),
+    )
+    return logits
