@@ -29,12 +29,13 @@ from vllm_medusa.bench.report import (
     sameness_table,
     speed_table,
 )
-from vllm_medusa.bench.results import FORMAT, prepare_out, read_results, write_results
+from vllm_medusa.bench.results import FORMAT, RESULTS, prepare_out, read_results
 from vllm_medusa.bench.sameness import Mismatch, Sameness, compare_outputs, first_difference
 from vllm_medusa.bench.spread import Spread, ratios, spread
 from vllm_medusa.engines.engine import EngineInfo, RequestTimes, Run
 from vllm_medusa.engines.process import last_exception
 from vllm_medusa.errors import UserError
+from vllm_medusa.files import write_json
 
 ROOT = Path(__file__).parents[2]
 numbers = st.floats(min_value=0.1, max_value=1e6)
@@ -291,7 +292,8 @@ def run_file(path: Path, tokens_per_s: list[float], **changed: Any) -> Path:
         "figures": [figure],
         "sameness": [],
     }
-    return write_results(path, {**results, **changed})
+    write_json(path / RESULTS, {"format": FORMAT, **results, **changed})
+    return path / RESULTS
 
 
 def test_compare_marks_changes_beyond_the_spread(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Protocol, TypeVar
 
 from vllm_medusa.bench.display import Display
-from vllm_medusa.bench.engines import Engine, EnginePool
+from vllm_medusa.bench.engines import E, EnginePool
 from vllm_medusa.bench.figures import Figures, Kind, Measurement, figures_of, load_name
 from vllm_medusa.bench.offline import Offline
 from vllm_medusa.bench.online import Online
@@ -27,14 +27,12 @@ from vllm_medusa.bench.report import (
 )
 from vllm_medusa.bench.results import add_line
 from vllm_medusa.bench.settings import Settings
-from vllm_medusa.bench.turns import take_turns
+from vllm_medusa.bench.turns import L, take_turns
 from vllm_medusa.bench.variants import Variant
 from vllm_medusa.engines.engine import EngineInfo
 from vllm_medusa.engines.process import EngineProcessError
 from vllm_medusa.errors import UserError
 
-E = TypeVar("E", bound=Engine)
-L = TypeVar("L")
 M = TypeVar("M", bound=Measurement)
 
 

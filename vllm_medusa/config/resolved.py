@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from vllm_medusa.tree.draft_tree import DraftTree
 from vllm_medusa.tree.limits import DynamicTrees, TreeLimits
 from vllm_medusa.tree.step_trees import path_starts
@@ -60,30 +62,12 @@ class MedusaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON; `from_dict` is the inverse."""
-        return {
-            "heads": self.heads,
-            "revision": self.revision,
-            "tree": [list(path) for path in self.tree.paths],
-            "tree_name": self.tree_name,
-            "sizes_by_batch": self.sizes_by_batch and [list(s) for s in self.sizes_by_batch],
-            "max_tree_requests": self.max_tree_requests,
-            "dynamic": self.dynamic and dataclasses.asdict(self.dynamic),
-            "typical": self.typical and dataclasses.asdict(self.typical),
-            "in_turn": self.in_turn,
-        }
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MedusaConfig:
         """Rebuild a configuration from `to_dict`."""
-        sizes, dynamic, typical = (values[k] for k in ("sizes_by_batch", "dynamic", "typical"))
-        return cls(
-            heads=values["heads"],
-            revision=values["revision"],
-            tree=DraftTree(tuple(tuple(path) for path in values["tree"])),
-            tree_name=values["tree_name"],
-            sizes_by_batch=sizes and tuple(tuple(size) for size in sizes),
-            max_tree_requests=values["max_tree_requests"],
-            dynamic=dynamic and DynamicTrees.from_dict(dynamic),
-            typical=typical and TypicalRule(**typical),
-            in_turn=values["in_turn"],
-        )
+        return _ADAPTER.validate_python(values)
+
+
+_ADAPTER = TypeAdapter(MedusaConfig)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,16 +81,22 @@ class Backbone:
             noise: seed of the adapters' dropout, so that a resumed run draws the same.
         """
         torch.manual_seed(noise)
-        with self._dropout():
-            return self.target.forward(batch.tokens, batch.position_ids).flatten(0, 1)
+        dropout = nn.ModuleList(layer.lora_dropout for _, _, layer in _adapted(self.target.model))
+        dropout.train()
+        states = self.target.forward(batch.tokens, batch.position_ids)
+        dropout.eval()
+        return states.flatten(0, 1)
 
     @torch.no_grad()
     def original_states(self, batch: Batch) -> Tensor:
         """Compute [positions, H] hidden states of the target as it was."""
-        if self._copy is not None:
-            return self._copy.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
-        with self._without_adapters():
-            return self.target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
+        layers = [layer for _, _, layer in _adapted(self.target.model)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        states = (self._copy or self.target).hidden(batch.tokens, batch.position_ids)
+        for layer in layers:
+            layer.enable_adapters(True)
+        return states.flatten(0, 1)
 
     def original_logits(self, states: Tensor) -> Tensor:
         """Compute the logits of the target as it was: [C, H] of its states to [C, V]."""
@@ -131,28 +136,6 @@ class Backbone:
             layer.merge()
             setattr(parent, name, layer.get_base_layer())
         return FrozenTarget(model.to(getattr(torch, self._settings.dtype)))
-
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        layers = [layer.lora_dropout for _, _, layer in _adapted(self.target.model)]
-        for layer in layers:
-            layer.train()
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.eval()
-
-    @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
-        layers = [layer for _, _, layer in _adapted(self.target.model)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
 
 
 def _add_adapters(target: FrozenTarget, settings: TrainSettings) -> None:
