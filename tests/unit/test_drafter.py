@@ -184,8 +184,8 @@ def test_accepted_nodes() -> None:
 
 
 CALLED_BY_LOOPS = {
-    *("along_paths", "build_trie", "match_lengths", "predict", "text_features"),
-    *("_choose", "_hash", "_largest", "_likely", "_outcomes", "_tables_along", "_walk"),
+    *("along_paths", "build_trie", "match_lengths", "outcomes", "predict", "text_features"),
+    *("_choose", "_hash", "_largest", "_likely", "_tables_along", "_walk"),
     "_within_bounds",
 }
 

@@ -35,7 +35,8 @@ def plan(tree: DraftTree = TREE, **changed: Any) -> Any:
         sequence_blocks=[-(-(length or 1) // size) for size in values["block_sizes"]],
         max_model_len=length,
     )
-    limits = TreeLimits(len(tree.paths), tree.depth, TreeLayout.build(tree).num_paths)
+    num_paths = len(TreeLayout.build(tree).path_starts)
+    limits = TreeLimits(len(tree.paths), tree.depth, num_paths)
     return plan_fork_pool(limits, cache, values["max_num_seqs"], values["max_tree_requests"])
 
 
