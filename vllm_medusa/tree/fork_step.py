@@ -94,6 +94,21 @@ class ForkStep:
         return self.host.write_token.numel()
 
     @cached_property
+    def num_forked(self) -> int:
+        """How many requests run more than one fork path."""
+        return int((self.num_paths > 1).sum())
+
+    @cached_property
+    def num_forks(self) -> int:
+        """Number of fork paths other than the requests' first."""
+        return int((self.num_paths - 1).sum())
+
+    @cached_property
+    def mirrored(self) -> list[tuple[int, int]]:
+        """The requests with forks that hold their tail after the commit, each with `num_live`."""
+        return [(req, live) for req, live in enumerate(self.num_live.tolist()) if live > 1]
+
+    @cached_property
     def without_mirrors(self) -> IntArray:
         """The requests that run more fork paths than hold their tail."""
         return np.flatnonzero(self.num_paths > self.num_mirrored)

@@ -191,11 +191,11 @@ class PathForks:
         """
         if self.forks is None:
             return
-        for index in np.flatnonzero(self.forks.num_live > 1).tolist():
-            if sampled[index]:
-                computed = int(self._step.num_computed[index]) + len(sampled[index])
-                live = int(self.forks.num_live[index])
-                self.grants.set_mirrored(self._step.req_ids[index], computed, live)
+        computed = self._step.num_computed.tolist()
+        for index, live in self.forks.mirrored:
+            if tokens := len(sampled[index]):
+                req_id = self._step.req_ids[index]
+                self.grants.set_mirrored(req_id, computed[index] + tokens, live)
 
     def _mirror_tails(
         self, group: int, geometry: ForkGeometry, table: Tensor, base: Tensor
