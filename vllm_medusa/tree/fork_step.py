@@ -142,6 +142,26 @@ def make_fork_step(
     num_live = np.where(keeps, np.maximum(seqs.num_paths, num_mirrored), 1)
     if not ((num_live > 1) & runs_tree).any():
         return None
+    host = _indices(trees, runs_tree, num_tokens, tokens, seqs, num_live)
+    return ForkStep(
+        host=host,
+        device=host.to(torch.device(device)),
+        num_tokens=num_tokens,
+        num_paths=seqs.num_paths,
+        num_mirrored=num_mirrored,
+        num_live=num_live,
+        max_query_len=int(np.diff(seqs.start, append=len(tokens.req)).max()),
+    )
+
+
+def _indices(
+    trees: StepTrees,
+    runs_tree: NDArray[np.bool_],
+    num_tokens: IntArray,
+    tokens: _Tokens,
+    seqs: _Sequences,
+    num_live: IntArray,
+) -> ForkIndices:
     rows = _rows(seqs, num_live)
     writes = _writes(trees, runs_tree, seqs)
     commits = _commits(seqs, rows, num_live)
@@ -149,7 +169,7 @@ def make_fork_step(
     holds = runs_tree[writes.req] | (writes.offset == 0)
     node_write[writes.req[holds], writes.node[holds]] = np.flatnonzero(holds)
     forks = np.flatnonzero(rows.path)
-    host = ForkIndices(
+    return ForkIndices(
         token_req=_tensor(tokens.req),
         token_offset=_tensor(tokens.offset),
         seq_req=_tensor(seqs.req),
@@ -164,15 +184,6 @@ def make_fork_step(
         slot_offset=_tensor(np.concatenate((writes.offset, commits.offset))),
         commit_req=_tensor(rows.req[commits.row]),
         node_write=_tensor(node_write),
-    )
-    return ForkStep(
-        host=host,
-        device=host.to(torch.device(device)),
-        num_tokens=num_tokens,
-        num_paths=seqs.num_paths,
-        num_mirrored=num_mirrored,
-        num_live=num_live,
-        max_query_len=int(np.diff(seqs.start, append=len(tokens.req)).max()),
     )
 
 
