@@ -6,12 +6,14 @@ A tree is a dict from a node's path, the tuple of its tokens from the root, to w
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 
+from vllm_medusa.draft.learning import MAX_PROBABILITY, MIN_PROBABILITY, LogisticCurve
 from vllm_medusa.draft.types import Candidates, Draft, Guesses, Source
 
 Path = tuple[int, ...]
@@ -113,16 +115,66 @@ def path_probability(tree: Tree, path: Path) -> float:
     return product
 
 
-def merge_slowly(case: Case, num_requests: int) -> list[dict[Path, tuple[float, int]]]:
+@dataclass(frozen=True)
+class Agreed:
+    """A candidate where heads and text both propose tokens: group, log-odds, new probability."""
+
+    group: int
+    log_odds: tuple[float, float]
+    probability: float
+
+
+def agreed(heads: Tree, text: Tree, curve: LogisticCurve) -> dict[Path, Agreed]:
+    """The candidates of one request whose probabilities are those of the agreement curve."""
+
+    def best(tree: Tree, parent: Path) -> float:
+        return max((p for path, (p, _) in tree.items() if path[:-1] == parent), default=0.0)
+
+    result = {}
+    for path in {**heads, **text}:
+        parent = path[:-1]
+        if not best(heads, parent) or not best(text, parent):
+            continue
+        group = 0 if path in heads and path in text else 1 if path in heads else 2
+        by_heads = heads[path][0] if path in heads else best(heads, parent)
+        by_text = text[path][0] if path in text else best(text, parent)
+        log_odds = math.log(by_heads / (1 - by_heads)), math.log(by_text / (1 - by_text))
+        slopes = curve.slopes[2 * group : 2 * group + 2]
+        total = float(np.dot(slopes, log_odds)) + curve.bias[group]
+        probability = min(max(1 / (1 + math.exp(-total)), MIN_PROBABILITY), MAX_PROBABILITY)
+        result[path] = Agreed(group, log_odds, probability)
+    return result
+
+
+def merge_slowly(
+    case: Case, num_requests: int, curve: LogisticCurve
+) -> list[dict[Path, tuple[float, int]]]:
     """Of each request: path -> probability from the root on, and sources."""
     results = []
     for b in range(num_requests):
-        trees = [source[b] for source in case.trees]
-        if case.guesses is not None:
-            trees.append(heads_tree(case, b))
-        tree = merged(trees)
+        heads = {} if case.guesses is None else heads_tree(case, b)
+        text = merged([source[b] for source in case.trees])
+        tree = merged([heads, text])
+        for path, given in agreed(heads, text, curve).items():
+            tree[path] = (given.probability, tree[path][1])
         results.append({path: (path_probability(tree, path), s) for path, (_, s) in tree.items()})
     return results
+
+
+def agreed_along(
+    case: Case, request: int, text: Sequence[int], curve: LogisticCurve
+) -> list[tuple[Agreed, bool]]:
+    """The candidates below each prefix of a text that their own source has, and if each is right."""
+    heads = heads_tree(case, request)
+    others = merged([source[request] for source in case.trees])
+    found = []
+    for path, given in agreed(heads, others, curve).items():
+        parent = path[:-1]
+        known = others if given.group == 2 else heads
+        if len(path) <= len(text) and parent == tuple(text[:-1][: len(parent)]):
+            assert not parent or parent in known
+            found.append((given, text[len(parent)] == path[-1]))
+    return found
 
 
 def paths_of(draft: Draft) -> list[Path]:

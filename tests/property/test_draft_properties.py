@@ -8,13 +8,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import draft_oracle as oracle
+from vllm_medusa.draft.agreement import Agreement
 from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Recorder
 from vllm_medusa.draft.merge import Nodes, join, merge
+from vllm_medusa.draft.probability import AGREEMENT, Probabilities
 from vllm_medusa.draft.sources.heads import HeadsSource
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Drafts, Emitted
+
+CURVE = Probabilities.default(1, 1).curves[AGREEMENT]
 
 
 def superset_of(case: oracle.Case) -> Superset:
@@ -28,7 +32,9 @@ def superset_of(case: oracle.Case) -> Superset:
 
 
 def nodes_of(case: oracle.Case, pool: int = UNLIMITED) -> Nodes:
-    return merge(superset_of(case), case.guesses, case.proposals, pool)
+    superset = superset_of(case)
+    agreement = Agreement(CURVE, None, superset)
+    return merge(superset, case.guesses, join(case.proposals), pool, agreement)
 
 
 def ranked_of(case: oracle.Case, limits: list[int], **bounds: float) -> Ranked:
@@ -59,15 +65,15 @@ def same_trees(left: list[dict], right: list[dict]) -> bool:
 
 @given(oracle.cases(num_requests=2))
 def test_merged_trees(case: oracle.Case) -> None:
-    """Equal tokens under one parent are one node; the largest probability counts."""
+    """Equal tokens under one parent are one node, whose probability counts what all propose."""
     drafts = ranked_of(case, [99, 99]).drafts
-    assert same_trees(as_dicts(drafts), oracle.merge_slowly(case, 2))
+    assert same_trees(as_dicts(drafts), oracle.merge_slowly(case, 2, CURVE))
 
 
 @given(oracle.cases(num_requests=3), st.lists(st.integers(0, 9), min_size=3, max_size=3))
 def test_every_prefix_is_a_tree_of_the_likeliest(case: oracle.Case, limits: list[int]) -> None:
     drafts = ranked_of(case, limits).drafts
-    for draft, limit, tree in zip(drafts, limits, oracle.merge_slowly(case, 3), strict=True):
+    for draft, limit, tree in zip(drafts, limits, oracle.merge_slowly(case, 3, CURVE), strict=True):
         paths = oracle.paths_of(draft)
         assert len(paths) == len(set(paths)) == min(limit, len(tree))
         assert draft.depths.tolist() == [len(path) for path in paths]
@@ -136,10 +142,36 @@ def test_heads_learn_from_the_guesses_along_the_text(
     assert right.tolist() == [is_right for _, is_right in expected]
 
 
+@given(
+    oracle.cases(num_requests=2),
+    st.lists(st.lists(st.integers(0, oracle.NUM_TOKENS - 1), min_size=4, max_size=4), min_size=2),
+    st.lists(st.integers(0, 4), min_size=2, max_size=2),
+)
+def test_agreement_learns_from_the_candidates_along_the_text(
+    case: oracle.Case, texts: list[list[int]], counts: list[int]
+) -> None:
+    assume(case.guesses is not None)
+    superset, recorder = superset_of(case), Recorder()
+    agreement = Agreement(CURVE, recorder, superset)
+    merge(superset, case.guesses, join(case.proposals), UNLIMITED, agreement)
+    agreement.learn(Emitted(np.array(texts[:2]), np.array(counts)))
+    expected = []
+    for b in range(2):
+        for agreed, is_right in oracle.agreed_along(case, b, texts[b][: counts[b]], CURVE):
+            log_odds = [0.0] * 6
+            log_odds[2 * agreed.group : 2 * agreed.group + 2] = agreed.log_odds
+            expected.append((agreed.group, *log_odds, agreed.probability, is_right))
+    features, groups, predicted, right = recorder.observations()
+    found = zip(groups, *features.T, predicted, right, strict=True)
+    np.testing.assert_allclose(
+        np.array(sorted(found)).reshape(-1, 9), np.array(sorted(expected)).reshape(-1, 9)
+    )
+
+
 @given(oracle.cases(num_requests=2), st.floats(0, 1))
 def test_unlikely_nodes_are_left_out(case: oracle.Case, floor: float) -> None:
     drafts = ranked_of(case, [99, 99], min_probability=floor).drafts
-    for draft, tree in zip(drafts, oracle.merge_slowly(case, 2), strict=True):
+    for draft, tree in zip(drafts, oracle.merge_slowly(case, 2, CURVE), strict=True):
         assert all(p >= floor for p in draft.probability)
         assert len(draft) == pytest.approx(sum(p >= floor for p, _ in tree.values()))
 

@@ -207,9 +207,10 @@ class Simulation:
     def _run_in_forks(self, forks, trees, drafts, new, starts, path, length) -> None:
         computed = torch.tensor([len(tokens) for tokens in self.tokens])
         self._mirror(forks, computed)
-        where = (forks.device, self.geometry, self.block_table, computed, self.fork_base)
-        rows = expand_block_table(*where)
-        slots, commit_slots = write_slots(*where)
+        rows = expand_block_table(
+            forks.device, self.geometry, self.block_table, computed, self.fork_base
+        )
+        slots, commit_slots = write_slots(forks.device, self.block_size, rows, computed)
         written = [new[i] for i in forks.device.write_token.tolist()]
         self.cache.write(written, slots.tolist())
         self._check_reads(forks, rows, starts, new, drafts, trees, computed)

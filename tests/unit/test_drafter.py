@@ -145,6 +145,24 @@ def test_nothing_is_drafted_where_nothing_pays() -> None:
     assert sum(heads[64:]) < len(heads[64:]) / 10
 
 
+def test_heads_that_are_surer_of_the_text_run() -> None:
+    """What they would bring is judged by the text's probabilities without them."""
+    costs = CostCurve({1: [(1, 10), (2, 13), (17, 90)]}, heads=[(1, 1.0)])
+    text_only = drafter(costs, sources=Source.TEXT, learn=False)
+    made = drafter(costs, learn=False)
+    request = request_of("a", [1, 2, 3, 4, 1, 2])  # 3 followed
+    guessed = np.arange(K * GUESSES).reshape(1, K, GUESSES) + 10
+    guessed[0, 0, 0] = 3
+    sure = np.full(guessed.shape, 0.01)
+    sure[0, 0, 0] = 0.95
+    for _ in range(100):
+        assert made.runs_heads(1)
+        (draft,) = made.propose([request], (guessed, sure))
+    assert (draft.tokens[0], draft.source[0]) == (3, Source.HEADS | Source.TEXT)
+    (without,) = text_only.propose([request])
+    assert all(without.probability < draft.probability[0])
+
+
 def test_cheap_nodes_are_all_drafted() -> None:
     flat = CostCurve({1: [(1, 10), (129, 10.0001)]})
     made, unlimited = drafter(flat, max_nodes=8), drafter(max_nodes=8)
@@ -185,8 +203,9 @@ def test_accepted_nodes() -> None:
 
 CALLED_BY_LOOPS = {
     *("along_paths", "build_trie", "match_lengths", "outcomes", "predict", "text_features"),
-    *("_choose", "_hash", "_largest", "_likely", "_tables_along", "_walk"),
-    "_within_bounds",
+    *("_choose", "_hash", "_largest", "_likely", "_tables_along", "_match"),
+    *("_along", "_others_along", "_paths_along", "_predict", "_within_bounds"),
+    *("agree", "log_odds", "sigmoid"),
 }
 
 

@@ -19,7 +19,7 @@ from vllm_medusa.acceptance.texts import counted_positions
 from vllm_medusa.calibration.estimates import NUM_FOLDS
 from vllm_medusa.draft.drafter import Drafter, DraftSettings
 from vllm_medusa.draft.learning import Observer, Recorder, fit
-from vllm_medusa.draft.probability import Probabilities
+from vllm_medusa.draft.probability import AGREEMENT, Probabilities, name_of
 from vllm_medusa.draft.replay import GuessedText, Replayed, Tables, replay
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Floats, Ints, Source
@@ -31,6 +31,8 @@ from vllm_medusa.tree.limits import DynamicTrees
 
 SIZES = (4, 8, 16)
 SOURCES = (Source.HEADS, Source.TEXT)
+#: The agreement curve reads the probabilities that the sources' curves give, so it is fitted last.
+_CURVES = (*SOURCES, AGREEMENT)
 #: Trees have the engine's default depth and number of leaves.
 _BOUNDS = DynamicTrees()
 _NUM_BINS = 10
@@ -73,7 +75,7 @@ class DynamicFindings:
 
     Attributes:
         probabilities: fitted to all prompts.
-        reliability: by source, bins of the cross-fitted predictions.
+        reliability: by curve, bins of the cross-fitted predictions.
         accepted: by size.
 
     """
@@ -100,7 +102,7 @@ def measure_dynamic(
         selector: of the heads, if they have one.
 
     """
-    recorders = {source: Recorder() for source in SOURCES}
+    recorders = {source: Recorder() for source in _CURVES}
     replays = {(size, loops): Replayed() for size in SIZES for loops in (True, False)}
     for fold in range(NUM_FOLDS):
         inside = [continuations[i] for i in np.flatnonzero(folds == fold)]
@@ -121,7 +123,7 @@ def measure_dynamic(
     return DynamicFindings(
         probabilities=fitted,
         reliability={
-            str(source.name).lower(): reliability(*recorder.observations()[2:])
+            name_of(source): reliability(*recorder.observations()[2:])
             for source, recorder in recorders.items()
             if len(recorder)
         },
@@ -142,16 +144,17 @@ def fit_probabilities(
     shares = np.stack([(ranks == rank).mean(axis=0) for rank in range(tree.top_k)], axis=1)
     default = Probabilities.default(tree.depth, tree.top_k)
     probabilities = Probabilities(default.curves, Superset.from_product(shares))
-    recorders = {source: Recorder() for source in SOURCES}
     texts = [
         guessed_text(item, tree, with_loops=True, all_guesses=selector is not None)
         for item in continuations
     ]
-    _replay(texts, max(SIZES), probabilities, recorders, selector)
-    for source, recorder in recorders.items():
-        if len(recorder):
-            features, groups, _, right = recorder.observations()
-            fit(probabilities.curves[source], features, groups, right)
+    for sources in (SOURCES, (AGREEMENT,)):
+        recorders = {source: Recorder() for source in sources}
+        _replay(texts, max(SIZES), probabilities, recorders, selector)
+        for source, recorder in recorders.items():
+            if len(recorder):
+                features, groups, _, right = recorder.observations()
+                fit(probabilities.curves[source], features, groups, right)
     return probabilities
 
 

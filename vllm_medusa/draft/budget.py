@@ -77,32 +77,12 @@ def best_size(
         more_ms: additional cost of the step, for any number of nodes.
 
     """
-    rates = _rates(ranked, ranked.order, num_requests, costs, more_ms)
-    return int(np.argmax(rates)), rates
-
-
-def best_rate(ranked: Ranked, allowed: Bools, num_requests: int, costs: CostCurve) -> float:
-    """Return the tokens per ms that the best number of some nodes gives.
-
-    Args:
-        ranked: the nodes.
-        allowed: [T] which of them count, in falling probability.
-        num_requests: that decode in the step.
-        costs: of the step.
-
-    """
-    return float(_rates(ranked, ranked.order[allowed], num_requests, costs, 0.0).max())
-
-
-def _rates(
-    ranked: Ranked, order: Ints, num_requests: int, costs: CostCurve, more_ms: float
-) -> Floats:
-    ms = costs.by_drafts(num_requests, len(order))
-    rates: Floats = _rates_by_size(
-        *(ranked.drafts.probability, ranked.is_fork, order, ms),
+    rates = _rates_by_size(
+        *(ranked.drafts.probability, ranked.is_fork, ranked.order),
+        costs.by_drafts(num_requests, len(ranked.order)),
         *(more_ms, costs.fork_ms, num_requests),
     )
-    return rates
+    return int(np.argmax(rates)), rates
 
 
 @compiled

@@ -8,21 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_medusa.draft.accepted import accepted_by_source
-from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
+from vllm_medusa.draft.agreement import Agreement
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
-from vllm_medusa.draft.merge import merge
+from vllm_medusa.draft.merge import Nodes, join, merge, without_heads
 from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.pacing import Pacer
-from vllm_medusa.draft.probability import Probabilities
+from vllm_medusa.draft.probability import AGREEMENT, Probabilities
 from vllm_medusa.draft.proposer import Proposer
 from vllm_medusa.draft.sources.heads import HeadsSource
 from vllm_medusa.draft.sources.shared_text import SharedTextSource
 from vllm_medusa.draft.sources.text import TextSource
-from vllm_medusa.draft.types import Drafts, Emitted, Floats, Guesses, Ints, Request, Source
+from vllm_medusa.draft.types import Drafts, Emitted, Floats, Ints, Request, Source
 
-#: All sources but the heads.
-_OTHERS = int(~Source.HEADS)
 #: Less probable nodes are never drafted.
 _MIN_PROBABILITY = 1e-3
 #: The heads' nodes that are considered, as a multiple of the nodes that can be drafted: with a
@@ -92,6 +91,9 @@ class Drafter:
             observers.get(Source.HEADS),
             self._superset,
         )
+        self._agreement = Agreement(
+            probabilities.curves[AGREEMENT], observers.get(AGREEMENT), self._superset
+        )
         self._proposers = _proposers(settings, probabilities, observers)
         self._pacer = Pacer()
         # Each request's place in the last step, and the length of its text then.
@@ -117,35 +119,37 @@ class Drafter:
         self._learn(requests)
         if not requests:
             return Drafts.none(0)
-        proposals = [proposer.propose(requests) for proposer in self._proposers]
+        others = join([proposer.propose(requests) for proposer in self._proposers])
         guesses = None if guessed is None else self._heads.guess(*guessed)
-        nodes = merge(self._superset, guesses, proposals, _POOL * self._settings.max_nodes)
-        ranked = rank(
-            nodes,
-            _bounds(self._settings.max_nodes, [request.max_nodes for request in requests]),
-            _bounds(self._settings.max_leaves, [request.max_leaves for request in requests]),
-            min_probability=_MIN_PROBABILITY,
-        )
-        return self._choose(ranked, guesses)
+        pool = _POOL * self._settings.max_nodes
+        nodes = merge(self._superset, guesses, others, pool, self._agreement)
+        ranked = self._rank(nodes, requests)
+        if self._costs is None:
+            return ranked.drafts
+        heads_ms = 0.0 if guesses is None else self._costs.heads_ms(len(requests))
+        size, rates = best_size(ranked, len(requests), self._costs, heads_ms)
+        if guesses is not None:
+            # With their own probabilities: those that the heads have changed would be known only
+            # after the heads ran.
+            alone = self._rank(without_heads(others), requests)
+            _, rates_alone = best_size(alone, len(requests), self._costs)
+            self._pacer.record_gain(len(requests), float(rates[size] / rates_alone.max()))
+        if self._pacer.drafts_anyway(len(requests), size) and len(rates) > 1:
+            size = 1 + int(np.argmax(rates[1:]))
+        return take(ranked, size)
 
     def finish(self, key: str) -> None:
         """Drop the data of a request that has ended."""
         for proposer in self._proposers:
             proposer.finish(key)
 
-    def _choose(self, ranked: Ranked, guesses: Guesses | None) -> Drafts:
-        num_requests = len(ranked.drafts)
-        if self._costs is None:
-            return ranked.drafts
-        heads_ms = 0.0 if guesses is None else self._costs.heads_ms(num_requests)
-        size, rates = best_size(ranked, num_requests, self._costs, heads_ms)
-        if guesses is not None:
-            others = ranked.drafts.source[ranked.order] & _OTHERS != 0
-            without = best_rate(ranked, others, num_requests, self._costs)
-            self._pacer.record_gain(num_requests, float(rates[size]) / without)
-        if self._pacer.drafts_anyway(num_requests, size) and len(rates) > 1:
-            size = 1 + int(np.argmax(rates[1:]))
-        return take(ranked, size)
+    def _rank(self, nodes: Nodes, requests: Sequence[Request]) -> Ranked:
+        return rank(
+            nodes,
+            _bounds(self._settings.max_nodes, [request.max_nodes for request in requests]),
+            _bounds(self._settings.max_leaves, [request.max_leaves for request in requests]),
+            min_probability=_MIN_PROBABILITY,
+        )
 
     def _learn(self, requests: Sequence[Request]) -> None:
         """Show all sources what followed the texts of the last step."""
@@ -160,6 +164,7 @@ class Drafter:
                 counts[place] = len(new)
         emitted = Emitted(tokens, counts)
         self._heads.learn(emitted)
+        self._agreement.learn(emitted)
         for proposer in self._proposers:
             proposer.learn(emitted)
         self._last = {r.key: (place, len(r.tokens)) for place, r in enumerate(requests)}

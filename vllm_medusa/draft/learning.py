@@ -221,13 +221,25 @@ def predict(features: Floats, groups: Ints, slopes: Floats, bias: Floats) -> Flo
     """
     probability = np.empty(len(features))
     for row in range(len(features)):
-        log_odds = bias[groups[row % len(groups)]]
+        total = bias[groups[row % len(groups)]]
         for column in range(len(slopes)):
-            log_odds += features[row, column] * slopes[column]
-        log_odds = min(max(log_odds, -_MAX_LOG_ODDS), _MAX_LOG_ODDS)
-        chance = 1 / (1 + np.exp(-log_odds))
-        probability[row] = min(max(chance, MIN_PROBABILITY), MAX_PROBABILITY)
+            total += features[row, column] * slopes[column]
+        probability[row] = sigmoid(total)
     return probability
+
+
+@compiled
+def sigmoid(total: float) -> float:
+    """Return the probability with these log-odds, within its limits."""
+    chance = 1 / (1 + np.exp(-min(max(total, -_MAX_LOG_ODDS), _MAX_LOG_ODDS)))
+    return float(min(max(chance, MIN_PROBABILITY), MAX_PROBABILITY))
+
+
+@compiled
+def log_odds(probability: float) -> float:
+    """Return the log-odds of a probability, which are finite."""
+    inside = min(max(probability, MIN_PROBABILITY), 1 - MIN_PROBABILITY)
+    return float(np.log(inside / (1 - inside)))
 
 
 @compiled

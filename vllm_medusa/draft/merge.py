@@ -1,8 +1,8 @@
 """One tree per request from the candidates of all sources.
 
-Equal tokens below one parent are one node, with the largest of their probabilities. The heads'
-candidates are a `Superset`. The candidates of other sources are matched with it depth by depth;
-those that are not on it are added below the last common node.
+Equal tokens below one parent are one node. The heads' candidates are a `Superset`. The candidates
+of other sources are matched with it depth by depth; those that are not on it are added below the
+last common node. Where both propose tokens, the probabilities are those of `agreement`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_medusa.draft.agreement import Agreed, Agreement, agree
 from vllm_medusa.draft.compiled import along_paths, compiled
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Candidates, Floats, Guesses, Ints, Source
@@ -46,34 +47,40 @@ class Nodes:
 
 
 def merge(
-    superset: Superset, guesses: Guesses | None, proposals: Sequence[Candidates], pool: int
+    superset: Superset,
+    guesses: Guesses | None,
+    others: Candidates,
+    pool: int,
+    agreement: Agreement,
 ) -> Nodes:
     """Merge the candidates of all sources.
 
     Args:
         superset: the rank paths of the heads' candidates.
         guesses: of the heads, for all B requests; None if they did not run.
-        proposals: of the other sources.
+        others: of the other sources, joined.
         pool: number of a request's most probable nodes on the superset that are kept. No less
             probable candidate is kept either.
+        agreement: gives probabilities where heads and others both propose tokens, and keeps them
+            to learn from.
 
     """
-    others = join(proposals)
     if guesses is None or len(superset) == 0 or len(guesses.tokens) == 0:
-        return _without_heads(others)
-    return Nodes(
-        *_merged(
-            *(superset.parents, superset.children, superset.tables, superset.cells),
-            superset.depths,
-            guesses.tokens,
-            guesses.probability,
-            *(others.request, others.parents, others.tokens),
-            others.probability,
-            others.source,
-            pool,
-        ),
-        num_ids=len(guesses.tokens) * len(superset) + len(others.tokens),
+        return without_heads(others)
+    ids, parents, request, tokens, depths, probability, source, agreed = _merged(
+        *(superset.parents, superset.children, superset.tables, superset.cells),
+        superset.depths,
+        guesses.tokens,
+        guesses.probability,
+        *(others.request, others.parents, others.tokens),
+        others.probability,
+        others.source,
+        *(agreement.curve.slopes, agreement.curve.bias),
+        pool,
     )
+    agreement.keep(guesses, others, agreed)
+    num_ids = len(guesses.tokens) * len(superset) + len(others.tokens)
+    return Nodes(ids, parents, request, tokens, depths, probability, source, num_ids)
 
 
 def join(proposals: Sequence[Candidates]) -> Candidates:
@@ -131,27 +138,32 @@ def _merged(
     other_tokens: Ints,
     other_given: Floats,
     other_source: Ints,
+    slopes: Floats,
+    bias: Floats,
     pool: int,
-) -> tuple[Ints, Ints, Ints, Ints, Ints, Floats, Ints]:
-    """Return the arrays of `Nodes` of heads and other sources.
+) -> tuple[Ints, Ints, Ints, Ints, Ints, Floats, Ints, Agreed]:
+    """Return the arrays of `Nodes` of heads and other sources, and what the agreement curve gave.
 
     Args:
         parents, children, tables, cells, superset_depths: of the superset.
         guesses, guessed: [B, T, k] tokens of the heads and their probabilities.
         request, other_parents, other_tokens, other_given, other_source: of `Candidates`.
+        slopes, bias: of the agreement curve.
         pool: as in `merge`.
 
     """
     size, num_requests, num_guesses = len(parents), guesses.shape[0], guesses.shape[2]
     source = np.full((num_requests, size), _HEADS)
-    paths = np.ones((num_requests, size + 1))  # the last is the root's, which stays 1
+    given = np.ones((num_requests, size + 1))  # the last is the root's, which stays 1
     for row in range(num_requests):
         for place, cell in enumerate(cells):
-            paths[row, place] = guessed[row, cell // num_guesses, cell % num_guesses]
-    hosts, other_paths, other_depths = _walk(
-        *(parents, children, tables, guesses, paths, source),
-        *(request, other_parents, other_tokens, other_given, other_source),
+            given[row, place] = guessed[row, cell // num_guesses, cell % num_guesses]
+    hosts, beside, other_depths = _match(
+        *(children, tables, guesses, source),
+        *(request, other_parents, other_tokens, other_source),
     )
+    agreed = agree(parents, given, request, hosts, beside, other_given, slopes, bias)
+    paths, other_paths = _along(parents, agreed, request, hosts, other_parents)
     rows, columns, new, ids, above = _choose(
         parents, paths, hosts, other_paths, request, other_parents, pool
     )
@@ -171,40 +183,35 @@ def _merged(
             requests[node], depths[node] = request[other], other_depths[other]
             tokens[node] = other_tokens[other]
             probability[node], sources[node] = other_paths[other], other_source[other]
-    return ids, above, requests, tokens, depths, probability, sources
+    return ids, above, requests, tokens, depths, probability, sources, agreed
 
 
 @compiled
-def _walk(
-    parents: Ints,
+def _match(
     children: Ints,
     tables: Ints,
     guesses: Ints,
-    paths: Floats,
     source: Ints,
     request: Ints,
     other_parents: Ints,
     other_tokens: Ints,
-    other_given: Floats,
     other_source: Ints,
-) -> tuple[Ints, Floats, Ints]:
-    """Walk the superset [S] with the n candidates of the other sources.
+) -> tuple[Ints, Ints, Ints]:
+    """Find the n candidates of the other sources on the superset [S].
 
     Args:
-        parents, children, tables: of the superset.
+        children, tables: of the superset.
         guesses: [B, T, k] tokens of the heads.
-        paths: [B, S + 1] probability of each path given its parent; becomes that of the path.
         source: [B, S] sources of each path; those of the candidates are added.
-        request, other_parents, other_tokens, other_given, other_source: [n] of the candidates.
+        request, other_parents, other_tokens, other_source: [n] of the candidates.
 
     Returns:
-        [n] place of each candidate on the superset, -1 for those that are not on it, [n] the
-        path probability of each candidate, and [n] its depth.
+        [n] place of each candidate on the superset, [n] place of its parent there, S for the root,
+        both -1 for those that are not on it, and [n] the depth of each candidate.
 
     """
-    size, num_others = len(parents), len(request)
-    num_requests, _, num_guesses = guesses.shape
-    hosts = np.full(num_others, -1)
+    size, num_others = source.shape[1], len(request)
+    hosts, beside = np.full(num_others, -1), np.full(num_others, -1)
     depths = np.ones(num_others, dtype=np.int64)
     for node in range(num_others):
         above, row = other_parents[node], request[node]
@@ -213,27 +220,42 @@ def _walk(
         host = hosts[above] if above >= 0 else size
         if host < 0 or depths[node] > len(tables):
             continue
+        beside[node] = host
         table = tables[depths[node] - 1, host]
         if table < 0:
             continue
-        for rank in range(num_guesses):
+        for rank in range(guesses.shape[2]):
             if guesses[row, table, rank] == other_tokens[node]:
                 hosts[node] = host = children[host, rank]
                 if host >= 0:
-                    paths[row, host] = max(paths[row, host], other_given[node])
                     source[row, host] |= other_source[node]
                 break
-    for row in range(num_requests):
-        for place in range(size):
+    return hosts, beside, depths
+
+
+@compiled
+def _along(
+    parents: Ints, agreed: Agreed, request: Ints, hosts: Ints, other_parents: Ints
+) -> tuple[Floats, Floats]:
+    """Return the path probabilities: [B, S + 1] on the superset and [n] of other candidates.
+
+    Args:
+        parents: [S] of the superset.
+        agreed: the probabilities given the parents.
+        request, hosts, other_parents: [n] of the candidates.
+
+    """
+    paths, other_paths = agreed.heads.copy(), agreed.others.copy()
+    for row in range(len(paths)):
+        for place in range(len(parents)):
             paths[row, place] *= paths[row, parents[place]]
-    other_paths = other_given.copy()
-    for node in range(num_others):
+    for node in range(len(hosts)):
         above = other_parents[node]
         if hosts[node] >= 0:
             other_paths[node] = paths[request[node], hosts[node]]
         elif above >= 0:
             other_paths[node] *= other_paths[above]
-    return hosts, other_paths, depths
+    return paths, other_paths
 
 
 @compiled
@@ -266,7 +288,8 @@ def _choose(
     Args:
         parents: [S] of the superset.
         paths: [B, S + 1] path probability of each path.
-        hosts, other_paths, request, other_parents: [n] of the candidates, as in `_walk`.
+        hosts, other_paths: [n] of the candidates, as `_match` and `_along` return them.
+        request, other_parents: [n] of the candidates.
         pool: number of each request's nodes on the superset, and those as probable as the last.
 
     Returns:
@@ -310,7 +333,8 @@ def _choose(
     return rows[on_superset], columns[on_superset], new[:num_new], ids[:count], above_ids[:count]
 
 
-def _without_heads(others: Candidates) -> Nodes:
+def without_heads(others: Candidates) -> Nodes:
+    """Return the candidates of the other sources, joined, as nodes."""
     return Nodes(
         ids=np.arange(len(others.tokens)),
         parents=others.parents,

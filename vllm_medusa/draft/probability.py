@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_medusa.draft import agreement
 from vllm_medusa.draft.compiled import compiled
-from vllm_medusa.draft.learning import Learner, LogisticCurve
+from vllm_medusa.draft.learning import Learner, LogisticCurve, log_odds
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.trie import Trie
 from vllm_medusa.draft.types import Floats, Ints, Source
@@ -22,12 +23,14 @@ PROBABILITIES_FILE = "medusa_probabilities.json"
 
 #: First rank of each group of a head's guesses.
 _RANK_GROUPS = (0, 1, 2, 3, 6)
-_MIN_HEAD_PROBABILITY = 1e-6
 #: Added to a share and to one minus the share, so that log-odds are finite.
 _SHARE_PRIOR = 0.02
+#: Place of the agreement curve among those of the sources (`agreement`).
+AGREEMENT = Source.HEADS | Source.TEXT
 #: Slopes and bias of curves that were never fitted, similar to those of the demo model's texts.
-_DEFAULTS: dict[Source, tuple[Floats, float]] = {
+_DEFAULTS: dict[Source, tuple[Floats, float | Floats]] = {
     Source.HEADS: (np.array([0.9]), 0.0),
+    AGREEMENT: (np.array([0.5, 0.7, 1.0, -0.55, -0.4, 1.2]), np.array([1.3, -1.0, -1.3])),
     Source.TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.0),
     Source.SHARED_TEXT: (np.array([0.5, 0.8, 0.9, 1.0, 1.0]), -3.5),
 }
@@ -40,7 +43,8 @@ class Probabilities:
     """The curves that give candidates their probabilities.
 
     Attributes:
-        curves: by source; the heads' curve has a group for each depth and range of ranks.
+        curves: by source; the heads' curve has a group for each depth and range of ranks. That
+            of `AGREEMENT` is for candidates where heads and text both propose tokens.
         superset: the heads' rank paths.
 
     """
@@ -53,7 +57,7 @@ class Probabilities:
         """Return curves of ordinary heads and texts, to start from without a calibration."""
         by_rank = np.tile(_TYPICAL_HEAD[:num_guesses], (num_heads, 1))
         curves = {
-            source: LogisticCurve(slopes, np.full(_num_groups(source, num_heads), bias))
+            source: LogisticCurve(slopes, np.zeros(_num_groups(source, num_heads)) + bias)
             for source, (slopes, bias) in _DEFAULTS.items()
         }
         return cls(curves, Superset.from_product(by_rank))
@@ -64,7 +68,7 @@ class Probabilities:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` is the inverse."""
-        curves = {_name(source): curve.to_dict() for source, curve in self.curves.items()}
+        curves = {name_of(source): curve.to_dict() for source, curve in self.curves.items()}
         paths = [list(path) for path in self.superset.paths()]
         return {"format": PROBABILITIES_FORMAT, "curves": curves, "paths": paths}
 
@@ -88,7 +92,7 @@ class Probabilities:
             raise UserError("the probabilities hold no curves or no list of paths; calibrate again")
         curves = dict(cls.default(num_heads, num_guesses).curves)
         for source in _DEFAULTS:
-            if (name := _name(source)) in given:
+            if (name := name_of(source)) in given:
                 size = len(_DEFAULTS[source][0]), _num_groups(source, num_heads)
                 curves[source] = LogisticCurve.from_dict(given[name], name, *size)
         return cls(curves, Superset.from_paths(paths, num_heads, num_guesses))
@@ -139,11 +143,10 @@ def head_features(probability: Floats) -> Floats:
 
 @compiled
 def _log_odds(probability: Floats) -> Floats:
-    log_odds = np.empty(len(probability))
+    values = np.empty(len(probability))
     for place, chance in enumerate(probability):
-        q = min(max(chance, _MIN_HEAD_PROBABILITY), 1 - _MIN_HEAD_PROBABILITY)
-        log_odds[place] = np.log(q / (1 - q))
-    return log_odds
+        values[place] = log_odds(chance)
+    return values
 
 
 @compiled
@@ -165,9 +168,12 @@ def text_features(trie: Trie) -> Floats:
     return features
 
 
+def name_of(source: Source) -> str:
+    """Return the name of a source's curve, in files and reports."""
+    return "agreement" if source == AGREEMENT else str(source.name).lower()
+
+
 def _num_groups(source: Source, num_heads: int) -> int:
+    if source == AGREEMENT:
+        return agreement.NUM_GROUPS
     return num_heads * len(_RANK_GROUPS) if source is Source.HEADS else 1
-
-
-def _name(source: Source) -> str:
-    return str(source.name).lower()

@@ -17,8 +17,9 @@ from vllm_medusa.tree.step_trees import IntArray, StepTrees
 class ForkIndices:
     """The indices of one step that do not depend on where in the cache its requests are.
 
-    B requests run T tokens as Q pseudo-sequences, F of them in fork blocks, and write K/V to E
-    slots. A commit writes to C further slots at most.
+    B requests run T tokens as Q pseudo-sequences and write K/V to E slots. A commit writes to C
+    further slots at most. It goes to forks too that hold a request's tail but run nothing in this
+    step: together with them there are S rows of block tables, F of them with fork blocks.
 
     Attributes:
         token_req: [T] request of each token.
@@ -26,14 +27,15 @@ class ForkIndices:
         seq_req: [Q] request of each pseudo-sequence.
         seq_length: [Q] its length, from the request's number of computed tokens.
         query_start_loc: [Q + 1] int32, first token of each pseudo-sequence.
-        fork_seqs: [F] the pseudo-sequences of paths other than the first.
+        row_req: [S] request of each row of block tables; the pseudo-sequences come first.
+        fork_rows: [F] the rows of paths other than the first.
         fork_req: [F] their requests.
         fork_path: [F] their fork paths.
         write_token: [E] token whose K/V is written.
-        slot_req: [E + C] request whose blocks a write goes to; the commit's writes follow the
+        slot_row: [E + C] the row to whose blocks a write goes; the commit's writes follow the
             step's own.
-        slot_path: [E + C] the fork path whose blocks it goes to; 0: the request's own.
         slot_offset: [E + C] the write's position, from the request's number of computed tokens.
+        commit_req: [C] request of each of the commit's writes.
         node_write: [B, N + 1] a place among the E that holds each node; 0 for nodes not run.
 
     """
@@ -43,13 +45,14 @@ class ForkIndices:
     seq_req: Tensor
     seq_length: Tensor
     query_start_loc: Tensor
-    fork_seqs: Tensor
+    row_req: Tensor
+    fork_rows: Tensor
     fork_req: Tensor
     fork_path: Tensor
     write_token: Tensor
-    slot_req: Tensor
-    slot_path: Tensor
+    slot_row: Tensor
     slot_offset: Tensor
+    commit_req: Tensor
     node_write: Tensor
 
     def to(self, device: torch.device) -> ForkIndices:
@@ -90,6 +93,26 @@ class ForkStep:
         """Number of slots that the step itself writes, E."""
         return self.host.write_token.numel()
 
+    @cached_property
+    def num_forked(self) -> int:
+        """How many requests run more than one fork path."""
+        return int((self.num_paths > 1).sum())
+
+    @cached_property
+    def num_forks(self) -> int:
+        """Number of fork paths other than the requests' first."""
+        return int((self.num_paths - 1).sum())
+
+    @cached_property
+    def mirrored(self) -> list[tuple[int, int]]:
+        """The requests with forks that hold their tail after the commit, each with `num_live`."""
+        return [(req, live) for req, live in enumerate(self.num_live.tolist()) if live > 1]
+
+    @cached_property
+    def without_mirrors(self) -> IntArray:
+        """The requests that run more fork paths than hold their tail."""
+        return np.flatnonzero(self.num_paths > self.num_mirrored)
+
 
 def make_fork_step(
     trees: StepTrees,
@@ -119,27 +142,7 @@ def make_fork_step(
     num_live = np.where(keeps, np.maximum(seqs.num_paths, num_mirrored), 1)
     if not ((num_live > 1) & runs_tree).any():
         return None
-    writes = _writes(trees, runs_tree, seqs)
-    commits = _commits(seqs, num_live)
-    node_write = np.zeros_like(trees.parents)
-    holds = runs_tree[writes.req] | (writes.offset == 0)
-    node_write[writes.req[holds], writes.node[holds]] = np.flatnonzero(holds)
-    forks = np.flatnonzero(seqs.path)
-    host = ForkIndices(
-        token_req=_tensor(tokens.req),
-        token_offset=_tensor(tokens.offset),
-        seq_req=_tensor(seqs.req),
-        seq_length=_tensor(seqs.length),
-        query_start_loc=_tensor(np.append(seqs.start, len(tokens.req))).to(torch.int32),
-        fork_seqs=_tensor(forks),
-        fork_req=_tensor(seqs.req[forks]),
-        fork_path=_tensor(seqs.path[forks]),
-        write_token=_tensor(_starts(num_tokens)[writes.req] + writes.node),
-        slot_req=_tensor(np.concatenate((writes.req, commits.req))),
-        slot_path=_tensor(np.concatenate((seqs.path[writes.seq], commits.path))),
-        slot_offset=_tensor(np.concatenate((writes.offset, commits.offset))),
-        node_write=_tensor(node_write),
-    )
+    host = _indices(trees, runs_tree, num_tokens, tokens, seqs, num_live)
     return ForkStep(
         host=host,
         device=host.to(torch.device(device)),
@@ -148,6 +151,39 @@ def make_fork_step(
         num_mirrored=num_mirrored,
         num_live=num_live,
         max_query_len=int(np.diff(seqs.start, append=len(tokens.req)).max()),
+    )
+
+
+def _indices(
+    trees: StepTrees,
+    runs_tree: NDArray[np.bool_],
+    num_tokens: IntArray,
+    tokens: _Tokens,
+    seqs: _Sequences,
+    num_live: IntArray,
+) -> ForkIndices:
+    rows = _rows(seqs, num_live)
+    writes = _writes(trees, runs_tree, seqs)
+    commits = _commits(seqs, rows, num_live)
+    node_write = np.zeros_like(trees.parents)
+    holds = runs_tree[writes.req] | (writes.offset == 0)
+    node_write[writes.req[holds], writes.node[holds]] = np.flatnonzero(holds)
+    forks = np.flatnonzero(rows.path)
+    return ForkIndices(
+        token_req=_tensor(tokens.req),
+        token_offset=_tensor(tokens.offset),
+        seq_req=_tensor(seqs.req),
+        seq_length=_tensor(seqs.length),
+        query_start_loc=_tensor(np.append(seqs.start, len(tokens.req))).to(torch.int32),
+        row_req=_tensor(rows.req),
+        fork_rows=_tensor(forks),
+        fork_req=_tensor(rows.req[forks]),
+        fork_path=_tensor(rows.path[forks]),
+        write_token=_tensor(_starts(num_tokens)[writes.req] + writes.node),
+        slot_row=_tensor(np.concatenate((writes.seq, commits.row))),
+        slot_offset=_tensor(np.concatenate((writes.offset, commits.offset))),
+        commit_req=_tensor(rows.req[commits.row]),
+        node_write=_tensor(node_write),
     )
 
 
@@ -237,26 +273,39 @@ def _writes(trees: StepTrees, runs_tree: NDArray[np.bool_], seqs: _Sequences) ->
 
 
 @dataclass(frozen=True)
-class _Commits:
-    """[C] where a commit may write: request, fork path and offset."""
+class _Rows:
+    """[S] the rows of block tables: request and fork path of each."""
 
     req: IntArray
     path: IntArray
+
+
+def _rows(seqs: _Sequences, num_live: IntArray) -> _Rows:
+    """Add the paths that hold a request's tail to those that run."""
+    num_kept = np.maximum(num_live - seqs.num_paths, 0)
+    req = np.repeat(np.arange(len(num_live)), num_kept)
+    path = np.arange(len(req)) - _starts(num_kept)[req] + seqs.num_paths[req]
+    return _Rows(np.append(seqs.req, req), np.append(seqs.path, path))
+
+
+@dataclass(frozen=True)
+class _Commits:
+    """[C] where a commit may write: row of block tables and offset."""
+
+    row: IntArray
     offset: IntArray
 
 
-def _commits(seqs: _Sequences, num_live: IntArray) -> _Commits:
+def _commits(seqs: _Sequences, rows: _Rows, num_live: IntArray) -> _Commits:
     """Write what is accepted to all live paths; the step has the root in those that it ran."""
     deepest = np.zeros_like(num_live)
     np.maximum.at(deepest, seqs.req, seqs.length - 1)
-    kept = np.flatnonzero(num_live > 1)
-    req = np.repeat(kept, num_live[kept])
-    path = np.arange(len(req)) - np.repeat(_starts(num_live[kept]), num_live[kept])
-    has_root = path < seqs.num_paths[req]
-    counts = deepest[req] + ~has_root
-    pair = np.repeat(np.arange(len(req)), counts)
-    offset = np.arange(len(pair)) - _starts(counts)[pair] + has_root[pair]
-    return _Commits(req[pair], path[pair], offset)
+    kept = np.flatnonzero((num_live > 1)[rows.req])
+    has_root = kept < len(seqs.req)
+    counts = deepest[rows.req[kept]] + ~has_root
+    place = np.repeat(np.arange(len(kept)), counts)
+    offset = np.arange(len(place)) - _starts(counts)[place] + has_root[place]
+    return _Commits(kept[place], offset)
 
 
 def _starts(counts: IntArray) -> IntArray:

@@ -74,7 +74,7 @@ def expand_block_table(
     num_computed_tokens: Tensor,
     fork_base: Tensor,
 ) -> Tensor:
-    """Return the block table of every pseudo-sequence.
+    """Return the block table of every pseudo-sequence, then of every fork that only keeps a tail.
 
     Args:
         indices: the step's, on the device of the tables.
@@ -84,37 +84,36 @@ def expand_block_table(
         fork_base: [B] int64, first fork block of each request; unused where not forked.
 
     Returns:
-        [Q, W + ring]; entries after a pseudo-sequence's last block are arbitrary.
+        [S, W + ring]; entries after a row's last block are arbitrary.
 
     """
-    rows = block_table.index_select(0, indices.seq_req)
+    rows = block_table.index_select(0, indices.row_req)
     rows = torch.nn.functional.pad(rows, (0, geometry.ring))
     tail = (num_computed_tokens // geometry.block_size).index_select(0, indices.fork_req)
     block_idx = tail[:, None] + torch.arange(geometry.ring, device=block_table.device)
     base = fork_base.index_select(0, indices.fork_req)
     blocks = geometry.block(base[:, None], indices.fork_path[:, None], block_idx)
-    rows[indices.fork_seqs[:, None], block_idx] = blocks.to(rows.dtype)
+    rows[indices.fork_rows[:, None], block_idx] = blocks.to(rows.dtype)
     return rows
 
 
 def write_slots(
-    indices: ForkIndices,
-    geometry: ForkGeometry,
-    block_table: Tensor,
-    num_computed_tokens: Tensor,
-    fork_base: Tensor,
+    indices: ForkIndices, block_size: int, rows: Tensor, num_computed_tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the [E] slots of a step's K/V writes and the [C] slots of its commit's, int64.
 
-    The arguments are those of `expand_block_table`.
+    Args:
+        indices: the step's.
+        block_size: tokens of a block.
+        rows: [S, W + ring] from `expand_block_table`.
+        num_computed_tokens: [B] int64, as there.
+
     """
-    positions = num_computed_tokens.index_select(0, indices.slot_req) + indices.slot_offset
-    block_idx = positions // geometry.block_size
-    own = block_table[indices.slot_req, block_idx].to(torch.int64)
-    base = fork_base.index_select(0, indices.slot_req)
-    forked = geometry.block(base, indices.slot_path, block_idx)
-    blocks = torch.where(indices.slot_path > 0, forked, own)
-    slots = blocks * geometry.block_size + positions % geometry.block_size
+    starts = num_computed_tokens.index_select(0, indices.row_req)
+    positions = starts.index_select(0, indices.slot_row) + indices.slot_offset
+    block_idx = positions // block_size
+    # A token's place in its block is its position less that of the block's first.
+    slots = (rows[indices.slot_row, block_idx] - block_idx) * block_size + positions
     num_writes = indices.write_token.numel()
     return slots[:num_writes], slots[num_writes:]
 
@@ -135,8 +134,7 @@ def commit_writes(
         K/V, and the slot it goes to or `PAD_SLOT`.
 
     """
-    num_writes = indices.write_token.numel()
-    req, offset = indices.slot_req[num_writes:], indices.slot_offset[num_writes:]
+    req, offset = indices.commit_req, indices.slot_offset[indices.write_token.numel() :]
     source = indices.node_write[req, path[req, offset]]
     accepted = offset <= length.index_select(0, req)
     return source, commit_slots.where(accepted, PAD_SLOT)

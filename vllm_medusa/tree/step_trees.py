@@ -77,10 +77,12 @@ class StepTrees:
 
 def _ways_up(parents: IntArray) -> IntArray:
     """[D + 1, B, N + 1]: each node, its parent, its parent's parent, ..., up to the root."""
-    node = np.broadcast_to(np.arange(parents.shape[1]), parents.shape)
+    num_requests, width = parents.shape
+    starts = np.arange(num_requests)[:, None] * width
+    node = np.broadcast_to(np.arange(width), parents.shape)
     ways = [node]
     while node.any():
-        node = np.take_along_axis(parents, node, axis=1)
+        node = parents.take(starts + node)
         ways.append(node)
     return np.stack(ways)
 

@@ -157,9 +157,9 @@ class PathForks:
             table = block_tables[group][:, : -(-longest // geometry.block_size)]
             base = self.pool.group_base(group) + place * geometry.blocks_per_request
             self._mirror_tails(group, geometry, table, base)
-            where = (forks.device, geometry, table, self._computed, base)
-            slots, commit_slots = write_slots(*where)
-            self._groups.append(_GroupStep(expand_block_table(*where), slots, commit_slots))
+            rows = expand_block_table(forks.device, geometry, table, self._computed, base)
+            slots = write_slots(forks.device, geometry.block_size, rows, self._computed)
+            self._groups.append(_GroupStep(rows[: forks.num_seqs], *slots))
 
     def end_step(self) -> None:
         """Drop the current step, so that the next step runs without forks."""
@@ -191,24 +191,24 @@ class PathForks:
         """
         if self.forks is None:
             return
-        for index in np.flatnonzero(self.forks.num_live > 1).tolist():
-            if sampled[index]:
-                computed = int(self._step.num_computed[index]) + len(sampled[index])
-                live = int(self.forks.num_live[index])
-                self.grants.set_mirrored(self._step.req_ids[index], computed, live)
+        computed = self._step.num_computed.tolist()
+        for index, live in self.forks.mirrored:
+            if tokens := len(sampled[index]):
+                req_id = self._step.req_ids[index]
+                self.grants.set_mirrored(req_id, computed[index] + tokens, live)
 
     def _mirror_tails(
         self, group: int, geometry: ForkGeometry, table: Tensor, base: Tensor
     ) -> None:
         """Copy the partial tail blocks of requests to those of their forks that lack them."""
         assert self.forks is not None
-        computed = self._step.num_computed
-        has_tail = computed % geometry.block_size > 0
-        missing = has_tail & (self.forks.num_paths > self.forks.num_mirrored)
-        if not missing.any():
+        reqs = self.forks.without_mirrors
+        if not len(reqs):
             return
-        reqs = np.flatnonzero(missing)
-        block_idx = computed[reqs] // geometry.block_size
+        reqs = reqs[self._step.num_computed[reqs] % geometry.block_size > 0]
+        if not len(reqs):
+            return
+        block_idx = self._step.num_computed[reqs] // geometry.block_size
         rows = torch.from_numpy(reqs).to(self._device)
         tails = table[rows, torch.from_numpy(block_idx).to(self._device)]
         source, destination = mirror_copies(

@@ -121,12 +121,12 @@ class MedusaRunnerMixin(_Base):
             step, computed, [table.get_device_tensor(num_reqs) for table in tables]
         )
         if step.plan.forks is not None:
-            indices, paths = step.plan.forks.device, step.plan.forks.num_paths
-            positions = computed.to(torch.int64)[indices.token_req] + indices.token_offset
+            indices = step.plan.forks.device
+            positions = computed.index_select(0, indices.token_req) + indices.token_offset
             # In place, because compiled graphs read this buffer.
             self.positions[: positions.numel()].copy_(positions)
-            self.counters.forked_requests += int((paths > 1).sum())
-            self.counters.fork_paths += int((paths - 1).sum())
+            self.counters.forked_requests += step.plan.forks.num_forked
+            self.counters.fork_paths += step.plan.forks.num_forks
         return prepared
 
     def _make_step(

@@ -123,4 +123,4 @@ class StepPlanner:
 def _size(plan: StepPlan) -> int:
     """Size of a plan for `_KEPT_TOKENS`: about its rows and the writes of its forks."""
     rows = plan.rows.ancestors.numel() // 8 + plan.rows.req.numel()
-    return rows if plan.forks is None else rows + plan.forks.host.slot_req.numel()
+    return rows if plan.forks is None else rows + plan.forks.host.slot_row.numel()

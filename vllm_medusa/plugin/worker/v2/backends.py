@@ -10,13 +10,33 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_medusa.errors import UserError
+from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.worker.v2.attention import TreeBuilderMixin, TreeImplMixin
 
 _PACKAGE = "vllm_medusa.plugin.worker.v2"
 _BACKENDS = {
     AttentionBackendEnum.TRITON_ATTN: f"{_PACKAGE}.triton_backend.TreeTritonBackend",
     AttentionBackendEnum.FLASH_ATTN: f"{_PACKAGE}.flash_backend.TreeFlashBackend",
+    AttentionBackendEnum.FLASHINFER: f"{_PACKAGE}.backends.NoFlashInfer",
 }
+
+logger = plugin_logger(__name__)
+
+
+class NoFlashInfer:
+    """Stands for ``FLASHINFER``: the platform goes on to the next backend of its list.
+
+    If the user has set this backend, vLLM raises an error with the reason.
+    """
+
+    @staticmethod
+    def validate_configuration(**_: Any) -> list[str]:
+        """Return why it cannot be used, as ``AttentionBackend.validate_configuration`` does."""
+        logger.info_once("FLASHINFER has no attention to draft trees; another backend is chosen.")
+        return [
+            "it has no attention to draft trees; use attention_backend='TRITON_ATTN' or "
+            "'FLASH_ATTN', or tree='chain'"
+        ]
 
 
 @contextmanager
