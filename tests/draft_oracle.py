@@ -164,7 +164,7 @@ def merge_slowly(
 def agreed_along(
     case: Case, request: int, text: Sequence[int], curve: LogisticCurve
 ) -> list[tuple[Agreed, bool]]:
-    """The candidates below each prefix of a text that their own source has, and if each is right."""
+    """The candidates below the prefixes of a text, and whether each is right."""
     heads = heads_tree(case, request)
     others = merged([source[request] for source in case.trees])
     found = []

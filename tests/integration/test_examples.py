@@ -163,6 +163,18 @@ def test_building_trees(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_simulated_dynamic_trees(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (REPO / "demo" / "prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts.write_text("".join(lines[:8]))
+    figures = tmp_path / "figures.json"
+    run("simulate_dynamic.py", prompts, "--batch-sizes", "1,4", "--json", figures)
+    one, four = json.loads(figures.read_text())
+    assert one["speed_up"] > four["speed_up"] > 1
+    assert one["heads_ran"] == 1
+
+
+@pytest.mark.slow
 def test_typical_acceptance(tmp_path: Path) -> None:
     few = ["--prompts", "4", "--max-tokens", "24", "--tree", "chain"]
     run("bench_typical.py", *few, "--out", tmp_path / "typical.json")

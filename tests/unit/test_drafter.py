@@ -163,6 +163,29 @@ def test_heads_that_are_surer_of_the_text_run() -> None:
     assert all(without.probability < draft.probability[0])
 
 
+def test_a_rival_of_the_other_source_makes_a_token_less_likely() -> None:
+    request = request_of("a", [1, 2, 3, 4, 1, 2])  # 3 followed
+    guessed, given = (
+        np.arange(K * GUESSES).reshape(1, K, GUESSES) + 10,
+        np.full((1, K, GUESSES), 0.01),
+    )
+    given[0, 0, 0] = 0.9
+
+    def probability(first_guess: int, *, is_text: bool = True) -> dict[int, float]:
+        guessed[0, 0, 0] = first_guess
+        tokens = request if is_text else request_of("b", [7, 8])
+        (draft,) = drafter(max_nodes=16).propose([tokens], (guessed, given))
+        at_root = draft.parents == 0
+        return dict(zip(draft.tokens[at_root].tolist(), draft.probability[at_root], strict=True))
+
+    text_alone = drafter(sources=Source.TEXT).propose([request])[0].probability[0]
+    heads_alone = probability(3, is_text=False)[3]
+    assert probability(3)[3] > max(text_alone, heads_alone)
+    rivals = probability(9)
+    assert rivals[3] < text_alone
+    assert rivals[9] < heads_alone
+
+
 def test_cheap_nodes_are_all_drafted() -> None:
     flat = CostCurve({1: [(1, 10), (129, 10.0001)]})
     made, unlimited = drafter(flat, max_nodes=8), drafter(max_nodes=8)

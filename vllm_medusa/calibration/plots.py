@@ -106,8 +106,7 @@ def draw_reliability(reliability: Mapping[str, Sequence[Bin]], out: Path) -> tup
     return save_figure(
         figure,
         out / "calibration-reliability.png",
-        "Candidates of dynamic trees by source, given that the parent is right: how often they are "
-        "right against what was predicted, on prompts that the curves were not fitted to",
+        "Candidates with a right parent, on prompts not fitted to",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_medusa.draft.compiled import compiled
+from vllm_medusa.draft.compiled import along_paths, compiled
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.merge import Nodes
 from vllm_medusa.draft.types import Bools, Drafts, Floats, Ints
@@ -104,6 +104,30 @@ def _rates_by_size(
         more_ms += fork_ms * is_fork[node]
         rates[place + 1] = emitted / (ms[place + 1] + more_ms)
     return rates
+
+
+@compiled
+def best_rate(request: Ints, parents: Ints, probability: Floats, limits: Ints, ms: Floats) -> float:
+    """Return the tokens per ms that the best number of some candidates would give, forks for free.
+
+    Args:
+        request, parents, probability: [n] of `Candidates`.
+        limits: [B] most nodes of each request.
+        ms: cost of the step by its nodes; more nodes than it tells are not drafted.
+
+    """
+    paths = along_paths(parents, probability)
+    left = limits.copy()
+    emitted = float(len(limits))
+    best, size = emitted / ms[0], 0
+    for node in np.argsort(-paths, kind="mergesort"):
+        if left[request[node]] == 0 or size + 1 == len(ms):
+            continue
+        left[request[node]] -= 1
+        size += 1
+        emitted += paths[node]
+        best = max(best, emitted / ms[size])
+    return float(best)
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:

@@ -9,10 +9,10 @@ import numpy as np
 
 from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.agreement import Agreement
-from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
+from vllm_medusa.draft.budget import UNLIMITED, best_rate, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
-from vllm_medusa.draft.merge import Nodes, join, merge, without_heads
+from vllm_medusa.draft.merge import join, merge
 from vllm_medusa.draft.order import depth_first
 from vllm_medusa.draft.pacing import Pacer
 from vllm_medusa.draft.probability import AGREEMENT, Probabilities
@@ -123,7 +123,9 @@ class Drafter:
         guesses = None if guessed is None else self._heads.guess(*guessed)
         pool = _POOL * self._settings.max_nodes
         nodes = merge(self._superset, guesses, others, pool, self._agreement)
-        ranked = self._rank(nodes, requests)
+        limits = _bounds(self._settings.max_nodes, [request.max_nodes for request in requests])
+        leaves = _bounds(self._settings.max_leaves, [request.max_leaves for request in requests])
+        ranked = rank(nodes, limits, leaves, min_probability=_MIN_PROBABILITY)
         if self._costs is None:
             return ranked.drafts
         heads_ms = 0.0 if guesses is None else self._costs.heads_ms(len(requests))
@@ -131,9 +133,9 @@ class Drafter:
         if guesses is not None:
             # With their own probabilities: those that the heads have changed would be known only
             # after the heads ran.
-            alone = self._rank(without_heads(others), requests)
-            _, rates_alone = best_size(alone, len(requests), self._costs)
-            self._pacer.record_gain(len(requests), float(rates[size] / rates_alone.max()))
+            ms = self._costs.by_drafts(len(requests), int(limits.sum()))
+            alone = best_rate(others.request, others.parents, others.probability, limits, ms)
+            self._pacer.record_gain(len(requests), float(rates[size]) / alone)
         if self._pacer.drafts_anyway(len(requests), size) and len(rates) > 1:
             size = 1 + int(np.argmax(rates[1:]))
         return take(ranked, size)
@@ -142,14 +144,6 @@ class Drafter:
         """Drop the data of a request that has ended."""
         for proposer in self._proposers:
             proposer.finish(key)
-
-    def _rank(self, nodes: Nodes, requests: Sequence[Request]) -> Ranked:
-        return rank(
-            nodes,
-            _bounds(self._settings.max_nodes, [request.max_nodes for request in requests]),
-            _bounds(self._settings.max_leaves, [request.max_leaves for request in requests]),
-            min_probability=_MIN_PROBABILITY,
-        )
 
     def _learn(self, requests: Sequence[Request]) -> None:
         """Show all sources what followed the texts of the last step."""

@@ -66,7 +66,7 @@ def merge(
 
     """
     if guesses is None or len(superset) == 0 or len(guesses.tokens) == 0:
-        return without_heads(others)
+        return _without_heads(others)
     ids, parents, request, tokens, depths, probability, source, agreed = _merged(
         *(superset.parents, superset.children, superset.tables, superset.cells),
         superset.depths,
@@ -333,8 +333,7 @@ def _choose(
     return rows[on_superset], columns[on_superset], new[:num_new], ids[:count], above_ids[:count]
 
 
-def without_heads(others: Candidates) -> Nodes:
-    """Return the candidates of the other sources, joined, as nodes."""
+def _without_heads(others: Candidates) -> Nodes:
     return Nodes(
         ids=np.arange(len(others.tokens)),
         parents=others.parents,
