@@ -89,11 +89,6 @@ class ForkStep:
         return self.host.seq_req.numel()
 
     @cached_property
-    def num_writes(self) -> int:
-        """Number of slots that the step itself writes, E."""
-        return self.host.write_token.numel()
-
-    @cached_property
     def num_forked(self) -> int:
         """How many requests run more than one fork path."""
         return int((self.num_paths > 1).sum())
