@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import draft_oracle as oracle
 from vllm_medusa.draft.agreement import Agreement
-from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_size, rank, take
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Recorder
 from vllm_medusa.draft.merge import Nodes, join, merge
@@ -203,6 +203,18 @@ def test_budget_is_the_best_of_all_choices(case: oracle.Case, costs: list[float]
     ]
     assert (2 + drafts.probability.sum()) / costs[best] == pytest.approx(max(rates))
     assert drafts.num_nodes.sum() == best
+
+
+@given(oracle.cases(num_requests=2), rising_costs)
+def test_best_rate_of_candidates_is_that_of_their_trees(
+    case: oracle.Case, costs: list[float]
+) -> None:
+    case.guesses = None
+    limits, others, model = np.array([4, 3]), join(case.proposals), curves(costs)
+    _, rates = best_size(ranked_of(case, limits.tolist()), 2, model)
+    ms = model.by_drafts(2, int(limits.sum()))
+    rate = best_rate(others.request, others.parents, others.probability, limits, ms)
+    assert rate == pytest.approx(rates.max())
 
 
 @given(oracle.cases(num_requests=2), rising_costs, st.floats(0, 2))
