@@ -227,7 +227,7 @@ def test_accepted_nodes() -> None:
 CALLED_BY_LOOPS = {
     *("along_paths", "build_trie", "match_lengths", "outcomes", "predict", "text_features"),
     *("_choose", "_hash", "_largest", "_likely", "_tables_along", "_match"),
-    *("_along", "_others_along", "_paths_along", "_predict", "_within_bounds"),
+    *("_along", "_predict", "_within_bounds"),
     *("agree", "log_odds", "sigmoid"),
 }
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vllm_medusa.draft.compiled import compiled
 from vllm_medusa.draft.learning import LogisticCurve, Observer, log_odds, sigmoid
+from vllm_medusa.draft.proposer import observations
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.draft.types import Bools, Candidates, Emitted, Floats, Guesses, Ints
 
@@ -34,7 +35,7 @@ class Agreed(NamedTuple):
         heads: [B, S + 1] probability of each path, given that its parent is right; 1 at the end.
         others: [n] the same of the candidates of other sources.
         groups: [B * S + n] group of each candidate, -1 for none: first the paths, then the others.
-        features: [B * S + n, 2] log-odds by the heads and by the text; arbitrary without a group.
+        features: [B * S + n, 6] log-odds by the heads and by the text, in the columns of the group.
 
     """
 
@@ -78,7 +79,7 @@ def agree(
         if hosts[node] >= 0:
             texts[row, hosts[node]] = others[node]
     groups = np.full(num_requests * size + len(others), _NONE)
-    features = np.empty((len(groups), 2))
+    features = np.zeros((len(groups), NUM_SLOPES))
     given_heads, given_others = heads.copy(), others.copy()
     for row in range(num_requests):
         for place in range(size):
@@ -91,22 +92,27 @@ def agree(
             by_text = by_text if by_text > 0 else best_texts[row, above]
             at = row * size + place
             groups[at] = group
-            features[at, 0], features[at, 1] = log_odds(by_heads), log_odds(by_text)
-            given_heads[row, place] = _predict(features[at], group, slopes, bias)
+            given_heads[row, place] = _predict(
+                features[at], group, log_odds(by_heads), log_odds(by_text), slopes, bias
+            )
     for node in range(len(others)):
         if hosts[node] < 0 and beside[node] >= 0 and best_heads[request[node], beside[node]] > 0:
             at = num_requests * size + node
             groups[at] = TEXT_ALONE
-            features[at, 0] = log_odds(best_heads[request[node], beside[node]])
-            features[at, 1] = log_odds(others[node])
-            given_others[node] = _predict(features[at], TEXT_ALONE, slopes, bias)
+            by_heads = best_heads[request[node], beside[node]]
+            given_others[node] = _predict(
+                features[at], TEXT_ALONE, log_odds(by_heads), log_odds(others[node]), slopes, bias
+            )
     return Agreed(given_heads, given_others, groups, features)
 
 
 @compiled
-def _predict(features: Floats, group: int, slopes: Floats, bias: Floats) -> float:
-    own = slopes[2 * group] * features[0] + slopes[2 * group + 1] * features[1]
-    return sigmoid(own + bias[group])
+def _predict(
+    features: Floats, group: int, by_heads: float, by_text: float, slopes: Floats, bias: Floats
+) -> float:
+    """Write a candidate's features [6], and return its probability."""
+    features[2 * group], features[2 * group + 1] = by_heads, by_text
+    return sigmoid(slopes[2 * group] * by_heads + slopes[2 * group + 1] * by_text + bias[group])
 
 
 class Agreement:
@@ -137,8 +143,8 @@ class Agreement:
             guesses, others, agreed = self._last
             self._observer.observe(
                 *_observations(
-                    *(self._superset.children, self._superset.tables, guesses.tokens),
-                    *(others.request, others.parents, others.tokens, others.levels),
+                    *(self._superset.parents, self._superset.cells, guesses.tokens),
+                    *(others.request, others.parents, others.tokens),
                     *(agreed, emitted.tokens, emitted.counts),
                 )
             )
@@ -148,13 +154,12 @@ class Agreement:
 
 @compiled
 def _observations(
-    children: Ints,
-    tables: Ints,
+    parents: Ints,
+    cells: Ints,
     guesses: Ints,
     request: Ints,
     other_parents: Ints,
     other_tokens: Ints,
-    levels: Ints,
     agreed: Agreed,
     emitted: Ints,
     counts: Ints,
@@ -162,113 +167,29 @@ def _observations(
     """Return the arguments of `Observer.observe` for candidates whose parents were right.
 
     Args:
-        children, tables: of the superset.
+        parents, cells: of the superset.
         guesses: [B, T, k] tokens of the heads.
-        request, other_parents, other_tokens, levels: of the candidates of other sources.
+        request, other_parents, other_tokens: of the candidates of other sources.
         agreed: of the step.
         emitted, counts: of `Emitted`.
 
     """
-    num_requests, size = len(guesses), agreed.heads.shape[1] - 1
-    seen, right = np.empty(len(agreed.groups), np.int64), np.empty(len(agreed.groups), np.bool_)
-    count = 0
-    for row in range(num_requests):
-        count = _paths_along(
-            *(row, row * size, children, tables, guesses, emitted[row, : counts[row]]),
-            *(agreed.groups, seen, right, count),
-        )
-        count = _others_along(
-            *(row, num_requests * size, request, other_parents, other_tokens, levels),
-            *(emitted[row, : counts[row]], agreed.groups, seen, right, count),
-        )
-    features, groups = np.zeros((count, NUM_SLOPES)), np.empty(count, np.int64)
-    predicted = np.empty(count)
-    for place in range(count):
-        at = seen[place]
-        group = groups[place] = agreed.groups[at]
-        features[place, 2 * group] = agreed.features[at, 0]
-        features[place, 2 * group + 1] = agreed.features[at, 1]
-        if at < num_requests * size:
-            predicted[place] = agreed.heads[at // size, at % size]
-        else:
-            predicted[place] = agreed.others[at - num_requests * size]
-    return features, groups, predicted, right[:count]
-
-
-@compiled
-def _paths_along(
-    row: int,
-    start: int,
-    children: Ints,
-    tables: Ints,
-    guesses: Ints,
-    text: Ints,
-    groups: Ints,
-    seen: Ints,
-    right: Bools,
-    count: int,
-) -> int:
-    """Add one request's paths whose parents the text goes through; return how many there are.
-
-    Args:
-        row: the request.
-        start: place of its first path among all candidates.
-        children, tables, guesses: as in `_observations`.
-        text: the tokens that followed.
-        groups: of all candidates; those without a group are left out.
-        seen, right: get the places of the candidates and whether each is right.
-        count: how many they hold.
-
-    """
-    above = len(children) - 2
-    for depth in range(min(len(text), len(tables))):
-        table, following = tables[depth, above], -1
-        if table < 0:
-            break
-        for rank in range(children.shape[1]):
-            child = children[above, rank]
-            if child < 0:
-                continue
-            is_right = guesses[row, table, rank] == text[depth]
-            if is_right:
-                following = child
-            if groups[start + child] >= 0:
-                seen[count], right[count] = start + child, is_right
-                count += 1
-        if following < 0:
-            break
-        above = following
-    return count
-
-
-@compiled
-def _others_along(
-    row: int,
-    start: int,
-    request: Ints,
-    parents: Ints,
-    tokens: Ints,
-    levels: Ints,
-    text: Ints,
-    groups: Ints,
-    seen: Ints,
-    right: Bools,
-    count: int,
-) -> int:
-    """Do what `_paths_along` does for the candidates of other sources."""
-    above = -1
-    for depth in range(min(len(text), len(levels) - 1)):
-        following = -1
-        for node in range(levels[depth], levels[depth + 1]):
-            if request[node] != row or parents[node] != above:
-                continue
-            is_right = tokens[node] == text[depth]
-            if is_right:
-                following = node
-            if groups[start + node] >= 0:
-                seen[count], right[count] = start + node, is_right
-                count += 1
-        if following < 0:
-            break
-        above = following
-    return count
+    num_requests, num_guesses, size = len(guesses), guesses.shape[2], len(parents)
+    num_paths, num_all = num_requests * size, len(agreed.groups)
+    requests, tokens = np.empty(num_all, np.int64), np.empty(num_all, np.int64)
+    above, probability = np.full(num_all, -1), np.empty(num_all)
+    for at in range(num_paths):
+        row, place = at // size, at % size
+        requests[at], probability[at] = row, agreed.heads[row, place]
+        tokens[at] = guesses[row, cells[place] // num_guesses, cells[place] % num_guesses]
+        if parents[place] < size:
+            above[at] = row * size + parents[place]
+    for node in range(len(other_tokens)):
+        at = num_paths + node
+        requests[at], probability[at] = request[node], agreed.others[node]
+        tokens[at] = other_tokens[node]
+        if other_parents[node] >= 0:
+            above[at] = num_paths + other_parents[node]
+    return observations(
+        *(requests, above, tokens, emitted, counts, agreed.features, agreed.groups, probability)
+    )

@@ -54,7 +54,7 @@ class Proposed:
         if self._last is not None:
             candidates, features, groups = self._last
             self._observer.observe(
-                *_observations(
+                *observations(
                     *(candidates.request, candidates.parents, candidates.tokens),
                     *(emitted.tokens, emitted.counts),
                     features,
@@ -88,7 +88,7 @@ def outcomes(
 
 
 @compiled
-def _observations(
+def observations(
     request: Ints,
     parents: Ints,
     tokens: Ints,
@@ -98,8 +98,9 @@ def _observations(
     groups: Ints,
     probability: Floats,
 ) -> tuple[Floats, Ints, Floats, Bools]:
-    """Return the arguments of `Observer.observe` for candidates."""
+    """Return the arguments of `Observer.observe` for candidates; those of group -1 are left out."""
     observed, right = outcomes(request, parents, tokens, emitted, counts)
+    observed &= groups >= 0
     size = observed.sum()
     seen_features, seen_groups = np.empty((size, features.shape[1])), np.empty(size, np.int64)
     predicted, outcome = np.empty(size), np.empty(size, np.bool_)
