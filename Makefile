@@ -45,7 +45,7 @@ venv-v2-next: venv-next ## the same with vLLM 0.33
 demo: venv ## one text with draft trees and without, side by side; about a minute
 	@$(VENV)/bin/python examples/demo.py
 
-demo-model: export OMP_NUM_THREADS = 1
+demo-model: export OMP_NUM_THREADS = 2
 demo-model: export PATH := $(abspath $(VENV))/bin:$(PATH)
 demo-model: venv ## make the demo's model, heads and trees anew; takes 40 minutes
 	python examples/demo_model/train_base.py --compile --tokens 7400000 --out $(DEMO)/model

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train the demo's target model: a 4 M parameter Llama that writes Python.
 
-It learns the standard library of the interpreter that runs this script, from nothing, on one
-CPU thread. Output: a Hugging Face model directory with its tokenizer, bfloat16.
+It learns the standard library of the interpreter that runs this script, from nothing, on a CPU.
+Output: a Hugging Face model directory with its tokenizer, bfloat16.
 """
 
 from __future__ import annotations
