@@ -57,8 +57,8 @@ demo-model: venv ## make the demo's model, heads and trees anew; takes 40 minute
 	    --llm-options '{"max_model_len": 512, "gpu_memory_utilization": 0.3}'
 	rm -rf $(DEMO)/heads
 	vllm-medusa train --model $(DEMO)/model --data $(DEMO_BUILD)/answers --out $(DEMO)/heads \
-	    --num-layers 3 --root-aware --selector --kl-temperature 0.5 --optimizer muon --lr 6e-3 \
-	    --steps 1350 --batch-tokens 4096 --dtype bfloat16 --compile
+	    --num-layers 3 --root-aware --selector --prefix-attention --kl-temperature 0.5 \
+	    --optimizer muon --lr 6e-3 --steps 1350 --batch-tokens 4096 --dtype bfloat16 --compile
 	vllm-medusa calibrate $(DEMO)/heads --model $(DEMO)/model \
 	    --prompts $(DEMO_BUILD)/calibration.jsonl --check --check-prompts $(DEMO_BUILD)/check.jsonl \
 	    --dtype float32 --llm-options '{"enforce_eager": true}'

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsCheckpoint, HeadsSpec, load_heads
 
+Shapes = dict[str, tuple[int, ...]]
+
 BACKBONE = {
     "model.embed_tokens.weight": (20, 8),
     "model.layers.0.mlp.up_proj.weight": (16, 8),
@@ -39,6 +41,7 @@ def make_heads(
     logit_scale: float = 1.0,
     root_size: int | None = None,
     selector_rank: int | None = None,
+    prefix_window: int | None = None,
     dtype: torch.dtype = torch.float32,
     source_format: str = "native",
     seed: int = 0,
@@ -63,12 +66,11 @@ def make_heads(
     if draft_vocab_size:
         order = torch.randperm(vocab_size, generator=generator)
         tensors["token_map"] = order[:draft_vocab_size]
-    if root_size:
-        tensors["root.weight"] = random(num_heads, hidden_size, root_size)
-    if selector_rank:
-        tensors["selector.parent"] = random(vocab_size, selector_rank)
-        tensors["selector.child"] = random(vocab_size, selector_rank)
-        tensors["selector.depth"] = random(num_heads, selector_rank)
+    embedding_size = root_size or (5 if prefix_window else None)
+    shapes = {"root.weight": (num_heads, hidden_size, root_size)} if root_size else {}
+    shapes |= selector_shapes(num_heads, vocab_size, selector_rank)
+    shapes |= prefix_shapes(hidden_size, embedding_size, prefix_window)
+    tensors |= {name: random(*shape) for name, shape in shapes.items()}
     spec = HeadsSpec(
         source_format=source_format,  # type: ignore[arg-type]
         num_heads=num_heads,
@@ -80,10 +82,34 @@ def make_heads(
         has_bias=has_bias,
         logit_scale=logit_scale,
         dtype=dtype,
-        root_size=root_size,
+        root_size=embedding_size,
         selector_rank=selector_rank,
+        prefix_window=prefix_window,
     )
     return HeadsCheckpoint(spec, tensors)
+
+
+def selector_shapes(num_heads: int, vocab_size: int, rank: int | None) -> Shapes:
+    """Of a selector's tensors, if it has a rank."""
+    if rank is None:
+        return {}
+    return {
+        "selector.parent": (vocab_size, rank),
+        "selector.child": (vocab_size, rank),
+        "selector.depth": (num_heads, rank),
+    }
+
+
+def prefix_shapes(hidden_size: int, embedding_size: int | None, window: int | None) -> Shapes:
+    """Of a prefix attention with 2 attention heads of size 3, if it has a window."""
+    if embedding_size is None or window is None:
+        return {}
+    return {
+        "prefix.query": (6, hidden_size + embedding_size),
+        "prefix.key_value": (2, 6, hidden_size + embedding_size),
+        "prefix.output": (hidden_size, 6),
+        "prefix.bias": (2, window),
+    }
 
 
 def assert_same_heads(actual: HeadsCheckpoint, expected: HeadsCheckpoint, **changes: Any) -> None:
@@ -247,6 +273,7 @@ def write_native(directory: Path, heads: HeadsCheckpoint, prefix: str = "") -> P
         tensors[prefix + name] = tensor.clone()
     is_second = heads.spec.root_size is not None or heads.spec.selector_rank is not None
     version = 3 if heads.spec.kind == "hydra" else 2 if is_second else 1
+    version = version if heads.spec.prefix_window is None else 4
     config = {
         "format": f"vllm_medusa.heads/{version}",
         "model_type": "medusa",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
-from tests.integration.seeing_heads import RANK, seeing_tensors
+from tests.integration.seeing_heads import RANK, WINDOW, seeing_tensors
 from tests.training import make_settings
 from vllm_medusa.acceptance.texts import counted_positions
 from vllm_medusa.acceptance.trees import best_paths
@@ -136,6 +136,8 @@ def trained(
         root_aware=sees_tokens,
         selector=sees_tokens,
         selector_rank=RANK,
+        prefix_attention=sees_tokens,
+        prefix_window=WINDOW,
         test_data=test_data,
     )
     training = Training(settings)

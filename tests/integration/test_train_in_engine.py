@@ -91,8 +91,9 @@ class RecordingDrafter:
         {"lm_head": "own"},
         {"lm_head": "low-rank", "rank": 16},
         {"root_aware": True, "selector": True},
+        {"prefix_attention": True, "prefix_window": 12},
     ],
-    ids=["shared", "own", "low-rank", "seeing"],
+    ids=["shared", "own", "low-rank", "seeing", "prefix"],
 )
 def test_logits_agree(
     tiny_model: Path,
@@ -112,7 +113,10 @@ def test_logits_agree(
         (output,) = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)
     tokens = torch.tensor([PROMPT + list(output.outputs[0].token_ids)])
     hidden = training.target.hidden(tokens, torch.arange(tokens.shape[1])[None])[0]
-    features = outcome.heads.features(hidden, tokens[0].roll(-1)[:, None])
+    with torch.no_grad():
+        positions = torch.arange(tokens.shape[1])[None]
+        hidden_in_context = outcome.heads.in_context(hidden[None], tokens, positions)[0]
+        features = outcome.heads.features(hidden_in_context, tokens[0].roll(-1)[:, None])
     num_sampled = 0
     assert len(recorded) > 10
     for num_new, engines in recorded:

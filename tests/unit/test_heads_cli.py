@@ -101,10 +101,11 @@ def test_inspect_low_rank_with_a_token_map(
 
 
 def test_inspect_heads_that_see_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heads = make_heads(root_size=6, selector_rank=2)
+    heads = make_heads(root_size=6, selector_rank=2, prefix_window=7)
     out = run(capsys, "inspect", write_native(tmp_path, heads))
     assert "root-aware:       yes, by embeddings of size 6" in out
     assert "selector:         of rank 2, among 16 guesses" in out
+    assert "prefix attention: over 7 positions" in out
 
 
 def test_inspect_hydra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

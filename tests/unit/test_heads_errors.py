@@ -95,9 +95,13 @@ def test_missing_tensor_native(tmp_path: Path, name: str) -> None:
     assert f"tensor '{name}' is missing for stacked heads" in message
 
 
-@pytest.mark.parametrize("name", ["selector.parent", "selector.child", "selector.depth"])
-def test_missing_part_of_a_selector(tmp_path: Path, name: str) -> None:
-    message = native_fault(tmp_path, lambda tensors: tensors.pop(name), selector_rank=2)
+PREFIX = ["prefix.query", "prefix.key_value", "prefix.output", "prefix.bias"]
+
+
+@pytest.mark.parametrize("name", ["selector.parent", "selector.child", "selector.depth", *PREFIX])
+def test_missing_part_of_a_selector_or_of_prefix_attention(tmp_path: Path, name: str) -> None:
+    kind = {"selector_rank": 2, "prefix_window": 7}
+    message = native_fault(tmp_path, lambda tensors: tensors.pop(name), **kind)
     assert f"tensor '{name}' is missing for stacked heads" in message
 
 
@@ -108,6 +112,27 @@ def test_selector_of_another_vocabulary(tmp_path: Path) -> None:
 
     message = native_fault(tmp_path, shorten, selector_rank=2)
     assert "the selector's tables have 19 rows, the vocabulary has 20" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("prefix.query", (6, 8), "'prefix.query' has shape [6, 8]; expected a multiple of 2"),
+        ("prefix.query", (6, 15), "'prefix.query' has shape [6, 15]; expected a multiple of 2"),
+        ("prefix.bias", (4, 7), "expected a multiple of 4 attention heads, and hidden size 8"),
+        ("prefix.key_value", (3, 6, 14), "expected [2, 6, 14]"),
+        ("prefix.output", (9, 6), "expected [8, 6]"),
+    ],
+)
+def test_prefix_attention_of_other_sizes(
+    tmp_path: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.zeros(shape)
+        if name == "prefix.query":
+            tensors["prefix.key_value"] = torch.zeros(2, *shape)
+
+    assert message in native_fault(tmp_path, change, prefix_window=7, root_size=6)
 
 
 def test_root_matrices_of_other_heads(tmp_path: Path) -> None:

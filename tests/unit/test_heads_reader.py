@@ -111,6 +111,7 @@ CASES: list[tuple[Write, dict[str, Any]]] = [
     (write_native, {"num_layers": 2}),
     (write_native, {"lm_head": "common"}),
     (write_native, {"lm_head": "common", "root_size": 6, "selector_rank": 2}),
+    (write_native, {"lm_head": "common", "prefix_window": 7}),
     (write_native, {"lm_head": "low_rank", "draft_vocab_size": 7, "rank": 3}),
 ]
 

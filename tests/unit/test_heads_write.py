@@ -154,6 +154,7 @@ def test_fasterdecoding_holds_tied_layers(tmp_path: Path) -> None:
         ("vllm", {"root_size": 8}, "the matrices with which these heads read the last token"),
         ("tgi", {"root_size": 8}, "only the format of vllm_medusa holds them; keep the heads"),
         ("fasterdecoding", {"selector_rank": 2}, "the selector, which re-ranks these heads'"),
+        ("vllm", {"prefix_window": 7}, "the layer with which these heads read the text before"),
     ],
 )
 def test_refuses_what_would_be_lost(
@@ -167,9 +168,10 @@ def test_refuses_what_would_be_lost(
 
 
 @pytest.mark.parametrize(
-    ("options", "version"), [({}, 1), ({"root_size": 8}, 2), ({"selector_rank": 2}, 2)]
+    ("options", "version"),
+    [({}, 1), ({"root_size": 8}, 2), ({"selector_rank": 2}, 2), ({"prefix_window": 7}, 4)],
 )
-def test_native_is_of_the_second_version_if_the_first_could_not_hold_it(
+def test_native_is_of_the_first_version_that_holds_the_heads(
     tmp_path: Path, options: dict[str, Any], version: int
 ) -> None:
     heads = heads_for(**options)

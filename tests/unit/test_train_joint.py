@@ -74,7 +74,8 @@ def slow_loss(
         positions = torch.arange(len(tokens))[None]
         hidden = target.forward(tokens[None], positions)[0]
         before = F.softmax(original.logits(original.hidden(tokens[None], positions)[0]), dim=-1)
-        features = heads.features(hidden, tokens.roll(-1)[:, None])
+        read = heads.in_context(hidden[None], tokens[None], positions)[0]
+        features = heads.features(read, tokens.roll(-1)[:, None])
         for t in range(len(tokens) - 1):
             log_p = F.log_softmax(target.project(hidden[t]), dim=-1)
             if row.loss_mask[t + 1]:
@@ -95,6 +96,7 @@ def slow_loss(
         {"joint": "full", "backbone_loss": "ce", "lm_head": "own", "root_aware": True},
         {"joint": "lora", "lora_rank": 4, "lora_dropout": 0.0},
         {"joint": "lora", "lora_rank": 4, "lora_dropout": 0.0, "backbone_loss": "ce"},
+        {"joint": "full", "prefix_attention": True},
     ],
     ids=str,
 )
@@ -235,6 +237,7 @@ def test_perplexity_is_that_of_each_row_alone() -> None:
             {"joint": "lora", "root_aware": True, "selector": True, "selector_rank": 4},
             "native",
         ),
+        ({"joint": "lora", "lora_rank": 4, "prefix_attention": True}, "native"),
     ],
     ids=str,
 )
@@ -286,7 +289,16 @@ def test_by_the_command_line_from_heads_that_were_trained_before(
     assert "fits: " in said
 
 
-@pytest.mark.parametrize("kind", [{}, {"lm_head": "own"}, {"root_aware": True, "selector": True}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"lm_head": "own"},
+        {"root_aware": True, "selector": True},
+        {"prefix_attention": True, "prefix_window": 9},
+    ],
+    ids=str,
+)
 def test_training_goes_on_from_heads_of_every_kind(
     inputs: dict[str, str], tmp_path: Path, kind: dict[str, Any]
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.oracles.prefix import in_context
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
 from vllm_medusa.data.rows import Row
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
@@ -44,12 +45,22 @@ def slow_losses(
         tokens = torch.from_numpy(item.token_ids).long()
         hidden = target.hidden(tokens[None], torch.arange(len(tokens))[None])[0]
         own = target.logits(hidden)
+        read = hidden
+        if heads.prefix is not None:
+            embeddings = target.embedding[tokens.roll(-1)]
+            tensors, known = (
+                dict(heads.prefix.named_parameters(prefix="prefix")),
+                range(len(tokens)),
+            )
+            read = torch.stack(
+                [in_context(tensors, hidden, embeddings, t, known) for t in range(len(tokens))]
+            )
         for t in range(len(tokens)):
             for k in range(heads.num_heads):
                 predicted = t + 2 + k
                 if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
-                feature = heads.features(hidden[t][None], following(tokens, t, heads))[k]
+                feature = heads.features(read[t][None], following(tokens, t, heads))[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
                 wanted = F.softmax(own[predicted - 1] / settings.kl_temperature, dim=-1)
                 if settings.loss == "ce":
@@ -81,7 +92,9 @@ CASES = {
     "own ce": {"lm_head": "own", "loss": "ce"},
     "low-rank": {"lm_head": "low-rank", "rank": 8, "decay": 0.5},
     "root-aware": {"root_aware": True},
+    "prefix attention": {"prefix_attention": True, "prefix_window": 3},
     "hydra": {"hydra": True},
+    "hydra with prefix attention": {"hydra": True, "prefix_attention": True},
     "hydra of 3 layers": {"hydra": True, "num_layers": 3, "lm_head": "own", "loss": "lk"},
 }
 

@@ -39,11 +39,23 @@ class Heads(Protocol):
     def selector(self) -> Selector | None:
         """Ranks each head's best guesses again."""
 
+    def in_context(self, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the prefix attention, if the heads have one; else return the states as they are.
+
+        Args:
+            hidden: [B, S, H] states.
+            tokens: [B, S] int64, the texts.
+            position_ids: [B, S] or [1, S] int64, from 0 in every text.
+
+        Returns:
+            [B, S, H]
+        """
+
     def features(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Compute what the lm_heads read.
 
         Args:
-            hidden: [N, H] states.
+            hidden: [N, H] states, in context.
             following: [N, K] int64, the tokens after each: the root, and the parents of what the
                 other heads guess.
 
@@ -138,6 +150,7 @@ class RankMeter:
         tokens_of_rows = self._padded([text.token_ids for text in texts])
         position_ids = torch.arange(tokens_of_rows.shape[1], device=tokens_of_rows.device)
         hidden = self._target.hidden(tokens_of_rows, position_ids[None])
+        hidden = self._heads.in_context(hidden, tokens_of_rows, position_ids[None])
         num_heads, length = self._heads.num_heads, hidden.shape[1]
         answers = []
         # From no answer on: a batch may hold texts without one.

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads
 from vllm_medusa.heads.io.formats import LmHeadKind
+from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.heads.selector import Selector
 from vllm_medusa.heads.sequential import SequentialHeads, features_along, make_sequential
 from vllm_medusa.target.frozen import FrozenTarget
@@ -41,6 +42,10 @@ class StoredHeads:
         else:
             blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
             self._blocks = blocks.requires_grad_(False)
+        self._prefix: PrefixAttention | None = None
+        if checkpoint.spec.prefix_window is not None:
+            prefix = PrefixAttention.from_tensors(checkpoint.tensors, dtype, device)
+            self._prefix = prefix.requires_grad_(False)
         # The matrices that project, first to last: [K, out, in], or [out, in] for all heads.
         self._weights = [
             checkpoint.tensors[name].to(device, dtype)
@@ -55,6 +60,12 @@ class StoredHeads:
         self.selector: Selector | None = None
         if checkpoint.spec.selector_rank is not None:
             self.selector = Selector.from_tensors(checkpoint.tensors, dtype, device)
+
+    def in_context(self, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the prefix attention, if the heads have one: [B, S, H] to the same."""
+        if self._prefix is None:
+            return hidden
+        return self._prefix.along(hidden, self._embed(tokens.roll(-1, 1)), position_ids)
 
     def features(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Compute what the lm_heads read: [N, H] states and [N, K] tokens to [K, N, F]."""

@@ -75,10 +75,12 @@ def describe(heads: HeadsCheckpoint) -> list[tuple[str, str]]:
     if "lm_head.bias" in heads.tensors:
         lm_head += ", with biases"
     rows.append(("lm_head", lm_head))
-    if spec.root_size is not None and not spec.is_sequential:
+    if "root.weight" in heads.tensors:
         rows.append(("root-aware", f"yes, by embeddings of size {spec.root_size}"))
     if spec.selector_rank is not None:
         rows.append(("selector", f"of rank {spec.selector_rank}, among {NUM_CANDIDATES} guesses"))
+    if spec.prefix_window is not None:
+        rows.append(("prefix attention", f"over {spec.prefix_window} positions"))
     if spec.logit_scale != 1.0:
         rows.append(("logit scale", f"{spec.logit_scale:g}"))
     rows.append(("dtype", str(spec.dtype).removeprefix("torch.")))

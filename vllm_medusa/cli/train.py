@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads = parser.add_argument_group("heads")
     add_settings(heads, TrainSettings, "num_heads", "num_layers", "lm_head", "rank")
     add_settings(heads, TrainSettings, "root_aware", "selector", "selector_only", "heads")
-    add_settings(heads, TrainSettings, "selector_rank", "hydra")
+    add_settings(
+        heads, TrainSettings, "selector_rank", "prefix_attention", "prefix_window", "hydra"
+    )
     loss = parser.add_argument_group("loss and optimizer")
     add_settings(loss, TrainSettings, "loss", "kl_temperature", "decay", "loss_positions")
     add_settings(loss, TrainSettings, "optimizer", "lr", "weight_decay", "warmup", "clip")

@@ -32,8 +32,9 @@ class HeadsSpec:
         logit_scale: factor on the heads' logits.
         dtype: of the floating-point tensors.
         root_size: E, of the target's token embeddings, if the heads read them (root-aware and Hydra
-            heads), else None.
+            heads, prefix attention), else None.
         selector_rank: r, of the selector's tables, if the heads have one, else None.
+        prefix_window: W, of the prefix attention, if the heads have one, else None.
         kind: Medusa heads, which run all at once, or heads of `sequential`.
         scales_input: whether an MLP speculator normalises the hidden states first.
     """
@@ -50,13 +51,15 @@ class HeadsSpec:
     dtype: torch.dtype
     root_size: int | None = None
     selector_rank: int | None = None
+    prefix_window: int | None = None
     kind: HeadsKind = "medusa"
     scales_input: bool = False
 
     @property
     def sees_tokens(self) -> bool:
         """Whether the heads see tokens or have a selector; not in our format 1."""
-        return self.is_sequential or self.root_size is not None or self.selector_rank is not None
+        seen = (self.root_size, self.selector_rank, self.prefix_window)
+        return self.is_sequential or any(size is not None for size in seen)
 
     @property
     def is_sequential(self) -> bool:
@@ -76,9 +79,11 @@ class HeadsCheckpoint:
             `lm_head.up` [K, V, rank] (low_rank); `token_map` [V] int64, from draft ids to target
             ids, if `spec.draft_vocab_size` is set; `root.weight` [K, H, E] (out, in) of root-aware
             heads; `selector.parent` and `selector.child` [vocab_size, r] and `selector.depth`
-            [K, r] of heads with a selector. Of Hydra heads, `hydra.{k}.weight`
-            [2, H, H + (k + 1) E] and `hydra.{k}.bias` [2, H], the first layer's W and R and their
-            biases, and `blocks` [K, L - 1, ...] with the other layers, if there are any;
+            [K, r] of heads with a selector; `prefix.{name}` for the parameters of
+            `prefix.PrefixAttention` of heads with prefix attention. Of Hydra heads,
+            `hydra.{k}.weight` [2, H, H + (k + 1) E] and `hydra.{k}.bias` [2, H], the first layer's
+            W and R and their biases, and `blocks` [K, L - 1, ...] with the other layers, if there
+            are any;
             `lm_head.bias` [K, V] if their lm_heads have biases. Of an MLP speculator with the inner
             size D, `speculator.{k}.embedding` [V, D], `speculator.{k}.weight` [D, H or D],
             `speculator.{k}.scale` and `speculator.{k}.bias` [D], of the later heads only where they

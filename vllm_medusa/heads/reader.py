@@ -18,7 +18,14 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
 from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.files import open_store
-from vllm_medusa.heads.io.formats import ROOT, SELECTOR, Plan, make_plan, select_heads
+from vllm_medusa.heads.io.formats import (
+    PREFIX_ATTENTION,
+    ROOT,
+    SELECTOR,
+    Plan,
+    make_plan,
+    select_heads,
+)
 from vllm_medusa.heads.io.headers import read_headers
 from vllm_medusa.heads.io.hydra_names import native_names
 from vllm_medusa.heads.io.resolve import resolve
@@ -145,7 +152,7 @@ class HeadsReader:
         """
         if self._is_common(name):
             return self._rows(name, (), 0, None).to(self.spec.dtype)
-        if name in ("selector.parent", "selector.child"):
+        if name in ("selector.parent", "selector.child", *PREFIX_ATTENTION):
             return self._part(name).to(self.spec.dtype)
         if name.startswith(("hydra.", "speculator.")):
             return self._whole(name).to(self.spec.dtype)
@@ -173,6 +180,10 @@ class HeadsReader:
     def read_selector(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
         """Read the canonical tensors of the selector for the first heads; none if there is none."""
         return {name: self.read(name, num_heads) for name in SELECTOR if name in self._stored}
+
+    def read_prefix_attention(self) -> dict[str, torch.Tensor]:
+        """Read the canonical tensors of the prefix attention; none if there is none."""
+        return {name: self.read(name) for name in PREFIX_ATTENTION if name in self._stored}
 
     def read_rows(self, head: int, start: int, stop: int) -> torch.Tensor:
         """Read rows of a head's lm_head (of its factor `up`, if low-rank), nothing else.

@@ -173,7 +173,9 @@ OVERRIDES = (
             ),
             "capture(self)": "the heads are captured",
             "propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, "
-            "aux_hidden_states, num_sampled, num_rejected)": ("trees are drafted"),
+            "aux_hidden_states, num_sampled, num_rejected, last_sampled, next_prefill_tokens)": (
+                "trees are drafted"
+            ),
         },
     ),
     *_overrides(

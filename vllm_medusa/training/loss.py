@@ -60,7 +60,9 @@ def accumulate_gradients(
     # Beyond a document's end they are wrong; no head learns from positions that see such tokens.
     tokens = batch.tokens.flatten()
     following = torch.stack([tokens.roll(-1 - k) for k in range(heads.num_heads)], dim=1)
-    features = heads.features(hidden, following)
+    states = hidden.view(*batch.tokens.shape, -1)
+    in_context = heads.in_context(states, batch.tokens, batch.position_ids)
+    features = heads.features(in_context.flatten(0, 1), following)
     trains_heads = features.requires_grad
     values = features.detach()
     gradient = torch.zeros_like(values) if trains_heads else None

@@ -15,11 +15,14 @@ from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
 from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.heads.selector import Selector
 from vllm_medusa.heads.sequential import features_along
 from vllm_medusa.target.frozen import FrozenTarget
 from vllm_medusa.training.settings import TrainSettings
 
+#: Of a new prefix attention.
+_ATTENTION_HEAD_SIZE = 64
 _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
 
 
@@ -64,6 +67,9 @@ class TrainableHeads(nn.Module):
                 dtype=torch.float32,
                 device=lm_head.device,
             )
+        self.prefix: PrefixAttention | None = None
+        if settings.prefix_attention:
+            self.prefix = new_prefix_attention(settings, target)
         self.selector: Selector | None = None
         if settings.selector:
             self.selector = new_selector(settings, target, settings.num_heads)
@@ -95,6 +101,8 @@ class TrainableHeads(nn.Module):
             torch.float32,
             self._shared.device,
         )
+        if self.prefix is not None:
+            self.prefix = PrefixAttention.from_tensors(tensors, torch.float32, self._shared.device)
         if self.selector is not None:
             self.selector = Selector.from_tensors(tensors, torch.float32, self._shared.device)
         for name in ("weight", "down", "up"):
@@ -102,18 +110,25 @@ class TrainableHeads(nn.Module):
             for parameter, tensor in zip(getattr(self, name, ()), stored, strict=True):
                 parameter.copy_(tensor)
 
+    def in_context(self, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the prefix attention, with products in the dtype of `hidden` (`ranks.Heads`)."""
+        if self.prefix is None:
+            return hidden
+        with _products_in(hidden):
+            attended = self.prefix.along(hidden, self._embed(tokens.roll(-1, 1)), position_ids)
+        return attended.to(hidden.dtype)
+
     def features(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Compute what the lm_heads read, with products in the dtype of `hidden`.
 
         Args:
-            hidden: [N, H] states.
+            hidden: [N, H] states, in context.
             following: [N, K] int64, the tokens after each, the root first.
 
         Returns:
             [K, N, H]
         """
-        low = hidden.dtype != torch.float32
-        with torch.autocast(hidden.device.type, dtype=hidden.dtype if low else None, enabled=low):
+        with _products_in(hidden):
             if isinstance(self.blocks, HydraHeads):
                 return features_along(self.blocks, self.num_heads, hidden, following)
             seen = None if self.blocks.root is None else self._embed(following[:, 0])
@@ -140,6 +155,8 @@ class TrainableHeads(nn.Module):
     def checkpoint(self, dtype: torch.dtype, base_model: str) -> HeadsCheckpoint:
         """Return the heads as they are written, in `dtype`."""
         tensors = dict(self.blocks.canonical_tensors())
+        if self.prefix is not None:
+            tensors |= self.prefix.canonical_tensors()
         if self.selector is not None:
             tensors |= self.selector.canonical_tensors()
         if self.lm_head_kind == "own":
@@ -149,7 +166,7 @@ class TrainableHeads(nn.Module):
             tensors["lm_head.up"] = torch.stack(list(self.up)).detach()
         vocab_size, hidden_size = self._shared.shape
         is_hydra = isinstance(self.blocks, HydraHeads)
-        sees_embeddings = is_hydra or "root.weight" in tensors
+        sees_embeddings = is_hydra or "root.weight" in tensors or self.prefix is not None
         spec = HeadsSpec(
             source_format="native",
             num_heads=self.num_heads,
@@ -163,6 +180,7 @@ class TrainableHeads(nn.Module):
             dtype=dtype,
             root_size=self._embedding.shape[1] if sees_embeddings else None,
             selector_rank=None if self.selector is None else self.selector.rank,
+            prefix_window=None if self.prefix is None else self.prefix.window,
             kind="hydra" if is_hydra else "medusa",
         )
         stored = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
@@ -181,7 +199,7 @@ class HeadsAsTheyAre(nn.Module):
         UserError: the selector's rank is above the size of the target's embeddings.
     """
 
-    blocks = None
+    blocks = prefix = None
 
     def __init__(
         self, checkpoint: HeadsCheckpoint, settings: TrainSettings, target: FrozenTarget
@@ -190,7 +208,8 @@ class HeadsAsTheyAre(nn.Module):
         self._checkpoint = checkpoint
         stored = StoredHeads(checkpoint, target)
         self.num_heads, self.logit_scale = stored.num_heads, stored.logit_scale
-        self.features, self.logits = stored.features, stored.logits
+        self.in_context, self.features = stored.in_context, stored.features
+        self.logits = stored.logits
         self.selector = new_selector(settings, target, stored.num_heads)
 
     def checkpoint(self, dtype: torch.dtype, base_model: str) -> HeadsCheckpoint:
@@ -267,7 +286,9 @@ def settings_of(settings: TrainSettings, checkpoint: HeadsCheckpoint) -> TrainSe
         "num_layers": spec.num_layers,
         "lm_head": kind,
         "rank": None if down is None else down.shape[1],
-        "root_aware": spec.root_size is not None,
+        "root_aware": "root.weight" in checkpoint.tensors,
+        "prefix_attention": spec.prefix_window is not None,
+        "prefix_window": spec.prefix_window or settings.prefix_window,
         "selector": spec.selector_rank is not None,
         "selector_rank": spec.selector_rank or settings.selector_rank,
     }
@@ -296,12 +317,36 @@ def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) 
     return Selector(table.float(), num_heads)
 
 
+def new_prefix_attention(settings: TrainSettings, target: FrozenTarget) -> PrefixAttention:
+    """Make a prefix attention as wide as the target's hidden states."""
+    head_size = min(_ATTENTION_HEAD_SIZE, target.hidden_size)
+    layer = PrefixAttention(
+        target.hidden_size,
+        target.embedding.shape[1],
+        settings.prefix_window,
+        target.hidden_size // head_size,
+        head_size,
+        dtype=torch.float32,
+        device=target.weight.device,
+    )
+    layer.start(settings.seed)
+    return layer
+
+
 def write_format_of(checkpoint: HeadsCheckpoint) -> WriteFormat:
     """Return the published format where it can hold the heads, our own where it cannot."""
     spec = checkpoint.spec
     if spec.sees_tokens or spec.lm_head == "low_rank" or needs_lm_head(checkpoint, "tgi"):
         return "native"
     return "tgi"
+
+
+def _products_in(hidden: Tensor) -> torch.autocast:
+    """Compute products of float32 weights in the dtype of `hidden`."""
+    is_lower = hidden.dtype != torch.float32
+    return torch.autocast(
+        hidden.device.type, dtype=hidden.dtype if is_lower else None, enabled=is_lower
+    )
 
 
 def _copies(tensor: Tensor, count: int) -> nn.ParameterList:

@@ -40,8 +40,9 @@ class HeadsOptimizer:
     def __init__(self, heads: TrainedHeads, settings: TrainSettings) -> None:
         self._parameters = list(heads.parameters())
         self._clip, self._peak = settings.clip, settings.lr
-        stacked = [] if heads.blocks is None else heads.blocks.matrices
-        biases = [] if heads.blocks is None else heads.blocks.biases
+        layers = [layer for layer in (heads.blocks, heads.prefix) if layer is not None]
+        stacked = [matrix for layer in layers for matrix in layer.matrices]
+        biases = [bias for layer in layers for bias in layer.biases]
         self._by_muon = stacked if settings.optimizer == "muon" else []
         self._muon_views = [
             nn.Parameter(view) for parameter in self._by_muon for view in _matrices(parameter.data)
@@ -152,4 +153,4 @@ class BackboneOptimizer:
 
 def _matrices(stacked: Tensor) -> Tensor:
     """[..., out, in] to [count, out, in]."""
-    return stacked.flatten(0, -3)
+    return stacked.view(-1, *stacked.shape[-2:])

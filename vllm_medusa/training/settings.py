@@ -13,7 +13,10 @@ from vllm_medusa.errors import UserError
 from vllm_medusa.settings import PathText, Share, flag_of, settings
 from vllm_medusa.target.precision import fast_dtype
 
-_KIND = ("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra")
+_KIND = (
+    *("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra"),
+    *("prefix_attention", "prefix_window"),
+)
 _JOINT = (
     "backbone_lr",
     "backbone_loss",
@@ -48,6 +51,10 @@ class TrainSettings:
     """Let the heads read the root, the token that the target sampled last."""
     selector: bool = False
     """Also train a selector, which ranks a head's best guesses again by their parent token."""
+    prefix_attention: bool = False
+    """Put an attention layer before the heads, which reads the last tokens of the text."""
+    prefix_window: PositiveInt = 64
+    """How many tokens that layer reads."""
     hydra: bool = False
     """Train Hydra heads, which read all tokens of the path that they continue."""
     selector_only: bool = False
@@ -113,7 +120,7 @@ class TrainSettings:
     eval_every: PositiveInt | None = None
     """Steps between measurements (a tenth of all steps)."""
     seed: NonNegativeInt = 0
-    """Seed of the order of the rows."""
+    """Seed of the order of the rows, and of what starts at random."""
 
     def __post_init__(self) -> None:
         if not self.loss_positions:

@@ -15,7 +15,8 @@ native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight
                       `lm_head.weight` or `lm_heads.down` and `lm_heads.up`, `token_map`; of
                       root-aware heads `root.weight`; of heads with a selector
                       `selector.parent`, `selector.child` and `selector.depth`; of Hydra heads
-                      `hydra.{h}.weight|bias`, and `blocks` only beyond the first layer
+                      `hydra.{h}.weight|bias`, and `blocks` only beyond the first layer; of heads
+                      with prefix attention `PREFIX_ATTENTION`
 hydra                 Hydra heads, see `hydra_names`
 mlp_speculator        MLP speculators, see `mlp_names`
 =============== ===== =============================================================================
@@ -42,6 +43,7 @@ NameStyle = Literal["sequential", "vllm", "native", "hydra", "mlp_speculator"]
 PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.", "speculator.")
 SELECTOR = ("selector.parent", "selector.child", "selector.depth")
 ROOT = ("root.weight",)
+PREFIX_ATTENTION = tuple(f"prefix.{part}" for part in ("query", "key_value", "output", "bias"))
 LM_HEAD_BIAS = ("lm_heads.bias",)
 
 _BLOCK: dict[NameStyle, re.Pattern[str]] = {
@@ -99,8 +101,8 @@ def expected_names(
         has_bias: whether the blocks have biases.
         has_blocks: whether there are any; only in the native style there may be none.
         others: tensors with their canonical names: those that restrict the draft vocabulary
-            (`token_map`, or `d2t` and `t2d`), those of root-aware and Hydra heads and of a
-            selector, and biases of the lm_heads.
+            (`token_map`, or `d2t` and `t2d`), those of root-aware and Hydra heads, of a selector
+            and of prefix attention, and biases of the lm_heads.
     """
     heads, layers = range(num_heads), range(num_layers)
     kinds = ("weight", "bias") if has_bias else ("weight",)
@@ -294,7 +296,7 @@ def _other_names(style: NameStyle, names: Collection[str]) -> list[str]:
         groups.append(("token_map",) if "token_map" in names else ("d2t", "t2d"))
     if style == "native":
         heads = [int(match["head"]) for match in _matches(hydra_names.NATIVE, names)]
-        groups += [ROOT, SELECTOR]
+        groups += [ROOT, SELECTOR, PREFIX_ATTENTION]
         if "lm_heads.weight" in names:  # only these are applied with their biases
             groups.append(LM_HEAD_BIAS)
         # Not more than there are names, whatever number one of them has.

@@ -27,6 +27,10 @@ _DIMENSIONS = {
     "selector.parent": ("target_vocab_size", "selector_rank"),
     "selector.child": ("target_vocab_size", "selector_rank"),
     "selector.depth": ("num_heads", "selector_rank"),
+    "prefix.query": ("attention_size", "prefix_input_size"),
+    "prefix.key_value": ("two", "attention_size", "prefix_input_size"),
+    "prefix.output": ("hidden_size", "attention_size"),
+    "prefix.bias": ("num_attention_heads", "window"),
 }
 # Of Hydra heads, whose input grows from head to head.
 _HYDRA_DIMENSIONS = {
@@ -60,7 +64,7 @@ def read_headers(store: TensorStore, plan: Plan) -> dict[str, Header]:
     Raises:
         UserError: a file is unreadable, or a tensor has a wrong shape or dtype.
     """
-    sizes: dict[str, int] = {}
+    sizes = {"two": 2}
     headers: dict[str, Header] = {}
     for key, (name, index) in plan.slots.items():
         value = store.read(key)

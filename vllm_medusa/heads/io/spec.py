@@ -55,8 +55,9 @@ def make_spec(
         has_bias=sizes.kind != "medusa" or "blocks.bias" in headers,
         logit_scale=config.logit_scale(),
         dtype=functools.reduce(torch.promote_types, dtypes),
-        root_size=sizes.root_size,
+        root_size=_embedding_size(location, headers, sizes),
         selector_rank=None if selector is None else selector.shape[1],
+        prefix_window=headers["prefix.bias"].shape[1] if "prefix.bias" in headers else None,
         kind=sizes.kind,
         scales_input=sizes.kind == "mlp_speculator" and config.flag("scale_input"),
     )
@@ -114,6 +115,22 @@ def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _S
     num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
     root_size = headers["root.weight"].shape[2] if "root.weight" in headers else None
     return _Sizes("medusa", num_heads, num_layers, hidden_size, root_size)
+
+
+def _embedding_size(location: Path, headers: dict[str, Header], sizes: _Sizes) -> int | None:
+    """Return the size of the embeddings that the heads read; check that of a prefix attention."""
+    if "prefix.query" not in headers:
+        return sizes.root_size
+    attention_size, input_size = headers["prefix.query"].shape
+    num_attention_heads = headers["prefix.bias"].shape[0]
+    size = input_size - sizes.hidden_size
+    if size != (sizes.root_size or size) or size < 1 or attention_size % num_attention_heads:
+        raise UserError(
+            f"{location}: 'prefix.query' has shape {[attention_size, input_size]}; expected a "
+            f"multiple of {num_attention_heads} attention heads, and hidden size "
+            f"{sizes.hidden_size} + the target's embedding size; export the heads again"
+        )
+    return size
 
 
 def _hydra_sizes(location: Path, headers: dict[str, Header]) -> _Sizes:

@@ -12,8 +12,8 @@ fasterdecoding own                       as zeros  no         no           1, or
 tgi            own, target               as zeros  no         no           any; 1 with the target's
 ============== ========================= ========= ========== ============ ======================
 
-Only native holds root-aware and Hydra heads and a selector. One lm_head common to all heads is
-written as each head's own where the format has no other way.
+Only native holds root-aware and Hydra heads, a selector and prefix attention. One lm_head common to
+all heads is written as each head's own where the format has no other way.
 """
 
 import dataclasses
@@ -29,9 +29,15 @@ from safetensors.torch import save_file
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoint
-from vllm_medusa.heads.io.config_file import NATIVE_FORMAT, NATIVE_FORMAT_2, NATIVE_FORMAT_3
+from vllm_medusa.heads.io.config_file import (
+    NATIVE_FORMAT,
+    NATIVE_FORMAT_2,
+    NATIVE_FORMAT_3,
+    NATIVE_FORMAT_4,
+)
 from vllm_medusa.heads.io.formats import (
     LM_HEAD_BIAS,
+    PREFIX_ATTENTION,
     ROOT,
     SELECTOR,
     NameStyle,
@@ -178,8 +184,12 @@ def _losses(checkpoint: HeadsCheckpoint, write_format: WriteFormat) -> list[str]
             "keep the heads as they are"
         )
     for is_there, what in (
-        (spec.root_size, "the matrices with which these heads read the last token"),
+        (
+            "root.weight" in checkpoint.tensors,
+            "the matrices with which these heads read the last token",
+        ),
         (spec.selector_rank, "the selector, which re-ranks these heads' guesses by their parent,"),
+        (spec.prefix_window, "the layer with which these heads read the text before,"),
     ):
         if is_there:
             losses.append(
@@ -236,7 +246,9 @@ def _named_tensors(
     checkpoint: HeadsCheckpoint, write_format: WriteFormat
 ) -> dict[str, torch.Tensor]:
     spec, tensors = checkpoint.spec, checkpoint.tensors
-    others = [name for name in ("token_map", *ROOT, *SELECTOR) if name in tensors]
+    others = [
+        name for name in ("token_map", *ROOT, *SELECTOR, *PREFIX_ATTENTION) if name in tensors
+    ]
     others += [name for name in native_names(spec.num_heads) if name in tensors]
     names = expected_names(
         _STYLE[write_format],
@@ -261,9 +273,14 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
-    version = NATIVE_FORMAT_2 if spec.sees_tokens else NATIVE_FORMAT
+    if spec.prefix_window is not None:
+        version = NATIVE_FORMAT_4
+    elif spec.is_sequential:
+        version = NATIVE_FORMAT_3
+    else:
+        version = NATIVE_FORMAT_2 if spec.sees_tokens else NATIVE_FORMAT
     return {
-        "format": NATIVE_FORMAT_3 if spec.is_sequential else version,
+        "format": version,
         "model_type": "medusa",
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,

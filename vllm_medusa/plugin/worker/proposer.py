@@ -25,10 +25,12 @@ from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.draft.probability import Probabilities, probabilities_of_heads
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.heads import HeadsReader, MedusaHeads
+from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
 from vllm_medusa.heads.sequential import SequentialTree, make_sequential
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
+from vllm_medusa.plugin.worker.prefix import PrefixContext
 from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
 
 #: [B] the token that the target sampled last for each request; goes to the device if needed.
@@ -53,6 +55,8 @@ class MedusaProposer:
         self._lm_heads: LmHeads
         self._token_map: Tensor | None = None
         self._embed: Callable[[Tensor], Tensor] | None = None
+        #: The layer before the heads, for heads that have one.
+        self.prefix: PrefixContext | None = None
         #: The nodes whose tokens depend on their parents', for heads with a selector.
         self.selector_tree: SelectorTree | None = None
         #: All nodes, for heads that run in turn.
@@ -95,7 +99,7 @@ class MedusaProposer:
         return self.selector_tree is not None or self.sequential_tree is not None
 
     def _read_layers(self, reader: HeadsReader, target: nn.Module, vocab_size: int) -> None:
-        """Read the layers before the lm_heads and the selector, all of them on every rank.
+        """Read the layers before the lm_heads, and the selector, all of them on every rank.
 
         Heads that see tokens also get the target's embedding.
         """
@@ -103,6 +107,13 @@ class MedusaProposer:
         tensors = reader.read_blocks(self.config.tree.depth)
         if spec.root_size is not None:
             self._embed = target_embedding(target, vocab_size, spec.root_size, self.config.heads)
+        if spec.prefix_window is not None:
+            assert self._embed is not None
+            layer = PrefixAttention.from_tensors(
+                reader.read_prefix_attention(), dtype, self._device
+            )
+            num_requests = self._vllm_config.scheduler_config.max_num_seqs
+            self.prefix = PrefixContext(layer, self._embed, num_requests)
         if spec.is_sequential:
             heads = make_sequential(
                 spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
@@ -147,7 +158,7 @@ class MedusaProposer:
 
         Args:
             hidden_states: [B, H] target's final hidden state at each request's last accepted
-                token.
+                token; for heads with prefix attention what it makes of them (`prefix`).
             roots: [B] the token after it, which the target has sampled.
 
         Returns:
@@ -227,7 +238,10 @@ class MedusaProposer:
 
     def _features(self, hidden_states: Tensor, roots: Roots) -> Tensor:
         """[K, B, H] that the lm_heads read."""
-        seen = None if self._embed is None else self._embed(self._on_device(roots))
+        seen = None
+        if self._blocks.root is not None:
+            assert self._embed is not None
+            seen = self._embed(self._on_device(roots))
         features: Tensor = self._blocks(hidden_states, seen)
         return features
 

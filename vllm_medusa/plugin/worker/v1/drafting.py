@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
+from vllm_medusa.plugin.worker.v1.prefix_rows import PrefixView
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.schedule import nodes_for_batch
 
@@ -39,6 +40,7 @@ class DraftingBatch:
         texts: prompt and output of each request so far.
         num_prompt_tokens: number of prompt tokens in each text.
         hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
+        prefix: the requests' texts, for heads with prefix attention.
         max_paths: most fork paths of each request's next tree.
         max_nodes: most draft nodes of it; 0: the request drafts nothing.
 
@@ -49,6 +51,7 @@ class DraftingBatch:
     texts: Sequence[NDArray[np.int32]]
     num_prompt_tokens: Sequence[int]
     hidden_states: Tensor
+    prefix: PrefixView | None
     max_paths: Sequence[int]
     max_nodes: Sequence[int]
 
@@ -56,6 +59,20 @@ class DraftingBatch:
     def roots(self) -> NDArray[np.int64]:
         """[B] last sampled token of each request; arbitrary if there is none."""
         return np.array([tokens[-1] if tokens else 0 for tokens in self.sampled], dtype=np.int64)
+
+    def inputs_of_heads(
+        self, rows: slice | Sequence[int] = slice(None)
+    ) -> tuple[Tensor, NDArray[np.int64]]:
+        """Return the states [M, H] that the heads read, and the roots [M].
+
+        Args:
+            rows: the requests; all if not given.
+
+        """
+        states, roots = self.hidden_states[rows], self.roots[rows]
+        if self.prefix is not None:
+            states = self.prefix.read(states, roots, rows)
+        return states, roots
 
 
 class Drafter(Protocol):
@@ -100,7 +117,7 @@ class StaticDrafter:
         if not num_nodes or not any(batch.max_nodes):
             return [NO_DRAFT] * len(batch.req_ids)
         ends = (*self._layout.path_starts[1:], num_nodes + 1)
-        rows = self._proposer.propose(batch.hidden_states, batch.roots)[:, :num_nodes].tolist()
+        rows = self._proposer.propose(*batch.inputs_of_heads())[:, :num_nodes].tolist()
         drafts = []
         for tokens, paths, nodes in zip(rows, batch.max_paths, batch.max_nodes, strict=True):
             size = min(num_nodes, nodes, ends[min(paths, len(ends)) - 1] - 1)

@@ -105,9 +105,7 @@ class DynamicDrafter:
         if not places or not self._drafter.runs_heads(len(places)):
             return None
         self._counters.heads_runs += 1
-        log_probs, tokens = self._proposer.probable_guesses(
-            batch.hidden_states[places], batch.roots[places]
-        )
+        log_probs, tokens = self._proposer.probable_guesses(*batch.inputs_of_heads(places))
         return (
             tokens.transpose(0, 1).cpu().numpy(),
             log_probs.transpose(0, 1).double().exp().cpu().numpy(),

@@ -27,6 +27,7 @@ from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v1.drafting import Drafter, DraftingBatch, StaticDrafter
 from vllm_medusa.plugin.worker.v1.dynamic import DynamicDrafter
 from vllm_medusa.plugin.worker.v1.path_forks import PathForks
+from vllm_medusa.plugin.worker.v1.prefix_rows import PrefixRows
 from vllm_medusa.plugin.worker.v1.sampler import TreeSampler
 from vllm_medusa.plugin.worker.v1.step import Step, StepPlanner
 from vllm_medusa.plugin.worker.v1.warm_up import step_costs
@@ -60,6 +61,7 @@ class MedusaRunnerMixin(_Base):
         self._planner = StepPlanner(self.device)
         self._step: Step
         self._parents: dict[str, tuple[int, ...]] = {}
+        self._prefixes: PrefixRows | None = None
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """Set up the forks, once the layers and their caches exist."""
@@ -75,6 +77,8 @@ class MedusaRunnerMixin(_Base):
 
     def prepare_drafting(self) -> None:
         """Measure step costs for dynamic trees, once the engine is warm."""
+        if self.drafter.prefix is not None:
+            self._prefixes = PrefixRows(self.drafter.prefix)
         if self.drafter.config.dynamic is not None:
             self.tree_drafter = DynamicDrafter(self.drafter, step_costs(self), self.counters)
 
@@ -91,6 +95,8 @@ class MedusaRunnerMixin(_Base):
         ended = scheduler_output.finished_req_ids | preempted | continued.keys()
         if self.forks is not None:
             self.forks.grants.release(ended)
+        if self._prefixes is not None:
+            self._prefixes.forget(ended)
         for req_id in ended:
             self._parents.pop(req_id, None)
         self.tree_drafter.finish(scheduler_output.finished_req_ids | continued.keys())
@@ -144,15 +150,17 @@ class MedusaRunnerMixin(_Base):
             for req_id, tokens, is_real in zip(req_ids, drafts, are_real, strict=True)
         ]
         num_reqs = len(req_ids)
+        num_tokens = num_scheduled_tokens[:num_reqs].astype(np.int64)
         computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
         return Step(
             req_ids=tuple(req_ids),
             outputs=self.input_batch.req_output_token_ids,
             discarded=frozenset(np.flatnonzero(self.discard_request_mask.np[:num_reqs]).tolist()),
             drafts=drafts,
+            num_tokens=num_tokens,
             num_computed=computed,
             plan=self._planner.plan(
-                num_scheduled_tokens[:num_reqs].astype(np.int64),
+                num_tokens,
                 parents,
                 np.array(are_real, dtype=bool),
                 None if self.forks is None else self.forks.num_mirrored(req_ids, computed),
@@ -177,6 +185,7 @@ class MedusaRunnerMixin(_Base):
             outputs=[[] for _ in ones],
             discarded=frozenset(),
             drafts=[[0] for _ in ones],
+            num_tokens=ones + 1,
             num_computed=0 * ones,
             plan=self._planner.plan(ones + 1, [(0,)] * num_reqs, ones > 0, None),
         )
@@ -239,6 +248,12 @@ class MedusaRunnerMixin(_Base):
         self._count_acceptance(sampled_token_ids)
         if self.forks is not None:
             self.forks.note_committed(sampled_token_ids)
+        prefix = None
+        if self._prefixes is not None:
+            token_ids, path = self.input_batch.token_ids_cpu, self.rejection_sampler.acceptance.path
+            prefix = self._prefixes.keep(
+                self._step, sampled_token_ids, token_ids, hidden_states, path
+            )
         counts = spec_decode_metadata.cu_num_sampled_tokens
         roots = torch.nn.functional.pad(counts[:-1], (1, 0))
         last = sample_hidden_states.index_select(0, roots + self.rejection_sampler.acceptance.node)
@@ -250,6 +265,7 @@ class MedusaRunnerMixin(_Base):
                 texts=self._texts(),
                 num_prompt_tokens=num_prompt_tokens.tolist(),
                 hidden_states=last,
+                prefix=prefix,
                 max_paths=self._max_paths(sampled_token_ids),
                 max_nodes=self._max_nodes(sampled_token_ids),
             )

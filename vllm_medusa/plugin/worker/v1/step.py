@@ -44,6 +44,7 @@ class Step:
         outputs: the output tokens of each, so far; the lists that vLLM itself appends to.
         discarded: indices of the requests whose sample will be discarded (chunks of a prompt).
         drafts: draft tokens that each request verifies, with placeholders (-1).
+        num_tokens: [B] tokens that each request runs, on the host.
         num_computed: [B] tokens of each request in the KV cache, on the host.
         plan: the step's indices.
         typical: rules of typical acceptance; None if no request has one.
@@ -54,6 +55,7 @@ class Step:
     outputs: Sequence[list[int]]
     discarded: frozenset[int]
     drafts: Sequence[list[int]]
+    num_tokens: IntArray
     num_computed: IntArray
     plan: StepPlan
     typical: TypicalBounds | None = None

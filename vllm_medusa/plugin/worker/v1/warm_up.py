@@ -109,7 +109,12 @@ def _heads(runner: Any, num_requests: int) -> None:
         dtype=runner.dtype,
         device=runner.device,
     )
-    runner.drafter.probable_guesses(hidden, np.zeros(num_requests, dtype=np.int64))
+    roots = torch.zeros(num_requests, dtype=torch.int64, device=runner.device)
+    if (prefix := runner.drafter.prefix) is not None:
+        nowhere = torch.full_like(roots, prefix.nowhere)
+        prefix.keep(hidden, roots, nowhere, roots)
+        hidden = prefix.at(hidden, roots, nowhere, roots)
+    runner.drafter.probable_guesses(hidden, roots)
 
 
 def _interleaved_ms(

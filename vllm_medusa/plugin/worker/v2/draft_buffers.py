@@ -15,6 +15,8 @@ class DraftBuffers:
     Attributes:
         hidden_states: [R, H] target's final hidden state at the last accepted token.
         roots: [R] int64, the token after it.
+        places: [R] int64, for heads with prefix attention: each request's place in its memory.
+        positions: [R] int64, position of the last accepted token, for the same.
         tokens: [R, N] int64, drafts of the usual trees.
         parents: [R, N + 1] int64, of best-first trees; of static ones not used.
         fixed_tokens: [R, nodes] int64, beside best-first trees the drafts of the static one.
@@ -23,6 +25,8 @@ class DraftBuffers:
 
     hidden_states: Tensor
     roots: Tensor
+    places: Tensor
+    positions: Tensor
     tokens: Tensor
     parents: Tensor
     fixed_tokens: Tensor
@@ -45,6 +49,8 @@ class DraftBuffers:
         return cls(
             hidden_states=zeros(num_reqs, hidden_size, dtype=dtype),
             roots=zeros(num_reqs),
+            places=zeros(num_reqs),
+            positions=zeros(num_reqs),
             tokens=zeros(num_reqs, num_nodes),
             parents=zeros(num_reqs, num_nodes + 1),
             fixed_tokens=zeros(num_reqs, num_fixed_nodes),

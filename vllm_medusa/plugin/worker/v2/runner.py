@@ -108,6 +108,7 @@ class TreeRunnerMixin(_Base):
                 self._max_nodes[index] = self.speculator.num_nodes if wanted is None else wanted
                 rule = typical_rule_of(new.sampling_params, self.speculator.proposer.config.typical)
                 self.rejection_sampler.set_rule(index, rule)
+                self.speculator.begin(index)
                 self.speculator.set_shape(
                     index,
                     needs_chain=self._needs_chain(new.sampling_params),

@@ -17,8 +17,10 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_medusa.plugin.worker.prefix import PrefixContext
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v2.draft_buffers import DraftBuffers
+from vllm_medusa.plugin.worker.v2.prefix_rows import keep_rows
 from vllm_medusa.plugin.worker.v2.shapes import BestFirst, FixedTrees, Shape
 from vllm_medusa.plugin.worker.v2.states import TreeStates
 
@@ -96,6 +98,11 @@ class TreeSpeculator(BaseSpeculator):
         if self._best_first is not None:
             self._best_first.read_tables(by_parent=self.proposer.by_parent)
 
+    def begin(self, state_index: int) -> None:
+        """Forget what belonged to a state index, for a request that begins or begins anew."""
+        if self.proposer.prefix is not None:
+            self.proposer.prefix.forget(state_index)
+
     def set_shape(self, state_index: int, needs_chain: bool, has_grammar: bool) -> None:
         """Tell what the request of this state index may draft.
 
@@ -126,6 +133,7 @@ class TreeSpeculator(BaseSpeculator):
         num_sampled: Any,
         num_rejected: Any,
         last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -138,9 +146,10 @@ class TreeSpeculator(BaseSpeculator):
             slot_mappings: not used.
             last_hidden_states: [T, H] of all tokens of the step.
             aux_hidden_states: not used.
-            num_sampled: not used.
+            num_sampled: [B] tokens that each request got; 0 for a chunk of a prompt.
             num_rejected: not used.
             last_sampled: the token that each state index's request sampled last.
+            next_prefill_tokens: [any, R] the first is the prompt's next token of each state index.
             args: not used.
             dummy_run: the batch is made up, and so may the drafts be. All ranks skip the heads.
             kwargs: not used.
@@ -160,10 +169,26 @@ class TreeSpeculator(BaseSpeculator):
         num_reqs = self._buffers.read(
             last_hidden_states, input_batch.logits_indices[rows], last_sampled, index
         )
+        if self.proposer.prefix is not None:
+            sampled = last_sampled.flatten()[index]
+            following = torch.where(num_sampled > 0, sampled, next_prefill_tokens[0][index])
+            self._keep(self.proposer.prefix, input_batch, last_hidden_states, following)
         self._run_heads(num_reqs)
         parents, tokens = self._chosen(num_reqs, self._shapes[input_batch.idx_mapping_np])
         self.states.set_trees(parents, index)
         return tokens
+
+    def _keep(
+        self, prefix: PrefixContext, input_batch: Any, hidden_states: Tensor, following: Tensor
+    ) -> None:
+        """Keep what the step has verified, and buffer where the heads read it."""
+        acceptance, num_reqs = self.sampler.acceptance, len(following)
+        no_drafts = input_batch.cu_num_logits.new_zeros(num_reqs, 1)
+        path = no_drafts if acceptance is None else acceptance.path
+        self._buffers.places[:num_reqs] = input_batch.idx_mapping
+        self._buffers.positions[:num_reqs] = keep_rows(
+            prefix, input_batch, hidden_states, path, following
+        )
 
     def _run_heads(self, num_reqs: int) -> None:
         """`_draft`, in a graph if there is one for as many requests or more."""
@@ -182,6 +207,10 @@ class TreeSpeculator(BaseSpeculator):
         """
         buffers, rows = self._buffers, slice(num_reqs)
         hidden_states, roots = buffers.hidden_states[rows], buffers.roots[rows]
+        if (prefix := self.proposer.prefix) is not None:
+            hidden_states = prefix.at(
+                hidden_states, roots, buffers.places[rows], buffers.positions[rows]
+            )
         if self._best_first is None:
             buffers.tokens[rows] = self.proposer.propose(hidden_states, roots)
             return

@@ -1,0 +1,111 @@
+"""Heads with prefix attention in an engine: lossless, and they read what whole texts give."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.integration.command_line import DEMO_MODEL
+from tests.integration.conftest import counters, open_engine, spec_metrics
+from tests.integration.prefix_states import WholeTexts, states_kept
+from tests.integration.seeing_heads import write_seeing_heads
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS, MAX_TOKENS = 6, 48
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+
+def demo_engine(**options: Any) -> Any:
+    defaults = {"skip_tokenizer_init": False, "enable_prefix_caching": False}
+    return open_engine(DEMO_MODEL, **{**defaults, **options})
+
+
+def texts_of(outputs: Any) -> list[list[int]]:
+    """Prompts with their answers."""
+    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    with (DEMO_MODEL.parent / "prompts.jsonl").open() as lines:
+        return [json.loads(line)["prompt"] for line in itertools.islice(lines, NUM_PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: list[str]) -> list[list[int]]:
+    with demo_engine() as llm:
+        return texts_of(llm.generate(prompts, GREEDY, use_tqdm=False))
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_seeing_heads(tmp_path_factory.mktemp("prefix") / "heads", has_prefix=True)
+
+
+DYNAMIC = {"measure_costs": False}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # Prompts run in chunks, so that some rows of a batch have sampled nothing.
+    "static": ({"tree": "cpu-16"}, {"max_num_batched_tokens": 100}),
+    "dynamic": (DYNAMIC, {"max_num_batched_tokens": 100}),
+    "costs measured": ({}, {"max_num_seqs": 4}),
+    "preempted": (DYNAMIC, {"num_gpu_blocks_override": 40, "max_tree_requests": None}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_states(prompts: list[str], reference: list[list[int]], heads: Path, case: str) -> None:
+    tree, options = CASES[case]
+    options = {name: value for name, value in options.items() if value is not None}
+    spec = {"method": "medusa", "model": str(heads), **tree}
+    with states_kept() as kept, demo_engine(speculative_config=spec, **options) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
+        assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 4
+        preempted = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+        assert (preempted > 0) == (case == "preempted")
+    texts = texts_of(outputs)
+    assert texts == reference
+    assert len(kept) > NUM_PROMPTS * MAX_TOKENS / 6
+    WholeTexts(heads).check(kept, texts)
+
+
+def test_cached_prefix_is_missing(prompts: list[str], heads: Path) -> None:
+    """The engine has not computed it; the heads read the rest."""
+    spec = {"method": "medusa", "model": str(heads), "tree": "cpu-16"}
+    prompt = max(prompts, key=len)
+    with demo_engine(speculative_config=spec, enable_prefix_caching=True) as llm:
+        llm.generate(prompt, GREEDY, use_tqdm=False)
+        with states_kept() as kept:
+            [output] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    [text], cached = texts_of([output]), output.num_cached_tokens
+    assert 32 <= cached <= kept[0].position
+    whole, position = WholeTexts(heads), kept[0].position
+    wanted = whole.state_with(text, position, range(cached, len(text)))
+    assert (wanted - kept[0].state).abs().max() < 1e-3
+    assert (whole.states(text)[0][position] - wanted).abs().max() > 0.01
+
+
+def test_place_of_an_ended_request_is_empty(prompts: list[str], heads: Path) -> None:
+    """One place for all requests, one after the other."""
+    spec = {"method": "medusa", "model": str(heads), **DYNAMIC}
+    with states_kept() as kept, demo_engine(speculative_config=spec, max_num_seqs=1) as llm:
+        texts = texts_of(llm.generate(prompts[:3], GREEDY, use_tqdm=False))
+    WholeTexts(heads).check(kept, texts)
+    assert len(kept) > MAX_TOKENS / 2
+
+
+def test_request_without_drafts_is_kept_too(prompts: list[str], heads: Path) -> None:
+    """Beside one that drafts; and heads do not run for it."""
+    spec = {"method": "medusa", "model": str(heads), "tree": "cpu-16"}
+    extra: list[Mapping[str, Any] | None] = [{"medusa": {"max_nodes": 0}}, None]
+    params = [SamplingParams(temperature=0, max_tokens=24, extra_args=e) for e in extra]
+    with states_kept() as kept, demo_engine(speculative_config=spec) as llm:
+        texts = texts_of(llm.generate(prompts[:2], params, use_tqdm=False))
+    WholeTexts(heads).check(kept, texts)

@@ -1,0 +1,59 @@
+"""Heads with prefix attention on Model Runner V2: they read what whole texts give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.integration.command_line import DEMO_MODEL
+from tests.integration.conftest import open_engine
+from tests.integration.prefix_states import WholeTexts, states_kept
+from tests.integration.seeing_heads import write_seeing_heads
+from tests.v2.accepted import accepted
+from tests.v2.trees import dynamic, spec
+
+pytestmark = pytest.mark.usefixtures("fast_attention")
+
+NUM_PROMPTS, MAX_TOKENS = 4, 16
+
+
+@pytest.mark.parametrize("kind", [spec, dynamic], ids=["static", "dynamic"])
+def test_states(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
+    """Greedy and seeded, prompts in chunks, and more requests than places."""
+    lines = (DEMO_MODEL.parent / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"][-150:] for line in lines[:NUM_PROMPTS]]
+    params = [
+        SamplingParams(temperature=temperature, seed=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        for temperature in (0, 0.8, 0, 0)
+    ]
+    options: dict[str, Any] = {
+        "skip_tokenizer_init": False,
+        "enable_prefix_caching": False,
+        "max_model_len": 256,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 64,
+    }
+    with open_engine(DEMO_MODEL, **options) as llm:
+        reference = texts_of(llm.generate(prompts, params, use_tqdm=False))
+    path = write_seeing_heads(tmp_path / "heads", has_prefix=True)
+    with (
+        states_kept() as kept,
+        accepted() as taken,
+        open_engine(DEMO_MODEL, speculative_config=kind(path), **options) as llm,
+    ):
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
+        texts = texts_of(llm.generate(prompts, params, use_tqdm=False))
+    assert texts == reference
+    assert len(taken.nodes) > 3
+    assert len(kept) > NUM_PROMPTS * MAX_TOKENS / 6
+    WholeTexts(path).check(kept, texts)
+
+
+def texts_of(outputs: Any) -> list[list[int]]:
+    """Prompts with their answers."""
+    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]

@@ -1,0 +1,76 @@
+"""The prefix attention of the heads in an engine: its layer, and its memory of the requests' texts.
+
+A runner keeps what each step has verified and then asks for the state that the heads read. Keeping
+takes one small product; the rest runs only where heads run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
+
+
+class PrefixContext:
+    """The layer with a place in its memory for each of R requests.
+
+    Args:
+        layer: of the heads.
+        embed: from tokens [N] to the target's embeddings [N, E].
+        num_requests: R.
+
+    """
+
+    def __init__(
+        self, layer: PrefixAttention, embed: Callable[[Tensor], Tensor], num_requests: int
+    ) -> None:
+        self._layer = layer.requires_grad_(False)
+        self._embed = embed
+        self._memory = PrefixMemory.make(layer, num_requests)
+
+    @property
+    def window(self) -> int:
+        """W, positions that the layer reads."""
+        return self._layer.window
+
+    @property
+    def nowhere(self) -> int:
+        """The place for what is not to be kept."""
+        return self._memory.nowhere
+
+    def forget(self, place: int) -> None:
+        """Empty a place, for a request that begins or is computed again."""
+        self._memory.forget(place)
+
+    @torch.inference_mode()
+    def keep(self, hidden: Tensor, following: Tensor, places: Tensor, positions: Tensor) -> None:
+        """Keep T verified positions.
+
+        Args:
+            hidden: [T, H] the target's final hidden states.
+            following: [T] int64, the token after each.
+            places: [T] int64, as `PrefixMemory.keep` wants them.
+            positions: [T] int64.
+
+        """
+        keys, values = self._layer.keys_and_values(hidden, self._embed(following))
+        self._memory.keep(places, positions, keys, values)
+
+    @torch.inference_mode()
+    def at(self, hidden: Tensor, roots: Tensor, places: Tensor, positions: Tensor) -> Tensor:
+        """Return what the heads read at the last verified position of B requests.
+
+        Args:
+            hidden: [B, H] the target's final hidden states there.
+            roots: [B] int64, the tokens after it.
+            places: [B] int64.
+            positions: [B] int64; kept already.
+
+        Returns:
+            [B, H]
+
+        """
+        return self._layer.at(hidden, self._embed(roots), self._memory, places, positions)

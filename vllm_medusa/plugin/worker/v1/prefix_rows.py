@@ -1,0 +1,134 @@
+"""The rows of a step that the prefix attention keeps: what the step has verified of each text.
+
+These are the last tokens of a prompt or its chunk, and the accepted path of a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.v1.step import Step
+from vllm_medusa.tree.step_trees import IntArray
+
+
+@dataclass(frozen=True)
+class PrefixView:
+    """The texts of a step's B requests, to read at their last verified positions.
+
+    Attributes:
+        context: the layer and its memory.
+        places: [B] of the requests.
+        positions: [B].
+
+    """
+
+    context: PrefixContext
+    places: IntArray
+    positions: IntArray
+
+    def read(self, hidden: Tensor, roots: IntArray, rows: slice | Sequence[int]) -> Tensor:
+        """Return [M, H] what the heads read for M of the requests.
+
+        Args:
+            hidden: [M, H] hidden states of these requests.
+            roots: [M] tokens after them.
+            rows: the requests.
+
+        """
+        indices = (roots, self.places[rows], self.positions[rows])
+        return self.context.at(hidden, *(torch.from_numpy(i).to(hidden.device) for i in indices))
+
+
+class PrefixRows:
+    """Keeps the texts of all requests that run.
+
+    Args:
+        context: the layer and its memory.
+
+    """
+
+    def __init__(self, context: PrefixContext) -> None:
+        self._context = context
+        self._free = list(range(context.nowhere))[::-1]
+        self._places: dict[str, int] = {}
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop the texts of requests that have ended or will be computed again."""
+        for req_id in req_ids:
+            place = self._places.pop(req_id, None)
+            if place is not None:
+                self._free.append(place)
+
+    def keep(
+        self,
+        step: Step,
+        sampled: Sequence[Sequence[int]],
+        token_ids: NDArray[np.int32],
+        hidden_states: Tensor,
+        path: Tensor,
+    ) -> PrefixView:
+        """Keep what a step has verified.
+
+        Args:
+            step: the step, of B requests.
+            sampled: tokens that each request got; none for a chunk of a prompt.
+            token_ids: [at least B, positions] the texts; with the sampled tokens.
+            hidden_states: [at least T, H] of all the step's tokens.
+            path: [B, D + 1] accepted nodes of each tree (`Acceptance`).
+
+        """
+        requests = np.arange(len(step.req_ids))
+        num_drafts = np.array([len(drafts) for drafts in step.drafts], dtype=np.int64)
+        lengths = np.array([max(len(tokens) - 1, 0) for tokens in sampled], dtype=np.int64)
+        root_rows = step.num_tokens.cumsum() - num_drafts - 1
+        root_positions = step.num_computed + step.num_tokens - num_drafts - 1
+        last = root_positions + lengths
+
+        depths = np.minimum(np.arange(path.shape[1]), lengths[:, None])
+        before, back = _tokens_before(root_positions - step.num_computed, self._context.window)
+        owners = np.concatenate((before, requests.repeat(path.shape[1])))
+        positions = np.concatenate(
+            (root_positions[before] - back, (root_positions[:, None] + depths).ravel())
+        )
+        device = hidden_states.device
+        nodes = torch.from_numpy(root_rows).to(device)[:, None] + path
+        rows = torch.cat((torch.from_numpy(root_rows[before] - back).to(device), nodes.flatten()))
+        places = np.array([self._place_of(req_id) for req_id in step.req_ids], dtype=np.int64)
+        is_kept = positions > last[owners] - self._context.window
+        following = token_ids[owners, positions + 1].astype(np.int64)
+        kept_at = np.where(is_kept, places[owners], self._context.nowhere)
+        self._context.keep(
+            hidden_states[rows],
+            *(torch.from_numpy(array).to(device) for array in (following, kept_at, positions)),
+        )
+        return PrefixView(self._context, places, last)
+
+    def _place_of(self, req_id: str) -> int:
+        place = self._places.get(req_id)
+        if place is None:
+            place = self._places[req_id] = self._free.pop()
+            self._context.forget(place)
+        return place
+
+
+def _tokens_before(counts: IntArray, window: int) -> tuple[IntArray, IntArray]:
+    """Name the tokens of a step before each root, at most a window's.
+
+    Args:
+        counts: [B] how many there are.
+        window: W.
+
+    Returns:
+        [T] the request of each, and how far before its root it is.
+
+    """
+    counts = np.minimum(counts, window - 1)
+    owners = np.arange(len(counts)).repeat(counts)
+    return owners, (counts.cumsum()[owners] - np.arange(len(owners))).astype(np.int64)
