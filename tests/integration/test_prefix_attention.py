@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -9,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 
-from tests.integration.command_line import DEMO_MODEL
+from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
 from tests.integration.conftest import counters, open_engine, spec_metrics
 from tests.integration.prefix_states import WholeTexts, states_kept
-from tests.integration.seeing_heads import write_seeing_heads
+from tests.integration.seeing_heads import WINDOW, seeing_tensors, write_seeing_heads
+from tests.integration.sequential_heads import hydra_of_demo
+from vllm_medusa.heads import load_heads
+from vllm_medusa.heads.io.write import save_heads
+from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.plugin.worker.prefix import PrefixContext
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +81,32 @@ def test_states(prompts: list[str], reference: list[list[int]], heads: Path, cas
     assert texts == reference
     assert len(kept) > NUM_PROMPTS * MAX_TOKENS / 6
     WholeTexts(heads).check(kept, texts)
+
+
+def test_hydra(prompts: list[str], reference: list[list[int]], tmp_path: Path) -> None:
+    """Hydra++: heads that run in turn read the same states."""
+    plain = load_heads(MEDUSA_HEADS, target_vocab_size=4096)
+    of_layer = {n: t for n, t in seeing_tensors(plain, 4096).items() if n.startswith("prefix.")}
+    hydra = hydra_of_demo()
+    spec = dataclasses.replace(hydra.spec, prefix_window=WINDOW)
+    tensors = {name: tensor.to(spec.dtype) for name, tensor in of_layer.items()}
+    path = tmp_path / "heads"
+    save_heads(dataclasses.replace(hydra, spec=spec, tensors=hydra.tensors | tensors), path)
+    config = {"method": "medusa", "model": str(path), "tree": "cpu-16"}
+    with states_kept() as kept, demo_engine(speculative_config=config) as llm:
+        texts = texts_of(llm.generate(prompts, GREEDY, use_tqdm=False))
+        assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 6
+    assert texts == reference
+    WholeTexts(path).check(kept, texts)
+
+
+def test_token_without_an_embedding() -> None:
+    """Placeholders of images may lie outside the vocabulary; they do not end the engine."""
+    layer = PrefixAttention(4, 4, 8, 1, 4, dtype=torch.float32)
+    context = PrefixContext(layer, torch.nn.Embedding(10, 4).requires_grad_(False), 10, 1)
+    rows = torch.zeros(3, dtype=torch.int64)
+    context.keep(torch.randn(3, 4), torch.tensor([9, 10, -1]), rows, torch.arange(3))
+    assert context.at(torch.randn(1, 4), rows[:1], rows[:1], torch.tensor([2])).isfinite().all()
 
 
 def test_cached_prefix_is_missing(prompts: list[str], heads: Path) -> None:

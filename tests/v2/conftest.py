@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.checkpoints import Shapes, prefix_shapes, selector_shapes
 from tests.integration.conftest import greedy, open_engine, random_prompts
-from vllm_medusa.heads import load_heads
+from vllm_medusa.heads import HeadsCheckpoint, HeadsSpec, load_heads
 from vllm_medusa.heads.io.write import save_heads
 
 # Without V2 there is nothing to collect: `make test-v2` has it.
@@ -49,19 +50,29 @@ def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def seeing_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny heads, but root-aware and with a selector of rank 4."""
+    heads, rank = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE), 4
+    num_heads, size = heads.spec.num_heads, heads.spec.hidden_size
+    shapes = {"root.weight": (num_heads, size, size)}
+    shapes |= selector_shapes(num_heads, tiny.VOCAB_SIZE, rank)
+    spec = dataclasses.replace(heads.spec, root_size=size, selector_rank=rank)
+    return write_with(heads, spec, shapes, tmp_path_factory.mktemp("seeing") / "heads")
+
+
+@pytest.fixture(scope="session")
+def prefix_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny heads with prefix attention over 5 positions."""
     heads = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE)
+    size = heads.spec.hidden_size
+    spec = dataclasses.replace(heads.spec, root_size=size, prefix_window=5)
+    shapes = prefix_shapes(size, size, 5)
+    return write_with(heads, spec, shapes, tmp_path_factory.mktemp("prefix") / "heads")
+
+
+def write_with(heads: HeadsCheckpoint, spec: HeadsSpec, shapes: Shapes, path: Path) -> Path:
+    """Write heads with additional random tensors."""
     generator = torch.Generator().manual_seed(0)
-    num_heads, size, rank = heads.spec.num_heads, heads.spec.hidden_size, 4
-    shapes = {
-        "root.weight": (num_heads, size, size),
-        "selector.parent": (tiny.VOCAB_SIZE, rank),
-        "selector.child": (tiny.VOCAB_SIZE, rank),
-        "selector.depth": (num_heads, rank),
-    }
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    settings = dataclasses.replace(heads.spec, root_size=size, selector_rank=rank)
-    path = tmp_path_factory.mktemp("seeing") / "heads"
-    save_heads(dataclasses.replace(heads, spec=settings, tensors=heads.tensors | tensors), path)
+    save_heads(dataclasses.replace(heads, spec=spec, tensors=heads.tensors | tensors), path)
     return path
 
 

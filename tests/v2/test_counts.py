@@ -169,11 +169,11 @@ def test_kernels_and_waits_of_a_step(counts: Any, tiny_heads: Path, num_reqs: in
     check(f"batch {num_reqs}", *counts(spec(tiny_heads, NUM_NODES), num_reqs), OURS)
 
 
-@pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads"])
+@pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads", "prefix_heads"])
 def test_dynamic_trees_take_one_kernel_more(
     counts: Any, heads: str, request: pytest.FixtureRequest
 ) -> None:
-    """And no wait; with a selector too, which has operations of torch for each depth."""
+    """And no wait; with a selector, which has operations for each depth, or a layer before too."""
     counted = counts(dynamic(request.getfixturevalue(heads)), 2)
     check(heads, *counted, [*OURS, "_best_first_kernel"])
 

@@ -20,15 +20,21 @@ class PrefixContext:
     Args:
         layer: of the heads.
         embed: from tokens [N] to the target's embeddings [N, E].
+        vocab_size: number of tokens that have one.
         num_requests: R.
 
     """
 
     def __init__(
-        self, layer: PrefixAttention, embed: Callable[[Tensor], Tensor], num_requests: int
+        self,
+        layer: PrefixAttention,
+        embed: Callable[[Tensor], Tensor],
+        vocab_size: int,
+        num_requests: int,
     ) -> None:
         self._layer = layer.requires_grad_(False)
         self._embed = embed
+        self._vocab_size = vocab_size
         self._memory = PrefixMemory.make(layer, num_requests)
 
     @property
@@ -56,7 +62,9 @@ class PrefixContext:
             positions: [T] int64.
 
         """
-        keys, values = self._layer.keys_and_values(hidden, self._embed(following))
+        # Placeholders of images and the like may lie outside the vocabulary.
+        known = following.clamp(0, self._vocab_size - 1)
+        keys, values = self._layer.keys_and_values(hidden, self._embed(known))
         self._memory.keep(places, positions, keys, values)
 
     @torch.inference_mode()

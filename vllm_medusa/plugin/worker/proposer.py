@@ -113,7 +113,7 @@ class MedusaProposer:
                 reader.read_prefix_attention(), dtype, self._device
             )
             num_requests = self._vllm_config.scheduler_config.max_num_seqs
-            self.prefix = PrefixContext(layer, self._embed, num_requests)
+            self.prefix = PrefixContext(layer, self._embed, vocab_size, num_requests)
         if spec.is_sequential:
             heads = make_sequential(
                 spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
