@@ -21,13 +21,14 @@ class Sleeper:
             setattr(self, name, lambda value, ms=ms: (time.sleep(ms / 1000), value)[1])
 
 
-def make_runner(with_forks: bool, with_selector: bool = False) -> Any:
+def make_runner(with_forks: bool, *, with_selector: bool = False, with_prefix: bool = False) -> Any:
     runner = Sleeper(_prepare_inputs=1, _model_forward=2)
     layer = SimpleNamespace(impl=Sleeper(forward=1, do_kv_cache_update=1))
     runner.device = torch.device("cpu")
     runner.rejection_sampler = Sleeper(forward=1)
     runner.drafter = Sleeper(propose=1, probable_guesses=1)
     runner.drafter.selector_tree = Sleeper(draft=2, probable=3) if with_selector else None
+    runner.drafter.prefix = Sleeper(keep=2, at=3) if with_prefix else None
     runner.tree_drafter = Sleeper(draft=1)
     runner.forks = Sleeper(begin_step=1, commit=1) if with_forks else None
     context = {"layer": layer, "other": SimpleNamespace()}
@@ -80,6 +81,19 @@ def test_selector() -> None:
     static, dynamic = found.take()
     assert static["selector"] >= 2.0
     assert dynamic["selector"] >= 3.0
+
+
+def test_prefix_attention() -> None:
+    """What it reads is a part of the heads' time, what it keeps is a stage of its own."""
+    runner = make_runner(with_forks=False, with_prefix=True)
+    found = timers.StepTimers(runner)
+    runner.execute_model(0)
+    runner.drafter.prefix.keep(0)
+    runner.drafter.prefix.at(0)
+    runner.drafter.propose(0)
+    (times,) = found.take()
+    assert times["prefix"] >= 2.0
+    assert times["heads"] >= 4.0
 
 
 def test_parts_of_parts() -> None:

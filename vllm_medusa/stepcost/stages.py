@@ -32,6 +32,7 @@ STAGES = {
     "write": "K/V writes",
     "sample": "sampling",
     "commit": "commit",
+    "prefix": "prefix kept",
     "heads": "heads",
     "selector": "selector",
     "draft": "trees",

@@ -67,6 +67,21 @@ class PrefixContext:
         keys, values = self._layer.keys_and_values(hidden, self._embed(known))
         self._memory.keep(places, positions, keys, values)
 
+    def rehearse(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """Keep and read positions of no request, as a step does; for who times it.
+
+        Args:
+            hidden: [B, H].
+            roots: [B] int64.
+
+        Returns:
+            [B, H]
+
+        """
+        places, positions = torch.full_like(roots, self.nowhere), torch.zeros_like(roots)
+        self.keep(hidden, roots, places, positions)
+        return self.at(hidden, roots, places, positions)
+
     @torch.inference_mode()
     def at(self, hidden: Tensor, roots: Tensor, places: Tensor, positions: Tensor) -> Tensor:
         """Return what the heads read at the last verified position of B requests.

@@ -28,7 +28,8 @@ class StepTimers:
 
     Some stages are parts of others, and their time counts in both: the fork plan is part of
     preparing, attention and the K/V writes (also those to forks) are part of the forward pass, the
-    heads are part of drafting, and the selector is part of the heads.
+    heads (with what they read of the prefix) are part of drafting, and the selector is part of the
+    heads.
 
     Args:
         runner: a `MedusaRunnerMixin` whose KV cache exists.
@@ -45,6 +46,9 @@ class StepTimers:
         self._wrap(runner.tree_drafter, "draft", "draft")
         self._wrap(runner.drafter, "propose", "heads")
         self._wrap(runner.drafter, "probable_guesses", "heads")
+        if runner.drafter.prefix is not None:
+            self._wrap(runner.drafter.prefix, "keep", "prefix")
+            self._wrap(runner.drafter.prefix, "at", "heads")
         if runner.drafter.selector_tree is not None:
             self._wrap(runner.drafter.selector_tree, "draft", "selector")
             self._wrap(runner.drafter.selector_tree, "probable", "selector")

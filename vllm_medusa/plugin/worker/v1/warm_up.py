@@ -111,9 +111,7 @@ def _heads(runner: Any, num_requests: int) -> None:
     )
     roots = torch.zeros(num_requests, dtype=torch.int64, device=runner.device)
     if (prefix := runner.drafter.prefix) is not None:
-        nowhere = torch.full_like(roots, prefix.nowhere)
-        prefix.keep(hidden, roots, nowhere, roots)
-        hidden = prefix.at(hidden, roots, nowhere, roots)
+        hidden = prefix.rehearse(hidden, roots)
     runner.drafter.probable_guesses(hidden, roots)
 
 
