@@ -216,7 +216,7 @@ def test_tensor_parallel(
     if kind == "own":
         heads = own_lm_heads(tmp_path / "own")
     elif kind == "seeing":
-        heads = write_seeing_heads(tmp_path / "seeing")
+        heads = write_seeing_heads(tmp_path / "seeing", has_prefix=True)
     spec = {**SPEC, "model": str(heads)}
     with demo_engine(**two_ranks, speculative_config=spec) as llm:
         check(llm, prompts, reference)

@@ -100,7 +100,7 @@ class PrefixRows:
         device = hidden_states.device
         nodes = torch.from_numpy(root_rows).to(device)[:, None] + path
         rows = torch.cat((torch.from_numpy(root_rows[before] - back).to(device), nodes.flatten()))
-        places = np.array([self._place_of(req_id) for req_id in step.req_ids], dtype=np.int64)
+        places = self._places_of(step.req_ids)
         is_kept = positions > last[owners] - self._context.window
         following = token_ids[owners, positions + 1].astype(np.int64)
         kept_at = np.where(is_kept, places[owners], self._context.nowhere)
@@ -110,12 +110,18 @@ class PrefixRows:
         )
         return PrefixView(self._context, places, last)
 
-    def _place_of(self, req_id: str) -> int:
-        place = self._places.get(req_id)
-        if place is None:
+    def _places_of(self, req_ids: Sequence[str]) -> IntArray:
+        """Return [B] the requests' places; those that begin get empty ones."""
+        new = [req_id for req_id in req_ids if req_id not in self._places]
+        if len(new) > len(self._free):
+            # Sessions that wait for input hold places too; the oldest lose them.
+            running = set(req_ids)
+            waiting = [req_id for req_id in self._places if req_id not in running]
+            self.forget(waiting[: len(new) - len(self._free)])
+        for req_id in new:
             place = self._places[req_id] = self._free.pop()
             self._context.forget(place)
-        return place
+        return np.array([self._places[req_id] for req_id in req_ids], dtype=np.int64)
 
 
 def _tokens_before(counts: IntArray, window: int) -> tuple[IntArray, IntArray]:
