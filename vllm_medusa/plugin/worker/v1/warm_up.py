@@ -77,11 +77,12 @@ def _measure(runner: Any, may_end_early: bool) -> CostCurve:
 
     Attention is left out: a step without drafts has its cost too.
     """
+    # The heads first: they take little time, and a slow model leaves none for what comes last.
     tasks = {
-        **{("step", size): partial(_step, runner, size) for size in _within(runner, _SIZES)},
         **{
             ("heads", size): partial(_heads, runner, size) for size in _within(runner, _BATCH_SIZES)
         },
+        **{("step", size): partial(_step, runner, size) for size in _within(runner, _SIZES)},
     }
     ms = _interleaved_ms(runner, tasks, may_end_early)
     points = {
