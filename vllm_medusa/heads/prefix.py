@@ -3,7 +3,7 @@
 A target's final hidden state is made for the next token; heads that read it alone know little of
 what comes after. This layer adds to it what it finds at the last W positions of the text, in the
 hidden states there and in the tokens that followed them: at position t it reads the hidden state of
-t and the target's embedding of token t + 1. Hydra++ has such a layer (arXiv 2402.05109, section 4:
+t and the target's embedding of token t + 1. Hydra++ has such a layer (arXiv 2402.05109:
 prefix attention), and EAGLE reads the same pairs (arXiv 2401.15077).
 
 A window in place of the whole text bounds the memory of a request: `PrefixMemory` is a ring of W
