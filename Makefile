@@ -94,7 +94,7 @@ bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes 20 minutes (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_ab.yaml $(BENCH_ARGS)
 
-bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes 15 minutes (BENCH_ARGS)
+bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes 20 minutes (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_online.yaml $(BENCH_ARGS)
 
 out/inflated-%M/config.json: | venv

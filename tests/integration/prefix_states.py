@@ -47,6 +47,11 @@ def states_kept() -> Iterator[list[State]]:
         yield kept
 
 
+def texts_of(outputs: Any) -> list[list[int]]:
+    """Prompts with their answers."""
+    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+
+
 class WholeTexts:
     """The demo's target and a prefix attention along whole texts, in float32."""
 

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 
 from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS
 from tests.integration.conftest import counters, open_engine, spec_metrics
-from tests.integration.prefix_states import WholeTexts, states_kept
+from tests.integration.prefix_states import WholeTexts, states_kept, texts_of
 from tests.integration.seeing_heads import WINDOW, seeing_tensors, write_seeing_heads
 from tests.integration.sequential_heads import hydra_of_demo
 from vllm_medusa.heads import load_heads
@@ -32,11 +32,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
 def demo_engine(**options: Any) -> Any:
     defaults = {"skip_tokenizer_init": False, "enable_prefix_caching": False}
     return open_engine(DEMO_MODEL, **{**defaults, **options})
-
-
-def texts_of(outputs: Any) -> list[list[int]]:
-    """Prompts with their answers."""
-    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +57,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static": ({"tree": "cpu-16"}, {"max_num_batched_tokens": 100}),
     "dynamic": (DYNAMIC, {"max_num_batched_tokens": 100}),
     "costs measured": ({}, {"max_num_seqs": 4}),
-    "preempted": (DYNAMIC, {"num_gpu_blocks_override": 40, "max_tree_requests": None}),
+    "preempted": (DYNAMIC, {"num_gpu_blocks_override": 40}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_states(prompts: list[str], reference: list[list[int]], heads: Path, case: str) -> None:
     tree, options = CASES[case]
-    options = {name: value for name, value in options.items() if value is not None}
     spec = {"method": "medusa", "model": str(heads), **tree}
     with states_kept() as kept, demo_engine(speculative_config=spec, **options) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 
 from tests.integration.command_line import DEMO_MODEL
 from tests.integration.conftest import open_engine
-from tests.integration.prefix_states import WholeTexts, states_kept
+from tests.integration.prefix_states import WholeTexts, states_kept, texts_of
 from tests.integration.seeing_heads import write_seeing_heads
 from tests.v2.accepted import accepted
 from tests.v2.trees import dynamic, spec
@@ -52,8 +52,3 @@ def test_states(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
     assert len(taken.nodes) > 3
     assert len(kept) > NUM_PROMPTS * MAX_TOKENS / 6
     WholeTexts(path).check(kept, texts)
-
-
-def texts_of(outputs: Any) -> list[list[int]]:
-    """Prompts with their answers."""
-    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]

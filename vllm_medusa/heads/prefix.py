@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPS = 1e-6
-#: Position of an entry that holds nothing.
-_NOTHING = -1
+#: Position of an entry that holds nothing: so far back that no window reaches it.
+_NOTHING = -(2**62)
 
 
 class PrefixAttention(nn.Module):
@@ -195,7 +195,7 @@ class PrefixAttention(nn.Module):
         queries = F.linear(_mixed(hidden, following), self.query).view(-1, *self.head_shape)
         keys, values = memory.keys[places], memory.values[places]
         distance = positions[:, None] - memory.positions[places]
-        is_seen = (distance >= 0) & (distance < self.window) & (memory.positions[places] >= 0)
+        is_seen = (distance >= 0) & (distance < self.window)
         bias = self.bias[:, distance.clamp(0, self.window - 1)].transpose(0, 1)
         attended = F.scaled_dot_product_attention(
             queries[:, :, None],
@@ -206,7 +206,8 @@ class PrefixAttention(nn.Module):
         return hidden + F.linear(attended.flatten(1), self.output)
 
     def _key_value(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(mixed, self.key_value[0]), F.linear(mixed, self.key_value[1])
+        keys, values = F.linear(mixed, self.key_value.flatten(0, 1)).chunk(2, dim=-1)
+        return keys, values
 
 
 def _mixed(hidden: Tensor, following: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ class PrefixMemory:
     Attributes:
         keys: [R + 1, W, A, d].
         values: [R + 1, W, A, d].
-        positions: [R + 1, W] int64, the position that each entry holds; -1: none.
+        positions: [R + 1, W] int64, the position that each entry holds, or `_NOTHING`.
     """
 
     keys: Tensor

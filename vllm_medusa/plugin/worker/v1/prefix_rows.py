@@ -114,7 +114,7 @@ class PrefixRows:
         """Return [B] the requests' places; those that begin get empty ones."""
         new = [req_id for req_id in req_ids if req_id not in self._places]
         if len(new) > len(self._free):
-            # Sessions that wait for input hold places too; the oldest lose them.
+            # Sessions that wait for input hold places too; they are emptied when they go on.
             running = set(req_ids)
             waiting = [req_id for req_id in self._places if req_id not in running]
             self.forget(waiting[: len(new) - len(self._free)])

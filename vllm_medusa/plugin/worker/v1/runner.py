@@ -76,7 +76,7 @@ class MedusaRunnerMixin(_Base):
         self.forks = PathForks(pool, self.attn_groups, layers, self.device)
 
     def prepare_drafting(self) -> None:
-        """Measure step costs for dynamic trees, once the engine is warm."""
+        """Give requests places for prefix attention, and measure step costs for dynamic trees."""
         if self.drafter.prefix is not None:
             self._prefixes = PrefixRows(self.drafter.prefix)
         if self.drafter.config.dynamic is not None:
