@@ -120,12 +120,24 @@ def test_cached_prefix_is_missing(prompts: list[str], heads: Path) -> None:
 
 
 def test_place_of_an_ended_request_is_empty(prompts: list[str], heads: Path) -> None:
-    """One place for all requests, one after the other."""
-    spec = {"method": "medusa", "model": str(heads), **DYNAMIC}
-    with states_kept() as kept, demo_engine(speculative_config=spec, max_num_seqs=1) as llm:
-        texts = texts_of(llm.generate(prompts[:3], GREEDY, use_tqdm=False))
-    WholeTexts(heads).check(kept, texts)
-    assert len(kept) > MAX_TOKENS / 2
+    """What it held is not taken for the cached prefix of the next request at its place."""
+    spec = {"method": "medusa", "model": str(heads), "tree": "cpu-16"}
+    prompt, other = sorted(prompts, key=len)[-1:-3:-1]
+    options = {"enable_prefix_caching": True, "max_num_seqs": 1}
+    with demo_engine(speculative_config=spec, **options) as llm:
+        [first] = llm.generate(prompt, GREEDY, use_tqdm=False)
+        cached = 32 * (len(first.prompt_token_ids) // 32)
+        tokens = (2 * llm.get_tokenizer().encode(other))[: cached - 12]
+        short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        llm.generate({"prompt_token_ids": tokens}, short, use_tqdm=False)
+        with states_kept() as kept:
+            [output] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert len(tokens) == cached - 12
+    assert output.num_cached_tokens == cached
+    assert kept[0].position < cached + WINDOW - 5
+    [text] = texts_of([output])
+    wanted = WholeTexts(heads).state_with(text, kept[0].position, range(cached, len(text)))
+    assert (wanted - kept[0].state).abs().max() < 1e-3
 
 
 def test_request_without_drafts_is_kept_too(prompts: list[str], heads: Path) -> None:
