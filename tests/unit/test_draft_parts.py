@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from vllm_medusa.draft.costs import CostCurve
+from vllm_medusa.draft.costs import CostCurve, step_sizes
 from vllm_medusa.draft.superset import MAX_PATHS, Superset
 from vllm_medusa.draft.types import Drafts
 from vllm_medusa.errors import UserError
@@ -83,6 +83,24 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
 def test_more_tokens_can_cost_less() -> None:
     costs = CostCurve({1: [(1, 10), (2, 9), (3, 12), (4, 11)]})
     np.testing.assert_allclose(costs.by_drafts(1, 5), [10, 9, 12, 11, 11, 11])
+
+
+def test_a_step_costs_what_its_size_costs() -> None:
+    sizes = step_sizes(np.arange(1, 300))
+    assert np.unique(sizes).tolist() == [
+        *range(1, 17),
+        *range(18, 33, 2),
+        *range(36, 65, 4),
+        *range(72, 129, 8),
+        *range(144, 257, 16),
+        *range(288, 321, 32),
+    ]
+    assert (sizes >= np.arange(1, 300)).all()
+    # With steps of 16, 18 and 20 tokens measured, one of 17 is one of 18.
+    costs = CostCurve({1: [(1, 10), (16, 10), (18, 12), (20, 12)]})
+    np.testing.assert_allclose(costs.by_drafts(14, 6), [10, 10, 10, 12, 12, 12, 12])
+    costs = CostCurve({1: [(1, 10), (31, 40)], 29: [(29, 40), (59, 70)]})
+    np.testing.assert_allclose(costs.by_drafts(15, 4), [25, 26, 28, 28, 30])
 
 
 def test_costs_of_heads_by_batch_size() -> None:

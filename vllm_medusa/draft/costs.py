@@ -15,11 +15,16 @@ from vllm_medusa.errors import UserError
 
 #: Batch sizes whose curves are kept.
 _MAX_CURVES = 256
+#: Steps have all numbers of tokens up to 16, and of larger ones eight between two powers of two.
+#: Kernels work on blocks of rows. On a CPU vLLM keeps the kernels of 32 numbers of tokens for each
+#: weight (``model_executor/layers/utils.py``, `create_onednn_mm`), and others are made at each step.
+_SIZES_BITS = 4
 
 
 class CostCurve:
     """Milliseconds of a step, interpolated between measured points.
 
+    A step costs what one of the next larger size costs (`step_sizes`), so that drafts fill a size.
     Between two measured numbers of requests, the cost for a number of drafts is interpolated.
     Outside of them, the same number of tokens costs the same. A curve continues with its last
     slope, or level. More tokens can cost less: where they fill the blocks of a kernel better.
@@ -105,16 +110,26 @@ class CostCurve:
         sizes = self._sizes
         if not sizes[0] < num_requests < sizes[-1]:
             nearest = self._curves[0 if num_requests <= sizes[0] else -1]
-            return _curve_at(nearest, num_requests + drafts)
+            return _curve_at(nearest, step_sizes(num_requests + drafts))
         high = bisect_left(sizes, num_requests)
         low = high - 1
         share = (num_requests - sizes[low]) / (sizes[high] - sizes[low])
+        # The size is that of the step, not of the measured ones.
+        drafts = step_sizes(num_requests + drafts) - num_requests
         ms: Floats = (1 - share) * _curve_at(self._curves[low], sizes[low] + drafts)
         return ms + share * _curve_at(self._curves[high], sizes[high] + drafts)
 
 
 def _all_positive(numbers: Floats) -> bool:
     return bool((np.isfinite(numbers) & (numbers > 0)).all())
+
+
+def step_sizes(tokens: Ints) -> Ints:
+    """Return the smallest sizes of steps that hold numbers of tokens."""
+    _, num_bits = np.frexp(tokens - 1)
+    blocks: Ints = np.left_shift(1, np.maximum(0, num_bits - _SIZES_BITS))
+    sizes: Ints = -(-tokens // blocks) * blocks
+    return sizes
 
 
 def _curve_at(curve: Floats, tokens: Ints) -> Floats:

@@ -24,9 +24,9 @@ logger = plugin_logger(__name__)
 #: A timed task: "step" or "heads", and its number of tokens or requests.
 _Task: TypeAlias = tuple[str, int]
 #: Tokens of the steps that are timed, the most telling first: a slow model has no time for all.
-#: Small steps lie close together, because kernels work on blocks of rows: a step of 6 tokens can
-#: take less than one of 1, and one of 7 a tenth more.
-_SIZES = (1, 17, 5, 33, 9, 3, 65, 13, 7, 129, 6, 8, 11, 2, 4, 10, 15, 21, 25)
+#: They are among `step_sizes`. Small steps lie close together, because kernels work on blocks of
+#: rows: a step of 6 tokens can take less than one of 1, and one of 7 a tenth more.
+_SIZES = (1, 18, 5, 32, 9, 3, 64, 13, 7, 128, 16, 48, 6, 8, 11, 2, 4, 24, 80, 10, 15, 40, 56, 20)
 #: Numbers of requests with which the heads are timed.
 _BATCH_SIZES = (1, 8, 32)
 _ROUNDS = 5
