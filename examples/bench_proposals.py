@@ -91,8 +91,8 @@ def measure(
             for _ in range(REPEATS):
                 begin = time.perf_counter()
                 prefix = proposers[heads.index(name)].prefix
-                states = hidden if prefix is None else prefix.rehearse(hidden, roots)
-                proposers[heads.index(name)].propose(states, roots)
+                ends = None if prefix is None else prefix.rehearse(hidden, roots)
+                proposers[heads.index(name)].propose(hidden, roots, ends)
                 times.append(time.perf_counter() - begin)
             ms[row].append(1000 * statistics.median(times))
     return {"rows": rows, "ms": [times[1:] for times in ms]}  # the first round warms up

@@ -26,6 +26,7 @@ DEMO_MODEL = REPO / "demo" / "model"
 DEMO_HEADS = REPO / "demo" / "heads"
 #: Plain ones: neither do they see the root nor have they a selector.
 MEDUSA_HEADS = REPO / "demo" / "medusa-heads"
+RECURRENT_HEADS = REPO / "demo" / "recurrent-heads"
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 

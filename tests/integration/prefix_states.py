@@ -16,7 +16,7 @@ from tests.integration.command_line import DEMO_MODEL
 from tests.oracles.prefix import in_context
 from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.prefix import PrefixAttention
-from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
 from vllm_medusa.target.frozen import load_target
 
 
@@ -35,10 +35,10 @@ def states_kept() -> Iterator[list[State]]:
     kept: list[State] = []
     original = PrefixContext.at
 
-    def at(self: Any, hidden: Tensor, roots: Tensor, places: Tensor, positions: Tensor) -> Tensor:
-        states = original(self, hidden, roots, places, positions)
-        if int(places.max()) < self.nowhere:  # not in a warm-up
-            rows = zip(positions.tolist(), roots.tolist(), states.clone(), strict=True)
+    def at(self: Any, hidden: Tensor, roots: Tensor, where: PrefixPlaces) -> Tensor:
+        states = original(self, hidden, roots, where)
+        if int(where.places.max()) < self.nowhere:  # not in a warm-up
+            rows = zip(where.positions.tolist(), roots.tolist(), states.clone(), strict=True)
             kept.extend(State(*row) for row in rows)
         return states
 
@@ -60,6 +60,7 @@ class WholeTexts:
         self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
         self._layer = PrefixAttention.from_tensors(self.tensors, torch.float32)
         self._target = load_target(str(DEMO_MODEL), revision=None, dtype=torch.float32)
+        self.embedding = self._target.embedding.detach()
 
     @torch.no_grad()
     def states(self, text: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

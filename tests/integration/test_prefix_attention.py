@@ -21,7 +21,7 @@ from tests.integration.sequential_heads import hydra_of_demo
 from vllm_medusa.heads import load_heads
 from vllm_medusa.heads.io.write import save_heads
 from vllm_medusa.heads.prefix import PrefixAttention
-from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
 
 pytestmark = pytest.mark.engine
 
@@ -100,7 +100,8 @@ def test_token_without_an_embedding() -> None:
     context = PrefixContext(layer, torch.nn.Embedding(10, 4).requires_grad_(False), 10, 1)
     rows = torch.zeros(3, dtype=torch.int64)
     context.keep(torch.randn(3, 4), torch.tensor([9, 10, -1]), rows, torch.arange(3))
-    assert context.at(torch.randn(1, 4), rows[:1], rows[:1], torch.tensor([2])).isfinite().all()
+    where = PrefixPlaces(rows[:1], torch.tensor([2]))
+    assert context.at(torch.randn(1, 4), rows[:1], where).isfinite().all()
 
 
 def test_cached_prefix_is_missing(prompts: list[str], heads: Path) -> None:

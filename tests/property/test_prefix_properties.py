@@ -90,12 +90,10 @@ def test_with_a_memory(window: int, seed: int, data: st.DataObject) -> None:
         known[place] |= set(kept.tolist())
         ready = [i for i in range(2) if done[i]]
         last = torch.tensor([done[i] - 1 for i in ready])
-        found = prefix.at(
+        found = prefix.read(
             torch.stack([texts[i][0][done[i] - 1] for i in ready]),
             torch.stack([texts[i][1][done[i] - 1] for i in ready]),
-            memory,
-            torch.tensor(ready),
-            last,
+            memory.windows(torch.tensor(ready), last),
         )
         for row, i in enumerate(ready):
             wanted = in_context(prefix.canonical_tensors(), *texts[i], done[i] - 1, known[i])

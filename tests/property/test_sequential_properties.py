@@ -50,9 +50,9 @@ def test_every_node_follows_its_path(tree: DraftTree, num_requests: int, seed: i
 
     levels = TreeLayout.build(tree).levels
     with torch.no_grad():
-        made = SequentialTree.of(fast, levels)
-        drafted = made.draft(hidden, roots, guess)
-        scores, tokens = made.probable(hidden, roots, guess)
+        made = SequentialTree.of(levels)
+        drafted = made.draft(fast, hidden, roots, guess)
+        scores, tokens = made.probable(fast, hidden, roots, guess)
     parents = [int(parent) for level in levels for parent in level.parents]
     assert len(scores) == len(tokens) == len(parents)
     for row in range(num_requests):
@@ -65,3 +65,47 @@ def test_every_node_follows_its_path(tree: DraftTree, num_requests: int, seed: i
             table = parents.index(0 if len(path) == 1 else 1 + tree.paths.index(path[:-1]))
             assert tokens[table, row].tolist() == best.indices.tolist()
             torch.testing.assert_close(scores[table, row], best.values, rtol=1e-3, atol=1e-3)
+
+
+@given(tree=trees(), width=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_narrow_levels(tree: DraftTree, width: int, seed: int) -> None:
+    """Of each level's parents the most probable go on, as if there were no others."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(3, 8, generator=generator)
+    roots = torch.randint(20, (3,), generator=generator)
+    fast = HydraHeads.from_tensors(HEADS.tensors, lambda tokens: EMBEDDING[tokens], torch.float32)
+
+    def guess(head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        logits = features @ HEADS.tensors["lm_head.weight"][head].T
+        best = logits.log_softmax(dim=-1).topk(NUM_GUESSES)
+        return best.values, best.indices
+
+    levels = TreeLayout.build(tree).levels
+    with torch.no_grad():
+        made = SequentialTree.of(levels)
+        whole = made.probable(fast, hidden, roots, guess)
+        narrow = made.probable(fast, hidden, roots, guess, width)
+    parents = [int(parent) for level in levels for parent in level.parents]
+    for row in range(3):
+        likelihood = {0: 0.0}
+        for level in levels:
+            found = level.parents.tolist()
+            ranked = sorted(found, key=lambda node: -likelihood[node])
+            # No other can be among them: it is less likely than `width` others.
+            best = {n for n in ranked[:width] if likelihood[n] > -torch.inf}
+            for node in found:
+                table = parents.index(node)
+                if node in best:
+                    for part, of_whole in zip(narrow, whole, strict=True):
+                        torch.testing.assert_close(part[table, row], of_whole[table, row])
+                else:
+                    assert narrow[0][table, row].isneginf().all()
+            for node, place, rank in zip(
+                level.nodes.tolist(),
+                level.parent_places.tolist(),
+                level.ranks.tolist(),
+                strict=True,
+            ):
+                table = parents.index(found[place])
+                score = float(narrow[0][table, row, rank])
+                likelihood[node] = likelihood[found[place]] + score

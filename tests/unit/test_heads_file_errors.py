@@ -160,7 +160,7 @@ def test_other_vocabulary(tmp_path: Path, lm_head: str) -> None:
         ({"logit_scale": float("nan")}, "logit_scale is nan"),
         ({"logit_scale": "1"}, "logit_scale is '1'"),
         ({"original_lm_head": "no"}, "original_lm_head is 'no'; set it to true or false"),
-        ({"format": "vllm_medusa.heads/5"}, "format is 'vllm_medusa.heads/5'"),
+        ({"format": "vllm_medusa.heads/6"}, "format is 'vllm_medusa.heads/6'"),
     ],
 )
 def test_config_that_contradicts_the_tensors(

@@ -84,16 +84,13 @@ def test_selector() -> None:
 
 
 def test_prefix_attention() -> None:
-    """What it reads is a part of the heads' time, what it keeps is a stage of its own."""
+    """What it keeps is a stage of its own."""
     runner = make_runner(with_forks=False, with_prefix=True)
     found = timers.StepTimers(runner)
     runner.execute_model(0)
     runner.drafter.prefix.keep(0)
-    runner.drafter.prefix.at(0)
-    runner.drafter.propose(0)
     (times,) = found.take()
     assert times["prefix"] >= 2.0
-    assert times["heads"] >= 4.0
 
 
 def test_parts_of_parts() -> None:

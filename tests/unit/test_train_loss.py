@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.oracles.prefix import in_context
+from tests.oracles.recurrent import features as slow_features
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
 from vllm_medusa.data.rows import Row
+from vllm_medusa.heads.module import MedusaHeads
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 from vllm_medusa.training.loss import (
     _into_gradient_of_acceptance,
@@ -46,7 +48,7 @@ def slow_losses(
         hidden = target.hidden(tokens[None], torch.arange(len(tokens))[None])[0]
         own = target.logits(hidden)
         read = hidden
-        if heads.prefix is not None:
+        if heads.prefix is not None and not settings.recurrent:
             embeddings = target.embedding[tokens.roll(-1)]
             tensors, known = (
                 dict(heads.prefix.named_parameters(prefix="prefix")),
@@ -60,7 +62,10 @@ def slow_losses(
                 predicted = t + 2 + k
                 if predicted >= len(tokens) or not item.loss_mask[predicted]:
                     continue
-                feature = heads.features(read[t][None], following(tokens, t, heads))[k]
+                if settings.recurrent:
+                    feature = recurrent_feature(heads, target, tokens, hidden, t, k)
+                else:
+                    feature = heads.features(read[t][None], following(tokens, t, heads))[k]
                 log_q = F.log_softmax(heads.logits(feature, k)[0], dim=-1)
                 wanted = F.softmax(own[predicted - 1] / settings.kl_temperature, dim=-1)
                 if settings.loss == "ce":
@@ -71,6 +76,30 @@ def slow_losses(
                 else:
                     sums[k] = sums[k] - (wanted * log_q).sum()
     return torch.stack(sums)
+
+
+def recurrent_feature(
+    heads: TrainableHeads,
+    target: FrozenTarget,
+    tokens: Tensor,
+    hidden: Tensor,
+    position: int,
+    head: int,
+) -> Tensor:
+    """[1, H] of one recurrent head at one position of a document."""
+    assert heads.prefix is not None
+    assert isinstance(heads.blocks, MedusaHeads)
+    blocks, after = heads.blocks, target.embedding[tokens[1:]]
+    assert blocks.bias is not None
+    assert blocks.root is not None
+    tensors = dict(heads.prefix.named_parameters(prefix="prefix")) | {
+        "blocks.weight": blocks.weight.transpose(0, 1),
+        "blocks.bias": blocks.bias.transpose(0, 1),
+        "root.weight": blocks.root,
+    }
+    end = position + 1
+    drafted = after[end : end + head]
+    return slow_features(tensors, hidden[:end], after[:end], range(end), list(drafted))[None]
 
 
 def following(tokens: Tensor, position: int, heads: TrainableHeads) -> Tensor:
@@ -95,6 +124,7 @@ CASES = {
     "prefix attention": {"prefix_attention": True, "prefix_window": 3},
     "hydra": {"hydra": True},
     "hydra with prefix attention": {"hydra": True, "prefix_attention": True},
+    "recurrent": {"recurrent": True, "prefix_window": 3, "num_layers": 2},
     "hydra of 3 layers": {"hydra": True, "num_layers": 3, "lm_head": "own", "loss": "lk"},
 }
 

@@ -101,7 +101,7 @@ def test_kinds_of_heads_are_written_and_load(
 @pytest.mark.parametrize(
     "kind",
     [
-        {"optimizer": "adamw"},
+        {"recurrent": True},
         {"optimizer": "muon", "hydra": True, "num_layers": 2},
         {"optimizer": "muon", "prefix_attention": True, "selector": True, "selector_rank": 4},
         {"joint": "lora", "lora_rank": 4, "heads_warmup": 0.25, "lora_dropout": 0.5},

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from vllm_medusa.heads import HeadsCheckpoint, MedusaHeads
 from vllm_medusa.heads.io.formats import LmHeadKind
 from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.selector import Selector
 from vllm_medusa.heads.sequential import SequentialHeads, features_along, make_sequential
 from vllm_medusa.target.frozen import FrozenTarget
@@ -35,7 +36,12 @@ class StoredHeads:
         self.num_heads = checkpoint.spec.num_heads
         self._embedding = target.embedding
         self._sequential: SequentialHeads | None = None
-        if checkpoint.spec.is_sequential:
+        self._recurrent: RecurrentHeads | None = None
+        if checkpoint.spec.kind == "recurrent":
+            self._recurrent = RecurrentHeads.from_tensors(
+                checkpoint.tensors, self._embed, dtype, device
+            )
+        elif checkpoint.spec.is_sequential:
             self._sequential = make_sequential(
                 checkpoint.spec, checkpoint.tensors, self.num_heads, self._embed, dtype, device
             )
@@ -43,7 +49,7 @@ class StoredHeads:
             blocks = MedusaHeads.from_checkpoint(checkpoint, dtype, device)
             self._blocks = blocks.requires_grad_(False)
         self._prefix: PrefixAttention | None = None
-        if checkpoint.spec.prefix_window is not None:
+        if checkpoint.spec.prefix_window is not None and self._recurrent is None:
             prefix = PrefixAttention.from_tensors(checkpoint.tensors, dtype, device)
             self._prefix = prefix.requires_grad_(False)
         # The matrices that project, first to last: [K, out, in], or [out, in] for all heads.
@@ -62,13 +68,20 @@ class StoredHeads:
             self.selector = Selector.from_tensors(checkpoint.tensors, dtype, device)
 
     def in_context(self, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
-        """Run the prefix attention, if the heads have one: [B, S, H] to the same."""
+        """Run the prefix attention, if the heads have one: [B, S, H] to the same.
+
+        Recurrent heads run it at every depth: their features [B, S, K H] are what this returns.
+        """
+        if self._recurrent is not None:
+            return self._recurrent.along(self.num_heads, hidden, tokens, position_ids)
         if self._prefix is None:
             return hidden
         return self._prefix.along(hidden, self._embed(tokens.roll(-1, 1)), position_ids)
 
     def features(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Compute what the lm_heads read: [N, H] states and [N, K] tokens to [K, N, F]."""
+        if self._recurrent is not None:
+            return RecurrentHeads.by_head(self.num_heads, hidden)
         if self._sequential is not None:
             return features_along(self._sequential, self.num_heads, hidden, following)
         is_aware = self._blocks.root is not None

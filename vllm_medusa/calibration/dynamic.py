@@ -1,8 +1,12 @@
 """Dynamic trees of a calibration: the curves of candidates, and what the trees accept.
 
-Drafting along the texts is simulated (`draft.replay`). The curves that are written are fitted to
-all prompts. Every figure about them is cross-fitted, like those of static trees: each fold of the
-prompts is drafted with curves and rank paths from the other folds.
+Drafting along the texts is simulated (`draft.replay`). Below other paths than the text's, the
+guesses of heads that run in turn are not known; those below the text's path stand for them. A node
+there is never right, but it may be drafted in place of another one.
+
+The curves that are written are fitted to all prompts. Every figure about them is cross-fitted, like
+those of static trees: each fold of the prompts is drafted with curves and rank paths from the other
+folds.
 """
 
 from __future__ import annotations

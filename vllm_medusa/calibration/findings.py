@@ -54,8 +54,7 @@ class Findings:
         sections: kinds of text; trees are chosen by the first one.
         paths: each method's most probable paths.
         probabilities: share of positions at which each of the joint ones is right.
-        dynamic: findings about dynamic trees; None of heads that run in turn, because their guesses
-            along a text do not tell those on other paths.
+        dynamic: findings about dynamic trees.
         checked: measurements of the engine.
         costs: step costs, if they are known.
         choice: trees chosen by the costs.
@@ -69,7 +68,7 @@ class Findings:
     sections: Sequence[Section]
     paths: Mapping[str, Sequence[TreePath]]
     probabilities: Mapping[TreePath, float]
-    dynamic: DynamicFindings | None
+    dynamic: DynamicFindings
     checked: Sequence[Checked]
     costs: StepCosts | None
     choice: Choice | None

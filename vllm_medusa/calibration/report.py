@@ -27,8 +27,7 @@ def write_report(findings: Findings, out: Path) -> None:
     data = json.dumps(to_dict(findings), indent=1)
     (out / "calibration.json").write_text(data + "\n", encoding="utf-8")
     pictures = [draw_acceptance(findings, out), draw_tree(findings, out)]
-    if findings.dynamic is not None:
-        pictures.append(draw_reliability(findings.dynamic.reliability, out))
+    pictures.append(draw_reliability(findings.dynamic.reliability, out))
     if findings.choice is not None:
         pictures.append(draw_speedup(findings.choice, out))
     (out / "calibration.md").write_text(markdown(findings, pictures), encoding="utf-8")
@@ -56,7 +55,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         ],
         "paths": {name: [list(p) for p in paths] for name, paths in findings.paths.items()},
         "probabilities": [findings.probabilities[path] for path in findings.paths["joint"]],
-        "dynamic": None if findings.dynamic is None else _dynamic_values(findings.dynamic),
+        "dynamic": _dynamic_values(findings.dynamic),
         "checked": [
             {
                 **asdict(checked),
@@ -111,8 +110,7 @@ def markdown(findings: Findings, pictures: Sequence[tuple[str, str]]) -> str:
 def tables(findings: Findings) -> list[Table]:
     """Return the report's tables."""
     result = [_acceptance_table(section) for section in findings.sections]
-    if findings.dynamic is not None:
-        result.append(_dynamic_table(findings, findings.dynamic))
+    result.append(_dynamic_table(findings, findings.dynamic))
     result.append(_accuracy_table(findings))
     if findings.checked:
         result.append(_check_table(findings))

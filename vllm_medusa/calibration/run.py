@@ -146,9 +146,7 @@ def _fit(settings: CalibrateSettings, continuations: Sequence[Continuation]) -> 
 
 def _dynamic(
     fit: CrossFit, continuations: Sequence[Continuation], inputs: Inputs
-) -> DynamicFindings | None:
-    if inputs.checkpoint.spec.is_sequential:
-        return None
+) -> DynamicFindings:
     selector = None
     if inputs.checkpoint.spec.selector_rank is not None:
         selector = Selector.from_tensors(inputs.checkpoint.tensors, torch.float32)
@@ -245,9 +243,8 @@ def _write(findings: Findings, out: Path) -> None:
         staged = Path(name)
         write_report(findings, staged)
         write_tree_file(staged / TREE_FILE, findings.paths["joint"])
-        if findings.dynamic is not None:
-            probabilities = json.dumps(findings.dynamic.probabilities.to_dict())
-            (staged / PROBABILITIES_FILE).write_text(probabilities + "\n", encoding="utf-8")
+        probabilities = json.dumps(findings.dynamic.probabilities.to_dict())
+        (staged / PROBABILITIES_FILE).write_text(probabilities + "\n", encoding="utf-8")
         if schedule is not None:
             write_schedule_file(staged / SCHEDULE_FILE, schedule)
         try:

@@ -25,6 +25,7 @@ _KINDS = {
     "medusa": "",
     "hydra": ", which run in turn and read all tokens of a path (Hydra)",
     "mlp_speculator": ", which run in turn, each from the state of the one before",
+    "recurrent": ", one that runs again for each drafted token (recurrent)",
 }
 _LM_HEADS = {
     "own": "one matrix per head",

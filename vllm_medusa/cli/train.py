@@ -24,9 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads = parser.add_argument_group("heads")
     add_settings(heads, TrainSettings, "num_heads", "num_layers", "lm_head", "rank")
     add_settings(heads, TrainSettings, "root_aware", "selector", "selector_only", "heads")
-    add_settings(
-        heads, TrainSettings, "selector_rank", "prefix_attention", "prefix_window", "hydra"
-    )
+    add_settings(heads, TrainSettings, "selector_rank", "prefix_attention", "prefix_window")
+    add_settings(heads, TrainSettings, "hydra", "recurrent")
     loss = parser.add_argument_group("loss and optimizer")
     add_settings(loss, TrainSettings, "loss", "kl_temperature", "decay", "loss_positions")
     add_settings(loss, TrainSettings, "optimizer", "lr", "weight_decay", "warmup", "clip")

@@ -12,7 +12,7 @@ from vllm_medusa.tree.schedule import TreeSchedule
 TREE_FILE = "medusa_tree.json"
 SCHEDULE_FILE = "medusa_tree_schedule.json"
 
-HeadsKind = Literal["medusa", "hydra", "mlp_speculator"]
+HeadsKind = Literal["medusa", "hydra", "mlp_speculator", "recurrent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,8 @@ class HeadsCheckpoint:
             `lm_head.bias` [K, V] if their lm_heads have biases. Of an MLP speculator with the inner
             size D, `speculator.{k}.embedding` [V, D], `speculator.{k}.weight` [D, H or D],
             `speculator.{k}.scale` and `speculator.{k}.bias` [D], of the later heads only where they
-            do not share those before; its lm_heads read D features in place of H.
+            do not share those before; its lm_heads read D features in place of H. Of recurrent
+            heads, the `blocks` and `root.weight` of one head, and `prefix`.
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.

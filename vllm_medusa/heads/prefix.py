@@ -14,8 +14,9 @@ count through a learned bias for each one, so that keys do not depend on their p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 _EPS = 1e-6
 #: Position of an entry that holds nothing: so far back that no window reaches it.
 _NOTHING = -(2**62)
+
+#: Keys and values of the tokens of drafts, the first token first.
+Drafted: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 class PrefixAttention(nn.Module):
@@ -116,8 +120,6 @@ class PrefixAttention(nn.Module):
     def along(self, hidden: Tensor, following: Tensor, position_ids: Tensor) -> Tensor:
         """Run the layer along whole texts.
 
-        Each block of W positions attends to itself and to the block before it.
-
         Args:
             hidden: [B, S, H].
             following: [B, S, E], the target's embedding of the token after each.
@@ -126,88 +128,138 @@ class PrefixAttention(nn.Module):
         Returns:
             [B, S, H]
         """
-        batch, length, _ = hidden.shape
-        window, device = self.window, hidden.device
-        missing = -length % window
+        return self.read_texts(hidden, following, self.texts(hidden, following, position_ids))
 
-        def blocks(rows: Tensor) -> Tensor:
-            """[B, S, A d] to [B, S / W, W, A, d]."""
-            rows = F.pad(rows, (0, 0, 0, missing))
-            return rows.view(batch, -1, window, *self.head_shape)
+    def texts(self, hidden: Tensor, following: Tensor, position_ids: Tensor) -> PrefixWindow:
+        """Return what each position of whole texts reads, in n blocks of W positions.
+
+        A block reads itself and the block before it.
+
+        Args:
+            hidden: as for `along`.
+            following: as for `along`.
+            position_ids: as for `along`.
+        """
+        window, batch = self.window, len(hidden)
 
         def with_last(rows: Tensor) -> Tensor:
-            """[B, n, W, A, d] to [B, n, 2 W, A, d]: the block before comes first."""
+            """[B, n, A, W, d] to [B, n, A, 2 W, d]: the block before comes first."""
             before = F.pad(rows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-            return torch.cat((before, rows), dim=2)
+            return torch.cat((before, rows), dim=3)
 
-        mixed = _mixed(hidden, following)
-        queries = blocks(F.linear(mixed, self.query))
-        keys, values = (with_last(blocks(rows)) for rows in self._key_value(mixed))
-        places = torch.arange(2 * window, device=device)
+        places = torch.arange(2 * window, device=hidden.device)
         distance = places[window:, None] - places
-        is_seen = (distance >= 0) & (distance < window)
         # A text begins at position 0, so nothing before it is nearer than this.
-        positions = F.pad(position_ids, (0, missing)).expand(batch, -1)
-        is_seen = is_seen & (distance <= positions.reshape(batch, -1, 1, window, 1))
-        bias = self.bias[:, distance.clamp(0, window - 1)]
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(2, 3),
-            keys.transpose(2, 3),
-            values.transpose(2, 3),
-            attn_mask=bias.masked_fill(~is_seen, -torch.inf).to(queries.dtype),
+        positions = F.pad(position_ids, (0, -position_ids.shape[1] % window)).expand(batch, -1)
+        reach = positions.reshape(batch, -1, window, 1)
+        keys, values = self.keys_and_values(hidden, following)
+        return PrefixWindow(
+            with_last(self._in_blocks(keys)),
+            with_last(self._in_blocks(values)),
+            distance,
+            (distance >= 0) & (distance <= reach),
         )
-        rows = attended.transpose(2, 3).reshape(batch, length + missing, -1)[:, :length]
-        return hidden + F.linear(rows, self.output)
+
+    def read_texts(
+        self, states: Tensor, following: Tensor, texts: PrefixWindow, drafted: Drafted = ()
+    ) -> Tensor:
+        """Run the layer along whole texts, or along drafts that go on from each position.
+
+        Args:
+            states: [B, S, H].
+            following: [B, S, E].
+            texts: of `texts`.
+            drafted: [B, S, A, d] keys and values of each token of the drafts.
+
+        Returns:
+            [B, S, H]
+        """
+        queries = self._in_blocks(self._queries(states, following))
+        in_blocks = [(self._in_blocks(keys), self._in_blocks(values)) for keys, values in drafted]
+        attended = self._attend(queries, texts, in_blocks)
+        rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
+        return states + F.linear(rows[:, : states.shape[1]], self.output)
 
     def keys_and_values(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a `PrefixMemory` keeps of T positions.
+        """Return what other positions read of these, and a `PrefixMemory` keeps.
 
         Args:
-            hidden: [T, H].
-            following: [T, E], the target's embedding of the token after each.
+            hidden: [..., H].
+            following: [..., E], the target's embedding of the token after each.
 
         Returns:
-            [T, A, d] and [T, A, d]
+            [..., A, d] and [..., A, d]
         """
-        keys, values = self._key_value(_mixed(hidden, following))
-        return keys.view(-1, *self.head_shape), values.view(-1, *self.head_shape)
+        both = F.linear(_mixed(hidden, following), self.key_value.flatten(0, 1))
+        keys, values = both.chunk(2, dim=-1)
+        return self._by_head(keys), self._by_head(values)
 
-    def at(
-        self,
-        hidden: Tensor,
-        following: Tensor,
-        memory: PrefixMemory,
-        places: Tensor,
-        positions: Tensor,
+    def read(
+        self, states: Tensor, following: Tensor, windows: PrefixWindow, drafted: Drafted = ()
     ) -> Tensor:
-        """Run the layer at one position of each of B texts, which the memory holds already.
+        """Run the layer at one position of each of B texts, or for drafts that go on from there.
 
         Args:
-            hidden: [B, H].
-            following: [B, E], the target's embedding of the token after each.
-            memory: of the texts' keys and values.
-            places: [B] int64, each text's in the memory.
-            positions: [B] int64.
+            states: [N, H], as many for each text, in their order.
+            following: [N, E], the target's embedding of the token after each.
+            windows: of `PrefixMemory.windows`.
+            drafted: [N, A, d] keys and values of each token of the drafts.
 
         Returns:
-            [B, H]
+            [N, H]
         """
-        queries = F.linear(_mixed(hidden, following), self.query).view(-1, *self.head_shape)
-        keys, values = memory.keys[places], memory.values[places]
-        distance = positions[:, None] - memory.positions[places]
-        is_seen = (distance >= 0) & (distance < self.window)
-        bias = self.bias[:, distance.clamp(0, self.window - 1)].transpose(0, 1)
-        attended = F.scaled_dot_product_attention(
-            queries[:, :, None],
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=bias.masked_fill(~is_seen[:, None], -torch.inf)[:, :, None],
-        )
-        return hidden + F.linear(attended.flatten(1), self.output)
+        num_texts = len(windows.keys)
 
-    def _key_value(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = F.linear(mixed, self.key_value.flatten(0, 1)).chunk(2, dim=-1)
-        return keys, values
+        def by_text(rows: Tensor) -> Tensor:
+            """[N, A, d] to [B, A, N / B, d]."""
+            return rows.view(num_texts, -1, *self.head_shape).transpose(1, 2)
+
+        queries = by_text(self._queries(states, following))
+        attended = self._attend(queries, windows, [(by_text(k), by_text(v)) for k, v in drafted])
+        rows = attended.transpose(1, 2).reshape(len(states), -1)
+        return states + F.linear(rows, self.output)
+
+    def _queries(self, states: Tensor, following: Tensor) -> Tensor:
+        return self._by_head(F.linear(_mixed(states, following), self.query))
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """[..., A d] to [..., A, d]."""
+        return rows.view(*rows.shape[:-1], *self.head_shape)
+
+    def _in_blocks(self, rows: Tensor) -> Tensor:
+        """[B, S, A, d] to [B, S / W, A, W, d]."""
+        rows = F.pad(rows, (0, 0, 0, 0, 0, -rows.shape[1] % self.window))
+        return rows.view(len(rows), -1, self.window, *self.head_shape).transpose(2, 3)
+
+    def _attend(self, queries: Tensor, read: PrefixWindow, drafted: Drafted) -> Tensor:
+        """[..., A, n, d] that n queries of each text find, in it and in their own drafts.
+
+        Args:
+            queries: [..., A, n, d].
+            read: the texts.
+            drafted: [..., A, n, d] keys and values of each token of the drafts, the last one that
+                of the query itself.
+
+        """
+        ahead = len(drafted)
+        distance = read.distance + ahead
+        is_seen = read.is_seen & (distance < self.window)
+        bias = self.bias[:, distance.clamp(0, self.window - 1)].movedim(0, -3)
+        bias = bias.masked_fill(~is_seen.unsqueeze(-3), -torch.inf).to(queries.dtype)
+        if not drafted:
+            return F.scaled_dot_product_attention(queries, read.keys, read.values, attn_mask=bias)
+        scale = queries.shape[-1] ** -0.5
+        scores = scale * queries @ read.keys.mT + bias
+        near = drafted[-self.window :]
+        keys, values = (torch.stack(part, dim=-2) for part in zip(*near, strict=True))
+        near_scores = scale * torch.linalg.vecdot(queries.unsqueeze(-2), keys)
+        near_scores = near_scores + self.bias[:, None, : len(near)].flip(-1)
+        scores = torch.cat((scores, near_scores.to(scores.dtype)), dim=-1)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=exact).to(values.dtype)
+        of_text, of_drafts = weights[..., : -len(near)], weights[..., -len(near) :]
+        found: Tensor = of_text @ read.values + (of_drafts.unsqueeze(-1) * values).sum(dim=-2)
+        return found
 
 
 def _mixed(hidden: Tensor, following: Tensor) -> Tensor:
@@ -217,6 +269,23 @@ def _mixed(hidden: Tensor, following: Tensor) -> Tensor:
 
 def _normalised(rows: Tensor) -> Tensor:
     return F.rms_norm(rows, rows.shape[-1:], eps=_EPS)
+
+
+@dataclass(frozen=True)
+class PrefixWindow:
+    """Positions of texts that n queries of each read.
+
+    Attributes:
+        keys: [..., A, M, d].
+        values: [..., A, M, d].
+        distance: [..., n, M] int64, from each position to the query's.
+        is_seen: [..., n, M], whether the query can read the position; if it is in the window.
+    """
+
+    keys: Tensor
+    values: Tensor
+    distance: Tensor
+    is_seen: Tensor
 
 
 @dataclass(frozen=True)
@@ -250,6 +319,17 @@ class PrefixMemory:
     def nowhere(self) -> int:
         """The place for what is not to be kept."""
         return len(self.positions) - 1
+
+    def windows(self, places: Tensor, positions: Tensor) -> PrefixWindow:
+        """Return what is read at one position of each of B texts, which is kept already.
+
+        Args:
+            places: [B] int64.
+            positions: [B] int64.
+        """
+        distance = (positions[:, None] - self.positions[places])[:, None]
+        keys, values = self.keys[places].transpose(1, 2), self.values[places].transpose(1, 2)
+        return PrefixWindow(keys, values, distance, distance >= 0)
 
     def forget(self, place: int) -> None:
         """Empty a place, for a text that begins or is computed again."""

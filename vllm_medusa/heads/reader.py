@@ -157,7 +157,10 @@ class HeadsReader:
         if name.startswith(("hydra.", "speculator.")):
             return self._whole(name).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
-        lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
+        # Recurrent heads have one head's layers.
+        lead: tuple[int, ...] = (
+            min(num_heads or self.spec.num_heads, self._headers[name].shape[0]),
+        )
         if name.startswith("blocks."):
             lead += (self._headers[name].shape[1],)
         shape = [*lead, *self._headers[name].shape[len(lead) :]]

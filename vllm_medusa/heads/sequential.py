@@ -105,68 +105,104 @@ class SequentialTree:
     A node's rank is its place among the guesses of its parent's path.
 
     Attributes:
-        heads: as many as the tree is deep, or more.
         levels: of the tree, from depth 1.
         sources: for each level but the last, where the states of the next level's parents come
             from: their parents' places among the parents of this level.
     """
 
-    heads: SequentialHeads
     levels: Sequence[Level]
     sources: Sequence[Tensor]
 
     @classmethod
-    def of(cls, heads: SequentialHeads, levels: Sequence[Level]) -> SequentialTree:
+    def of(cls, levels: Sequence[Level]) -> SequentialTree:
         """Find out which node goes on from which."""
         # Nodes and parents of a level are in ascending order.
         sources = [
             level.parent_places[torch.searchsorted(level.nodes, below.parents)]
             for level, below in itertools.pairwise(levels)
         ]
-        return cls(heads, levels, sources)
+        return cls(levels, sources)
 
-    def draft(self, hidden: Tensor, roots: Tensor, guess: Guess) -> Tensor:
+    def draft(self, heads: SequentialHeads, hidden: Tensor, roots: Tensor, guess: Guess) -> Tensor:
         """Return [B, N] int64, the token of each node.
 
         Args:
+            heads: as many as the tree is deep, or more.
             hidden: [B, H] states of the target.
             roots: [B] int64 tokens after them.
             guess: for the heads.
         """
-        return self._place(hidden, roots, guess)[0]
+        return self._place(heads, hidden, roots, guess)[0]
 
-    def probable(self, hidden: Tensor, roots: Tensor, guess: Guess) -> tuple[Tensor, Tensor]:
+    def probable(
+        self,
+        heads: SequentialHeads,
+        hidden: Tensor,
+        roots: Tensor,
+        guess: Guess,
+        width: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the guesses below each of the T nodes that have children, the root first.
 
         Args:
+            heads: as for `draft`.
             hidden: as for `draft`.
             roots: as for `draft`.
-            guess: as for `draft`.
+            guess: for the heads, with log-probabilities as scores.
+            width: most nodes of a level that each request goes on from, the most probable; None:
+                all. The guesses below the others have the score minus infinity.
 
         Returns:
             [T, B, C] scores and [T, B, C] int64 tokens
         """
-        _, scores, tokens = self._place(hidden, roots, guess)
+        _, scores, tokens = self._place(heads, hidden, roots, guess, width)
         return torch.cat(scores, dim=1).transpose(0, 1), torch.cat(tokens, dim=1).transpose(0, 1)
 
     def _place(
-        self, hidden: Tensor, roots: Tensor, guess: Guess
+        self,
+        heads: SequentialHeads,
+        hidden: Tensor,
+        roots: Tensor,
+        guess: Guess,
+        width: int | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The nodes' tokens, and for each level [B, m, C] scores and tokens below its parents."""
         num_requests = len(roots)
         num_nodes = sum(len(level.nodes) for level in self.levels)
         drafted = torch.empty(num_requests, 1 + num_nodes, dtype=torch.int64, device=hidden.device)
         drafted[:, 0] = roots
-        states = self.heads.first_state(hidden)
+        likelihood = torch.zeros(num_requests, 1 + num_nodes, device=hidden.device)
+        states = heads.first_state(hidden)[:, None]
         all_scores, all_tokens = [], []
         for head, level in enumerate(self.levels):
             above = drafted[:, level.parents]
-            states, features = self.heads.advance(head, states, above.flatten())
-            scores, tokens = (part.reshape(*above.shape, -1) for part in guess(head, features))
-            drafted[:, level.nodes] = tokens[:, level.parent_places, level.ranks]
+            chosen = None
+            if width is not None and width < len(level.parents):
+                chosen = likelihood[:, level.parents].topk(width).indices
+                above = above.gather(1, chosen)
+                states = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1]))
+            new, features = heads.advance(head, states.flatten(0, 1), above.flatten())
+            states, scores, tokens = (
+                part.view(*above.shape, -1) for part in (new, *guess(head, features))
+            )
+            if chosen is not None:
+                size = len(level.parents)
+                states, tokens = _spread(states, chosen, size, 0), _spread(tokens, chosen, size, 0)
+                scores = _spread(scores, chosen, size, -torch.inf)
+            cells = (slice(None), level.parent_places, level.ranks)
+            drafted[:, level.nodes] = tokens[cells]
+            if width is not None:
+                reached = likelihood[:, level.parents]
+                scores = scores.masked_fill(reached[..., None].isneginf(), -torch.inf)
+                likelihood[:, level.nodes] = reached[:, level.parent_places] + scores[cells]
             all_scores.append(scores)
             all_tokens.append(tokens)
             if head < len(self.sources):
-                going_on = states.reshape(*above.shape, -1)[:, self.sources[head]]
-                states = going_on.flatten(0, 1)
+                states = states[:, self.sources[head]]
         return drafted[:, 1:], all_scores, all_tokens
+
+
+def _spread(part: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
+    """[B, w, C] values at their places [B, w] of [B, size, C]; the others are filled."""
+    full = part.new_full((len(part), size, part.shape[-1]), fill)
+    return full.scatter_(1, places[..., None].expand_as(part), part)

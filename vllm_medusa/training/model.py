@@ -16,6 +16,7 @@ from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
 from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.selector import Selector
 from vllm_medusa.heads.sequential import features_along
 from vllm_medusa.target.frozen import FrozenTarget
@@ -61,14 +62,15 @@ class TrainableHeads(nn.Module):
             )
         else:
             self.blocks = MedusaHeads(
-                *shape,
+                *((1, *shape[1:]) if settings.recurrent else shape),
                 bias=True,
-                root_size=embedding_size if settings.root_aware else None,
+                root_size=embedding_size if settings.root_aware or settings.recurrent else None,
                 dtype=torch.float32,
                 device=lm_head.device,
             )
+        self._is_recurrent = settings.recurrent
         self.prefix: PrefixAttention | None = None
-        if settings.prefix_attention:
+        if settings.prefix_attention or settings.recurrent:
             self.prefix = new_prefix_attention(settings, target)
         self.selector: Selector | None = None
         if settings.selector:
@@ -111,10 +113,17 @@ class TrainableHeads(nn.Module):
                 parameter.copy_(tensor)
 
     def in_context(self, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
-        """Run the prefix attention, with products in the dtype of `hidden` (`ranks.Heads`)."""
+        """Run the prefix attention, with products in the dtype of `hidden` (`ranks.Heads`).
+
+        Recurrent heads run it at every depth: their features are what this returns.
+        """
         if self.prefix is None:
             return hidden
         with _products_in(hidden):
+            if self._is_recurrent:
+                assert isinstance(self.blocks, MedusaHeads)
+                heads = RecurrentHeads(self.prefix, self.blocks, self._embed)
+                return heads.along(self.num_heads, hidden, tokens, position_ids)
             attended = self.prefix.along(hidden, self._embed(tokens.roll(-1, 1)), position_ids)
         return attended.to(hidden.dtype)
 
@@ -122,12 +131,14 @@ class TrainableHeads(nn.Module):
         """Compute what the lm_heads read, with products in the dtype of `hidden`.
 
         Args:
-            hidden: [N, H] states, in context.
+            hidden: [N, H] states, in context (`in_context`).
             following: [N, K] int64, the tokens after each, the root first.
 
         Returns:
             [K, N, H]
         """
+        if self._is_recurrent:
+            return RecurrentHeads.by_head(self.num_heads, hidden)
         with _products_in(hidden):
             if isinstance(self.blocks, HydraHeads):
                 return features_along(self.blocks, self.num_heads, hidden, following)
@@ -181,7 +192,7 @@ class TrainableHeads(nn.Module):
             root_size=self._embedding.shape[1] if sees_embeddings else None,
             selector_rank=None if self.selector is None else self.selector.rank,
             prefix_window=None if self.prefix is None else self.prefix.window,
-            kind="hydra" if is_hydra else "medusa",
+            kind="hydra" if is_hydra else "recurrent" if self._is_recurrent else "medusa",
         )
         stored = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
         return HeadsCheckpoint(spec, stored, base_model=base_model)

@@ -15,7 +15,7 @@ from vllm_medusa.target.precision import fast_dtype
 
 _KIND = (
     *("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra"),
-    *("prefix_attention", "prefix_window"),
+    *("prefix_attention", "prefix_window", "recurrent"),
 )
 _JOINT = (
     "backbone_lr",
@@ -57,6 +57,8 @@ class TrainSettings:
     """How many tokens that layer reads."""
     hydra: bool = False
     """Train Hydra heads, which read all tokens of the path that they continue."""
+    recurrent: bool = False
+    """Train one head with prefix attention, which runs again for each drafted token."""
     selector_only: bool = False
     """Train only a selector, for the heads of --heads."""
     selector_rank: PositiveInt = 64
@@ -148,6 +150,10 @@ class TrainSettings:
         if self.hydra:
             self._refuse("Hydra heads see the tokens before them", "root_aware", "selector")
             self._refuse("the target is not trained together with Hydra heads", "joint")
+        if self.recurrent:
+            of_kind = "root_aware", "selector", "prefix_attention", "hydra", "lm_head"
+            self._refuse("recurrent heads have a form of their own", *of_kind)
+            self._refuse("the target is not trained together with recurrent heads", "joint")
         self._check_joint()
 
     @property

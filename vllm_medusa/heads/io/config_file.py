@@ -14,7 +14,11 @@ NATIVE_FORMAT_2 = "vllm_medusa.heads/2"
 NATIVE_FORMAT_3 = "vllm_medusa.heads/3"
 #: Format of heads with prefix attention; readers of format 3 refuse it.
 NATIVE_FORMAT_4 = "vllm_medusa.heads/4"
-_NATIVE_FORMATS = (NATIVE_FORMAT, NATIVE_FORMAT_2, NATIVE_FORMAT_3, NATIVE_FORMAT_4)
+#: Format of recurrent heads; readers of format 4 refuse it.
+NATIVE_FORMAT_5 = "vllm_medusa.heads/5"
+_NATIVE_FORMATS = (
+    *(NATIVE_FORMAT, NATIVE_FORMAT_2, NATIVE_FORMAT_3, NATIVE_FORMAT_4, NATIVE_FORMAT_5),
+)
 
 
 class ConfigFile:
@@ -35,7 +39,7 @@ class ConfigFile:
         if written_as not in _NATIVE_FORMATS:
             raise UserError(
                 f"{path}: format is {written_as!r}, this version reads {NATIVE_FORMAT!r} to "
-                f"{NATIVE_FORMAT_4!r}; update vllm-medusa"
+                f"{NATIVE_FORMAT_5!r}; update vllm-medusa"
             )
 
     def flag(self, name: str) -> bool:

@@ -114,6 +114,15 @@ def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _S
         return _Sizes("mlp_speculator", num_heads, 1, headers["speculator.0.weight"].shape[1])
     num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
     root_size = headers["root.weight"].shape[2] if "root.weight" in headers else None
+    if config.flag("recurrent"):
+        count = config.integer("num_heads")
+        is_whole = root_size is not None and "prefix.query" in headers
+        if num_heads != 1 or count is None or not is_whole or rows_name(headers) is not None:
+            raise UserError(
+                f"{config.path}: says recurrent heads, but the tensors are those of others; "
+                "export the heads again"
+            )
+        return _Sizes("recurrent", count, num_layers, hidden_size, root_size)
     return _Sizes("medusa", num_heads, num_layers, hidden_size, root_size)
 
 

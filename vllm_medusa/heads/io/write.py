@@ -34,6 +34,7 @@ from vllm_medusa.heads.io.config_file import (
     NATIVE_FORMAT_2,
     NATIVE_FORMAT_3,
     NATIVE_FORMAT_4,
+    NATIVE_FORMAT_5,
 )
 from vllm_medusa.heads.io.formats import (
     LM_HEAD_BIAS,
@@ -274,7 +275,7 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     spec = checkpoint.spec
     if spec.prefix_window is not None:
-        version = NATIVE_FORMAT_4
+        version = NATIVE_FORMAT_5 if spec.kind == "recurrent" else NATIVE_FORMAT_4
     elif spec.is_sequential:
         version = NATIVE_FORMAT_3
     else:
@@ -282,6 +283,7 @@ def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     return {
         "format": version,
         "model_type": "medusa",
+        **({"recurrent": True} if spec.kind == "recurrent" else {}),
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,

@@ -7,11 +7,25 @@ takes one small product; the rest runs only where heads run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
+from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory, PrefixWindow
+
+
+class PrefixPlaces(NamedTuple):
+    """The last verified positions of B requests, which are kept already.
+
+    Attributes:
+        places: [B] int64, the requests' in the memory.
+        positions: [B] int64.
+
+    """
+
+    places: Tensor
+    positions: Tensor
 
 
 class PrefixContext:
@@ -67,33 +81,32 @@ class PrefixContext:
         keys, values = self._layer.keys_and_values(hidden, self._embed(known))
         self._memory.keep(places, positions, keys, values)
 
-    def rehearse(self, hidden: Tensor, roots: Tensor) -> Tensor:
-        """Keep and read positions of no request, as a step does; for who times it.
+    def rehearse(self, hidden: Tensor, roots: Tensor) -> PrefixPlaces:
+        """Keep positions of no request, as a step does, and return them; for who times it.
 
         Args:
             hidden: [B, H].
             roots: [B] int64.
 
-        Returns:
-            [B, H]
-
         """
-        places, positions = torch.full_like(roots, self.nowhere), torch.zeros_like(roots)
-        self.keep(hidden, roots, places, positions)
-        return self.at(hidden, roots, places, positions)
+        where = PrefixPlaces(torch.full_like(roots, self.nowhere), torch.zeros_like(roots))
+        self.keep(hidden, roots, *where)
+        return where
 
-    @torch.inference_mode()
-    def at(self, hidden: Tensor, roots: Tensor, places: Tensor, positions: Tensor) -> Tensor:
+    def windows(self, where: PrefixPlaces) -> PrefixWindow:
+        """Return what is read at the last verified position of B requests."""
+        return self._memory.windows(*where)
+
+    def at(self, hidden: Tensor, roots: Tensor, where: PrefixPlaces) -> Tensor:
         """Return what the heads read at the last verified position of B requests.
 
         Args:
             hidden: [B, H] the target's final hidden states there.
             roots: [B] int64, the tokens after it.
-            places: [B] int64.
-            positions: [B] int64; kept already.
+            where: the positions.
 
         Returns:
             [B, H]
 
         """
-        return self._layer.at(hidden, self._embed(roots), self._memory, places, positions)
+        return self._layer.read(hidden, self._embed(roots), self.windows(where))

@@ -26,11 +26,12 @@ from vllm_medusa.draft.probability import Probabilities, probabilities_of_heads
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.heads import HeadsReader, MedusaHeads
 from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
-from vllm_medusa.heads.sequential import SequentialTree, make_sequential
+from vllm_medusa.heads.sequential import SequentialHeads, SequentialTree, make_sequential
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
-from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
 from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
 
 #: [B] the token that the target sampled last for each request; goes to the device if needed.
@@ -59,8 +60,9 @@ class MedusaProposer:
         self.prefix: PrefixContext | None = None
         #: The nodes whose tokens depend on their parents', for heads with a selector.
         self.selector_tree: SelectorTree | None = None
-        #: All nodes, for heads that run in turn.
+        #: All nodes, for heads that run in turn, and these heads.
         self.sequential_tree: SequentialTree | None = None
+        self._in_turn: SequentialHeads | RecurrentHeads | None = None
         self._num_guesses = self.config.tree.top_k
 
     def load_model(self, target: nn.Module) -> None:
@@ -115,10 +117,15 @@ class MedusaProposer:
             num_requests = self._vllm_config.scheduler_config.max_num_seqs
             self.prefix = PrefixContext(layer, self._embed, vocab_size, num_requests)
         if spec.is_sequential:
-            heads = make_sequential(
+            self.sequential_tree = SequentialTree.of(self._levels())
+        if spec.kind == "recurrent":
+            assert self._embed is not None
+            blocks = MedusaHeads.from_tensors(tensors, dtype, self._device)
+            self._in_turn = RecurrentHeads(layer, blocks, self._embed)
+        elif spec.is_sequential:
+            self._in_turn = make_sequential(
                 spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
             )
-            self.sequential_tree = SequentialTree.of(heads, self._levels())
         else:
             self._blocks = MedusaHeads.from_tensors(tensors, dtype, self._device)
         if spec.selector_rank is not None:
@@ -153,24 +160,46 @@ class MedusaProposer:
         return found
 
     @torch.inference_mode()
-    def propose(self, hidden_states: Tensor, roots: Roots) -> Tensor:
+    def propose(
+        self, hidden_states: Tensor, roots: Roots, ends: PrefixPlaces | None = None
+    ) -> Tensor:
         """Draft one tree per request.
 
         Args:
             hidden_states: [B, H] target's final hidden state at each request's last accepted
-                token; for heads with prefix attention what it makes of them (`prefix`).
+                token.
             roots: [B] the token after it, which the target has sampled.
+            ends: where the texts end, on the device, for heads with prefix attention.
 
         Returns:
             [B, N] int64 token of each draft node.
 
         """
-        if self.sequential_tree is not None:
-            return self.sequential_tree.draft(hidden_states, self._on_device(roots), self._guess)
-        logits, tokens = self.guesses(hidden_states, roots)
+        roots = self._on_device(roots)
+        states, in_turn = self._in_context(hidden_states, roots, ends)
+        if in_turn is not None and self.sequential_tree is not None:
+            return self.sequential_tree.draft(in_turn, states, roots, self._guess)
+        logits, tokens = self.guesses(states, roots)
         if self.selector_tree is None:
             return self._layout.draft_tokens(tokens)
-        return self.selector_tree.draft(logits, tokens, self._on_device(roots))
+        return self.selector_tree.draft(logits, tokens, roots)
+
+    def _in_context(
+        self, hidden_states: Tensor, roots: Tensor, ends: PrefixPlaces | None
+    ) -> tuple[Tensor, SequentialHeads | None]:
+        """The [B, H] states that the heads read, and the heads if they run in turn.
+
+        Recurrent heads run the prefix attention themselves, once for each level of their tree.
+        """
+        heads = self._in_turn
+        if isinstance(heads, RecurrentHeads):
+            assert self.prefix is not None
+            assert ends is not None
+            return hidden_states, heads.reading(self.prefix.windows(ends))
+        if self.prefix is not None:
+            assert ends is not None
+            hidden_states = self.prefix.at(hidden_states, roots, ends)
+        return hidden_states, heads
 
     def guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
         """Return the best guesses of each of the heads that run at once, the best first.
@@ -178,7 +207,7 @@ class MedusaProposer:
         There are as many as the tree has ranks, or as a selector ranks again, if this is more.
 
         Args:
-            hidden_states: as for `propose`.
+            hidden_states: as for `propose`; what the prefix attention has made of them.
             roots: as for `propose`.
 
         Returns:
@@ -189,7 +218,13 @@ class MedusaProposer:
         return self._best(self._lm_heads.logits(self._features(hidden_states, roots)))
 
     @torch.inference_mode()
-    def probable_guesses(self, hidden_states: Tensor, roots: Roots) -> tuple[Tensor, Tensor]:
+    def probable_guesses(
+        self,
+        hidden_states: Tensor,
+        roots: Roots,
+        ends: PrefixPlaces | None = None,
+        max_rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the heads' guesses and their probabilities.
 
         With a draft vocabulary these are probabilities within it.
@@ -197,6 +232,9 @@ class MedusaProposer:
         Args:
             hidden_states: as for `propose`.
             roots: as for `propose`.
+            ends: as for `propose`.
+            max_rows: most nodes of a level that heads which run in turn go on from, of all
+                requests, the most probable of each; None: all.
 
         Returns:
             [T, B, k] float32 log-probabilities and [T, B, k] int64 tokens of the target's
@@ -204,16 +242,19 @@ class MedusaProposer:
             selector, or for heads that run in turn, that of the paths that have children.
 
         """
-        if self.sequential_tree is not None:
+        roots = self._on_device(roots)
+        states, in_turn = self._in_context(hidden_states, roots, ends)
+        if in_turn is not None and self.sequential_tree is not None:
+            width = None if max_rows is None else max(1, max_rows // len(roots))
             return self.sequential_tree.probable(
-                hidden_states, self._on_device(roots), self._guess_probably
+                in_turn, states, roots, self._guess_probably, width
             )
-        parts = self._lm_heads.logits(self._features(hidden_states, roots))
+        parts = self._lm_heads.logits(self._features(states, roots))
         log_probs, tokens = self._probable(parts)
         if self.selector_tree is None:
             return log_probs, tokens
         top_k = self.config.tree.top_k
-        log_probs, tokens = self.selector_tree.probable(log_probs, tokens, self._on_device(roots))
+        log_probs, tokens = self.selector_tree.probable(log_probs, tokens, roots)
         return log_probs[..., :top_k], tokens[..., :top_k]
 
     def _guess(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:

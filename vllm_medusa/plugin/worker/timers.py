@@ -48,7 +48,6 @@ class StepTimers:
         self._wrap(runner.drafter, "probable_guesses", "heads")
         if runner.drafter.prefix is not None:
             self._wrap(runner.drafter.prefix, "keep", "prefix")
-            self._wrap(runner.drafter.prefix, "at", "heads")
         if runner.drafter.selector_tree is not None:
             self._wrap(runner.drafter.selector_tree, "draft", "selector")
             self._wrap(runner.drafter.selector_tree, "probable", "selector")

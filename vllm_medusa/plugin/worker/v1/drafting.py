@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_medusa.plugin.worker.prefix import PrefixPlaces
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
-from vllm_medusa.plugin.worker.v1.prefix_rows import PrefixView
 from vllm_medusa.tree.layout import TreeLayout
 from vllm_medusa.tree.schedule import nodes_for_batch
 
@@ -40,7 +40,7 @@ class DraftingBatch:
         texts: prompt and output of each request so far.
         num_prompt_tokens: number of prompt tokens in each text.
         hidden_states: [B, H] the target's final hidden state at each one's last accepted token.
-        prefix: the requests' texts, for heads with prefix attention.
+        ends: where the requests' texts end, on the host, for heads with prefix attention.
         max_paths: most fork paths of each request's next tree.
         max_nodes: most draft nodes of it; 0: the request drafts nothing.
 
@@ -51,7 +51,7 @@ class DraftingBatch:
     texts: Sequence[NDArray[np.int32]]
     num_prompt_tokens: Sequence[int]
     hidden_states: Tensor
-    prefix: PrefixView | None
+    ends: PrefixPlaces | None
     max_paths: Sequence[int]
     max_nodes: Sequence[int]
 
@@ -62,17 +62,18 @@ class DraftingBatch:
 
     def inputs_of_heads(
         self, rows: slice | Sequence[int] = slice(None)
-    ) -> tuple[Tensor, NDArray[np.int64]]:
-        """Return the states [M, H] that the heads read, and the roots [M].
+    ) -> tuple[Tensor, NDArray[np.int64], PrefixPlaces | None]:
+        """Return what `MedusaProposer.propose` takes.
 
         Args:
             rows: the requests; all if not given.
 
         """
-        states, roots = self.hidden_states[rows], self.roots[rows]
-        if self.prefix is not None:
-            states = self.prefix.read(states, roots, rows)
-        return states, roots
+        ends = self.ends
+        if ends is not None:
+            device = self.hidden_states.device
+            ends = PrefixPlaces(*(part[rows].to(device) for part in ends))
+        return self.hidden_states[rows], self.roots[rows], ends
 
 
 class Drafter(Protocol):

@@ -21,6 +21,10 @@ from vllm_medusa.plugin.worker.v1.drafting import NO_DRAFT, Draft, DraftingBatch
 
 logger = plugin_logger(__name__)
 
+#: Rows of a level that heads which run in turn compute: the more requests, the fewer nodes of each
+#: are drafted.
+MAX_ROWS = 64
+
 _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
 
 
@@ -105,7 +109,9 @@ class DynamicDrafter:
         if not places or not self._drafter.runs_heads(len(places)):
             return None
         self._counters.heads_runs += 1
-        log_probs, tokens = self._proposer.probable_guesses(*batch.inputs_of_heads(places))
+        log_probs, tokens = self._proposer.probable_guesses(
+            *batch.inputs_of_heads(places), max_rows=MAX_ROWS
+        )
         return (
             tokens.transpose(0, 1).cpu().numpy(),
             log_probs.transpose(0, 1).double().exp().cpu().numpy(),

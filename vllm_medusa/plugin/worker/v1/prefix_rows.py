@@ -6,44 +6,15 @@ These are the last tokens of a prompt or its chunk, and the accepted path of a t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
 from vllm_medusa.plugin.worker.v1.step import Step
 from vllm_medusa.tree.step_trees import IntArray
-
-
-@dataclass(frozen=True)
-class PrefixView:
-    """The texts of a step's B requests, to read at their last verified positions.
-
-    Attributes:
-        context: the layer and its memory.
-        places: [B] of the requests.
-        positions: [B].
-
-    """
-
-    context: PrefixContext
-    places: IntArray
-    positions: IntArray
-
-    def read(self, hidden: Tensor, roots: IntArray, rows: slice | Sequence[int]) -> Tensor:
-        """Return [M, H] what the heads read for M of the requests.
-
-        Args:
-            hidden: [M, H] hidden states of these requests.
-            roots: [M] tokens after them.
-            rows: the requests.
-
-        """
-        indices = (roots, self.places[rows], self.positions[rows])
-        return self.context.at(hidden, *(torch.from_numpy(i).to(hidden.device) for i in indices))
 
 
 class PrefixRows:
@@ -73,8 +44,8 @@ class PrefixRows:
         token_ids: NDArray[np.int32],
         hidden_states: Tensor,
         path: Tensor,
-    ) -> PrefixView:
-        """Keep what a step has verified.
+    ) -> PrefixPlaces:
+        """Keep what a step has verified, and return where the texts end, on the host.
 
         Args:
             step: the step, of B requests.
@@ -108,7 +79,7 @@ class PrefixRows:
             hidden_states[rows],
             *(torch.from_numpy(array).to(device) for array in (following, kept_at, positions)),
         )
-        return PrefixView(self._context, places, last)
+        return PrefixPlaces(torch.from_numpy(places), torch.from_numpy(last))
 
     def _places_of(self, req_ids: Sequence[str]) -> IntArray:
         """Return [B] the requests' places; those that begin get empty ones."""

@@ -248,10 +248,10 @@ class MedusaRunnerMixin(_Base):
         self._count_acceptance(sampled_token_ids)
         if self.forks is not None:
             self.forks.note_committed(sampled_token_ids)
-        prefix = None
+        ends = None
         if self._prefixes is not None:
             token_ids, path = self.input_batch.token_ids_cpu, self.rejection_sampler.acceptance.path
-            prefix = self._prefixes.keep(
+            ends = self._prefixes.keep(
                 self._step, sampled_token_ids, token_ids, hidden_states, path
             )
         counts = spec_decode_metadata.cu_num_sampled_tokens
@@ -265,7 +265,7 @@ class MedusaRunnerMixin(_Base):
                 texts=self._texts(),
                 num_prompt_tokens=num_prompt_tokens.tolist(),
                 hidden_states=last,
-                prefix=prefix,
+                ends=ends,
                 max_paths=self._max_paths(sampled_token_ids),
                 max_nodes=self._max_nodes(sampled_token_ids),
             )

@@ -18,6 +18,7 @@ from vllm.distributed import get_tp_group
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.worker.v1.cost_file import CostFile
+from vllm_medusa.plugin.worker.v1.dynamic import MAX_ROWS
 
 logger = plugin_logger(__name__)
 
@@ -111,9 +112,9 @@ def _heads(runner: Any, num_requests: int) -> None:
         device=runner.device,
     )
     roots = torch.zeros(num_requests, dtype=torch.int64, device=runner.device)
-    if (prefix := runner.drafter.prefix) is not None:
-        hidden = prefix.rehearse(hidden, roots)
-    runner.drafter.probable_guesses(hidden, roots)
+    prefix = runner.drafter.prefix
+    ends = None if prefix is None else prefix.rehearse(hidden, roots)
+    runner.drafter.probable_guesses(hidden, roots, ends, max_rows=MAX_ROWS)
 
 
 def _interleaved_ms(

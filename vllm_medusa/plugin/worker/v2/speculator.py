@@ -17,7 +17,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_medusa.plugin.worker.prefix import PrefixContext
+from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
 from vllm_medusa.plugin.worker.proposer import MedusaProposer
 from vllm_medusa.plugin.worker.v2.draft_buffers import DraftBuffers
 from vllm_medusa.plugin.worker.v2.prefix_rows import keep_rows
@@ -207,14 +207,11 @@ class TreeSpeculator(BaseSpeculator):
         """
         buffers, rows = self._buffers, slice(num_reqs)
         hidden_states, roots = buffers.hidden_states[rows], buffers.roots[rows]
-        if (prefix := self.proposer.prefix) is not None:
-            hidden_states = prefix.at(
-                hidden_states, roots, buffers.places[rows], buffers.positions[rows]
-            )
+        ends = PrefixPlaces(buffers.places[rows], buffers.positions[rows])
         if self._best_first is None:
-            buffers.tokens[rows] = self.proposer.propose(hidden_states, roots)
+            buffers.tokens[rows] = self.proposer.propose(hidden_states, roots, ends)
             return
-        log_probs, guesses = self.proposer.probable_guesses(hidden_states, roots)
+        log_probs, guesses = self.proposer.probable_guesses(hidden_states, roots, ends)
         buffers.parents[rows], buffers.tokens[rows] = self._best_first.draft(log_probs, guesses)
         buffers.fixed_tokens[rows] = self._best_first.fixed_tokens(guesses)
 
