@@ -122,7 +122,7 @@ def test_split_over_ranks(
     }
     monkeypatch.setattr(proposer, "tensor_model_parallel_all_gather", of_all)
     for rank in ranks:
-        advance = rank.sequential_tree.heads.advance
+        advance = rank._in_turn.advance
 
         def record(head: int, states: Tensor, tokens: Tensor, advance: Any = advance) -> Any:
             if head == 0:
@@ -131,5 +131,5 @@ def test_split_over_ranks(
             features[head] = found[1]
             return found
 
-        monkeypatch.setattr(rank.sequential_tree.heads, "advance", record)
+        monkeypatch.setattr(rank._in_turn, "advance", record)
         check(rank, heads, 5)

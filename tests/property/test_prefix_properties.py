@@ -90,11 +90,10 @@ def test_with_a_memory(window: int, seed: int, data: st.DataObject) -> None:
         known[place] |= set(kept.tolist())
         ready = [i for i in range(2) if done[i]]
         last = torch.tensor([done[i] - 1 for i in ready])
-        found = prefix.read(
-            torch.stack([texts[i][0][done[i] - 1] for i in ready]),
-            torch.stack([texts[i][1][done[i] - 1] for i in ready]),
-            memory.windows(torch.tensor(ready), last),
-        )
+        states = torch.stack([texts[i][0][done[i] - 1] for i in ready])
+        embedded = torch.stack([texts[i][1][done[i] - 1] for i in ready])
+        queries = prefix.queries(states, embedded)
+        found = prefix.read(states, queries, memory.windows(torch.tensor(ready), last))
         for row, i in enumerate(ready):
             wanted = in_context(prefix.canonical_tensors(), *texts[i], done[i] - 1, known[i])
             torch.testing.assert_close(found[row], wanted, **TIGHT)
@@ -106,4 +105,4 @@ def test_new_layer_changes_nothing() -> None:
     hidden, following = (part.float() for part in text(9, torch.Generator().manual_seed(0)))
     found = prefix.along(hidden[None], following[None], torch.arange(9)[None])
     assert torch.equal(found[0], hidden)
-    assert prefix.query.abs().sum() > 0
+    assert prefix.projection.abs().sum() > 0

@@ -100,6 +100,11 @@ def test_settings_of_other_kinds(others: dict[str, Any], flag: str) -> None:
         make_settings(recurrent=True, **others)
 
 
+def test_weight_without_features() -> None:
+    with pytest.raises(UserError, match=r"^--feature-weight: only --recurrent has features"):
+        make_settings(feature_weight=1.0)
+
+
 def test_not_trained_on(tmp_path: Path) -> None:
     target = make_target()
     made = make_heads(

@@ -14,6 +14,7 @@ from tests.oracles.recurrent import features as slow_features
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
 from vllm_medusa.data.rows import Row
 from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 from vllm_medusa.training.loss import (
     _into_gradient_of_acceptance,
@@ -50,10 +51,7 @@ def slow_losses(
         read = hidden
         if heads.prefix is not None and not settings.recurrent:
             embeddings = target.embedding[tokens.roll(-1)]
-            tensors, known = (
-                dict(heads.prefix.named_parameters(prefix="prefix")),
-                range(len(tokens)),
-            )
+            tensors, known = of_prefix(heads.prefix), range(len(tokens))
             read = torch.stack(
                 [in_context(tensors, hidden, embeddings, t, known) for t in range(len(tokens))]
             )
@@ -78,6 +76,31 @@ def slow_losses(
     return torch.stack(sums)
 
 
+def slow_distances(heads: TrainableHeads, target: FrozenTarget, documents: list[Row]) -> Tensor:
+    """[K] summed distance of each recurrent head's features to the target's hidden states."""
+    sums = [torch.zeros(()) for _ in range(heads.num_heads)]
+    for item in documents:
+        tokens = torch.from_numpy(item.token_ids).long()
+        hidden = target.hidden(tokens[None], torch.arange(len(tokens))[None])[0]
+        for t in range(len(tokens)):
+            for k in range(heads.num_heads):
+                predicted = t + 2 + k
+                if predicted < len(tokens) and item.loss_mask[predicted]:
+                    feature = recurrent_feature(heads, target, tokens, hidden, t, k)[0]
+                    sums[k] = sums[k] + F.smooth_l1_loss(feature, hidden[predicted - 1])
+    return torch.stack(sums)
+
+
+def of_prefix(layer: PrefixAttention) -> dict[str, Tensor]:
+    """Its parameters by canonical name, with their gradients."""
+    return {
+        "prefix.query": layer.projection[0],
+        "prefix.key_value": layer.projection[1:],
+        "prefix.output": layer.output,
+        "prefix.bias": layer.bias,
+    }
+
+
 def recurrent_feature(
     heads: TrainableHeads,
     target: FrozenTarget,
@@ -92,7 +115,7 @@ def recurrent_feature(
     blocks, after = heads.blocks, target.embedding[tokens[1:]]
     assert blocks.bias is not None
     assert blocks.root is not None
-    tensors = dict(heads.prefix.named_parameters(prefix="prefix")) | {
+    tensors = of_prefix(heads.prefix) | {
         "blocks.weight": blocks.weight.transpose(0, 1),
         "blocks.bias": blocks.bias.transpose(0, 1),
         "root.weight": blocks.root,
@@ -125,6 +148,7 @@ CASES = {
     "hydra": {"hydra": True},
     "hydra with prefix attention": {"hydra": True, "prefix_attention": True},
     "recurrent": {"recurrent": True, "prefix_window": 3, "num_layers": 2},
+    "recurrent without distance": {"recurrent": True, "prefix_window": 9, "feature_weight": 0},
     "hydra of 3 layers": {"hydra": True, "num_layers": 3, "lm_head": "own", "loss": "lk"},
 }
 
@@ -140,7 +164,12 @@ def test_losses_and_gradients_are_those_of_autograd(case: str, chunk: int) -> No
     losses = accumulate_gradients(heads, target, batch, settings, scale, chunk)
 
     slow = slow_losses(slow_heads, target, [d for row in DOCUMENTS for d in row], settings) * scale
-    (slow * settings.decay ** torch.arange(settings.num_heads)).sum().backward()
+    if settings.recurrent:
+        distances = slow_distances(slow_heads, target, [d for row in DOCUMENTS for d in row])
+        slow_sum = slow + settings.weight_of_features * scale * distances
+    else:
+        slow_sum = slow
+    (slow_sum * settings.decay ** torch.arange(settings.num_heads)).sum().backward()
     torch.testing.assert_close(losses, slow.detach(), rtol=1e-4, atol=1e-5)
     for name, parameter in heads.named_parameters():
         expected = slow_heads.get_parameter(name).grad

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(heads, TrainSettings, "hydra", "recurrent")
     loss = parser.add_argument_group("loss and optimizer")
     add_settings(loss, TrainSettings, "loss", "kl_temperature", "decay", "loss_positions")
+    add_settings(loss, TrainSettings, "feature_weight")
     add_settings(loss, TrainSettings, "optimizer", "lr", "weight_decay", "warmup", "clip")
     add_settings(loss, TrainSettings, "steps", "epochs")
     joint = parser.add_argument_group("training the target too (Medusa-2)")

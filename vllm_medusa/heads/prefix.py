@@ -63,8 +63,8 @@ class PrefixAttention(nn.Module):
 
         width = num_attention_heads * head_size
         input_size = hidden_size + embedding_size
-        self.query = zeros(width, input_size)
-        self.key_value = zeros(2, width, input_size)
+        # Those of queries, keys and values in one, because a product of all three is faster.
+        self.projection = zeros(3, width, input_size)
         self.output = zeros(hidden_size, width)
         self.bias = zeros(num_attention_heads, window)
         self.head_shape = (num_attention_heads, head_size)
@@ -86,17 +86,18 @@ class PrefixAttention(nn.Module):
             device=device,
         )
         with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                parameter.copy_(tensors[f"prefix.{name}"])
+            layer.projection[0] = tensors["prefix.query"]
+            layer.projection[1:] = tensors["prefix.key_value"]
+            layer.output.copy_(tensors["prefix.output"])
+            layer.bias.copy_(tensors["prefix.bias"])
         return layer
 
     @torch.no_grad()
     def start(self, seed: int) -> None:
         """Draw the matrices that read the inputs; the one that writes the output stays zero."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in (self.query, self.key_value):
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
+        drawn = torch.randn(self.projection.shape, generator=generator)
+        self.projection.copy_(drawn * drawn.shape[-1] ** -0.5)
 
     @property
     def window(self) -> int:
@@ -106,7 +107,7 @@ class PrefixAttention(nn.Module):
     @property
     def matrices(self) -> list[nn.Parameter]:
         """The parameters that are matrices or stacks of them [..., out, in]."""
-        return [self.query, self.key_value, self.output]
+        return [self.projection, self.output]
 
     @property
     def biases(self) -> list[nn.Parameter]:
@@ -115,7 +116,12 @@ class PrefixAttention(nn.Module):
 
     def canonical_tensors(self) -> dict[str, Tensor]:
         """Return the parameters under the names of `HeadsCheckpoint`."""
-        return {f"prefix.{name}": tensor.detach() for name, tensor in self.named_parameters()}
+        return {
+            "prefix.query": self.projection.detach()[0],
+            "prefix.key_value": self.projection.detach()[1:],
+            "prefix.output": self.output.detach(),
+            "prefix.bias": self.bias.detach(),
+        }
 
     def along(self, hidden: Tensor, following: Tensor, position_ids: Tensor) -> Tensor:
         """Run the layer along whole texts.
@@ -174,7 +180,7 @@ class PrefixAttention(nn.Module):
         Returns:
             [B, S, H]
         """
-        queries = self._in_blocks(self._queries(states, following))
+        queries = self._in_blocks(self.queries(states, following))
         in_blocks = [(self._in_blocks(keys), self._in_blocks(values)) for keys, values in drafted]
         attended = self._attend(queries, texts, in_blocks)
         rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
@@ -190,18 +196,34 @@ class PrefixAttention(nn.Module):
         Returns:
             [..., A, d] and [..., A, d]
         """
-        both = F.linear(_mixed(hidden, following), self.key_value.flatten(0, 1))
-        keys, values = both.chunk(2, dim=-1)
-        return self._by_head(keys), self._by_head(values)
+        keys, values = self._projected(hidden, following, self.projection[1:])
+        return keys, values
+
+    def queries(self, states: Tensor, following: Tensor) -> Tensor:
+        """Return [..., A, d] of states [..., H] and the embeddings [..., E] after them."""
+        (queries,) = self._projected(states, following, self.projection[:1])
+        return queries
+
+    def queries_keys_and_values(
+        self, states: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all three, each [..., A, d]."""
+        queries, keys, values = self._projected(states, following, self.projection)
+        return queries, keys, values
+
+    def _projected(self, states: Tensor, following: Tensor, matrices: Tensor) -> tuple[Tensor, ...]:
+        """[..., A, d] for each of n matrices [n, A d, H + E]."""
+        rows = F.linear(_mixed(states, following), matrices.flatten(0, 1))
+        return rows.view(*rows.shape[:-1], len(matrices), *self.head_shape).unbind(-3)
 
     def read(
-        self, states: Tensor, following: Tensor, windows: PrefixWindow, drafted: Drafted = ()
+        self, states: Tensor, queries: Tensor, windows: PrefixWindow, drafted: Drafted = ()
     ) -> Tensor:
         """Run the layer at one position of each of B texts, or for drafts that go on from there.
 
         Args:
             states: [N, H], as many for each text, in their order.
-            following: [N, E], the target's embedding of the token after each.
+            queries: [N, A, d], of `queries`.
             windows: of `PrefixMemory.windows`.
             drafted: [N, A, d] keys and values of each token of the drafts.
 
@@ -214,17 +236,10 @@ class PrefixAttention(nn.Module):
             """[N, A, d] to [B, A, N / B, d]."""
             return rows.view(num_texts, -1, *self.head_shape).transpose(1, 2)
 
-        queries = by_text(self._queries(states, following))
-        attended = self._attend(queries, windows, [(by_text(k), by_text(v)) for k, v in drafted])
+        of_drafts = [(by_text(keys), by_text(values)) for keys, values in drafted]
+        attended = self._attend(by_text(queries), windows, of_drafts)
         rows = attended.transpose(1, 2).reshape(len(states), -1)
         return states + F.linear(rows, self.output)
-
-    def _queries(self, states: Tensor, following: Tensor) -> Tensor:
-        return self._by_head(F.linear(_mixed(states, following), self.query))
-
-    def _by_head(self, rows: Tensor) -> Tensor:
-        """[..., A d] to [..., A, d]."""
-        return rows.view(*rows.shape[:-1], *self.head_shape)
 
     def _in_blocks(self, rows: Tensor) -> Tensor:
         """[B, S, A, d] to [B, S / W, A, W, d]."""
@@ -307,7 +322,7 @@ class PrefixMemory:
     @classmethod
     def make(cls, layer: PrefixAttention, num_texts: int) -> PrefixMemory:
         """Allocate for as many texts, on the layer's device and in its dtype."""
-        like = layer.query
+        like = layer.projection
         shape = (num_texts + 1, layer.window)
         return cls(
             like.new_zeros(*shape, *layer.head_shape),

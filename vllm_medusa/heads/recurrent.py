@@ -118,10 +118,10 @@ class RecurrentDraft:
         following = self.heads.embed(tokens).to(states.dtype)
         pairs = before.view(len(before), max(0, head - 1), 2, *prefix.head_shape)
         drafted = [(pair[:, 0], pair[:, 1]) for pair in pairs.unbind(1)]
+        queries, keys, values = prefix.queries_keys_and_values(last, following)
         if head > 0:
-            keys, values = prefix.keys_and_values(last, following)
             drafted.append((keys, values))
             before = torch.cat((before, keys.flatten(1), values.flatten(1)), dim=1)
-        attended = prefix.read(last, following, self.windows, drafted)
+        attended = prefix.read(last, queries, self.windows, drafted)
         features: Tensor = self.heads.blocks(attended, following)[0]
         return torch.cat((features, before), dim=1), features

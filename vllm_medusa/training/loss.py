@@ -39,7 +39,9 @@ def accumulate_gradients(
 
     The gradient is that of ``scale * sum over heads k of decay^k * sum over learnt tokens of the
     head's loss`` (paper, section 2.2.1), where a token counts for a head if the position that the
-    head would predict it from lies in the same document. A selector learns from the same tokens.
+    head would predict it from lies in the same document. A selector learns from the same tokens. To
+    a recurrent head's loss comes, with a weight, the smooth L1 distance between its features and
+    the target's hidden state before the predicted token (EAGLE, arXiv 2401.15077, section 4.2).
 
     Args:
         heads: to be trained.
@@ -51,9 +53,9 @@ def accumulate_gradients(
         hidden: [positions, H], the target's states, if they are there; a leaf gets its gradient.
 
     Returns:
-        [K] float32, each head's scaled loss, without its decay; the selector's if it is trained
-        alone. KL is counted without the target's entropy, which no head changes: it is the cross
-        entropy to the target's distribution.
+        [K] float32, each head's scaled loss, without its decay and the distance; the selector's if
+        it is trained alone. KL is counted without the target's entropy, which no head changes: it
+        is the cross entropy to the target's distribution.
     """
     if hidden is None:
         hidden = target.hidden(batch.tokens, batch.position_ids).flatten(0, 1)
@@ -80,11 +82,30 @@ def accumulate_gradients(
         )
         losses[k] += loss * scale
     if gradient is not None:
+        if settings.weight_of_features:
+            _add_distance(gradient, values, hidden, batch, settings, scale)
         torch.autograd.backward(features, gradient)
     if selector_loss is None:
         return losses
     of_selector = selector_loss.backward(scale, settings.decay)
     return losses if trains_heads else of_selector
+
+
+def _add_distance(
+    gradient: Tensor,
+    features: Tensor,
+    hidden: Tensor,
+    batch: Batch,
+    settings: TrainSettings,
+    scale: float,
+) -> None:
+    """Add the gradient of the distance between features [K, N, H] and hidden states [N, H]."""
+    for k, of_head in enumerate(gradient):
+        wanted = batch.learnt[batch.depth > k]
+        position = wanted - 1 - k
+        distance = features[k, position].float() - hidden[wanted].float()
+        weight = settings.weight_of_features * scale * settings.decay**k / hidden.shape[1]
+        of_head.index_add_(0, position, (weight * distance.clamp(-1, 1)).to(of_head.dtype))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class TrainSettings:
     """Train Hydra heads, which read all tokens of the path that they continue."""
     recurrent: bool = False
     """Train one head with prefix attention, which runs again for each drafted token."""
+    feature_weight: NonNegativeFloat | None = None
+    """Weight of the distance between a recurrent head's features and the hidden states that they
+    stand for, beside its loss (10)."""
     selector_only: bool = False
     """Train only a selector, for the heads of --heads."""
     selector_rank: PositiveInt = 64
@@ -154,7 +157,16 @@ class TrainSettings:
             of_kind = "root_aware", "selector", "prefix_attention", "hydra", "lm_head"
             self._refuse("recurrent heads have a form of their own", *of_kind)
             self._refuse("the target is not trained together with recurrent heads", "joint")
+        else:
+            self._refuse("only --recurrent has features that stand for states", "feature_weight")
         self._check_joint()
+
+    @property
+    def weight_of_features(self) -> float:
+        """The feature weight; 0 for heads of other kinds."""
+        if self.feature_weight is None:
+            return 10.0 if self.recurrent else 0.0
+        return self.feature_weight
 
     @property
     def warmup_share(self) -> float:

@@ -109,4 +109,5 @@ class PrefixContext:
             [B, H]
 
         """
-        return self._layer.read(hidden, self._embed(roots), self.windows(where))
+        queries = self._layer.queries(hidden, self._embed(roots))
+        return self._layer.read(hidden, queries, self.windows(where))

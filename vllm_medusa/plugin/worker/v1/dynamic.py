@@ -23,7 +23,7 @@ logger = plugin_logger(__name__)
 
 #: Rows of a level that heads which run in turn compute: the more requests, the fewer nodes of each
 #: are drafted.
-MAX_ROWS = 64
+MAX_ROWS = 32
 
 _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
 
