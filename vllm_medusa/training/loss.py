@@ -39,9 +39,8 @@ def accumulate_gradients(
 
     The gradient is that of ``scale * sum over heads k of decay^k * sum over learnt tokens of the
     head's loss`` (paper, section 2.2.1), where a token counts for a head if the position that the
-    head would predict it from lies in the same document. A selector learns from the same tokens. To
-    a recurrent head's loss comes, with a weight, the smooth L1 distance between its features and
-    the target's hidden state before the predicted token (EAGLE, arXiv 2401.15077, section 4.2).
+    head would predict it from lies in the same document. A selector learns from the same tokens; to
+    a recurrent head's loss comes its distance (`_add_distance`).
 
     Args:
         heads: to be trained.
@@ -82,8 +81,7 @@ def accumulate_gradients(
         )
         losses[k] += loss * scale
     if gradient is not None:
-        if settings.weight_of_features:
-            _add_distance(gradient, values, hidden, batch, settings, scale)
+        _add_distance(gradient, values, hidden, batch, settings, scale)
         torch.autograd.backward(features, gradient)
     if selector_loss is None:
         return losses
@@ -99,7 +97,13 @@ def _add_distance(
     settings: TrainSettings,
     scale: float,
 ) -> None:
-    """Add the gradient of the distance between features [K, N, H] and hidden states [N, H]."""
+    """Add the gradient of the distance between features [K, N, H] and hidden states [N, H].
+
+    It is the smooth L1 distance to the state before the predicted token, the mean over H, as in
+    EAGLE (arXiv 2401.15077, section 4.2).
+    """
+    if not settings.weight_of_features:
+        return
     for k, of_head in enumerate(gradient):
         wanted = batch.learnt[batch.depth > k]
         position = wanted - 1 - k
