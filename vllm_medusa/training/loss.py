@@ -68,9 +68,8 @@ def accumulate_gradients(
     values = features.detach()
     gradient = torch.zeros_like(values) if trains_heads else None
     losses = torch.zeros(heads.num_heads, device=hidden.device)
-    selector_loss = None
-    if heads.selector is not None:
-        selector_loss = SelectorLoss(heads.selector, heads.logit_scale)
+    selector = heads.selector
+    selector_loss = None if selector is None else SelectorLoss(selector, heads.logit_scale)
     for k, position, rows in _chunks(heads, target, batch, settings, hidden, values, chunk):
         if gradient is None:
             _add_guesses(selector_loss, k, heads.logits(rows.features, k), rows)
