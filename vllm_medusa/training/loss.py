@@ -62,11 +62,10 @@ def accumulate_gradients(
     tokens = batch.tokens.flatten()
     following = torch.stack([tokens.roll(-1 - k) for k in range(heads.num_heads)], dim=1)
     states = hidden.view(*batch.tokens.shape, -1)
-    in_context = heads.in_context(states, batch.tokens, batch.position_ids)
-    features = heads.features(in_context.flatten(0, 1), following)
-    trains_heads = features.requires_grad
+    states = heads.in_context(states, batch.tokens, batch.position_ids)
+    features = heads.features(states.flatten(0, 1), following)
     values = features.detach()
-    gradient = torch.zeros_like(values) if trains_heads else None
+    gradient = torch.zeros_like(values) if features.requires_grad else None
     losses = torch.zeros(heads.num_heads, device=hidden.device)
     selector = heads.selector
     selector_loss = None if selector is None else SelectorLoss(selector, heads.logit_scale)
@@ -85,7 +84,7 @@ def accumulate_gradients(
     if selector_loss is None:
         return losses
     of_selector = selector_loss.backward(scale, settings.decay)
-    return losses if trains_heads else of_selector
+    return losses if gradient is not None else of_selector
 
 
 def _add_distance(
