@@ -68,6 +68,21 @@ def prefix_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_with(heads, spec, shapes, tmp_path_factory.mktemp("prefix") / "heads")
 
 
+@pytest.fixture(scope="session")
+def recurrent_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of the tiny heads, which runs again for each token."""
+    heads = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE)
+    size = heads.spec.hidden_size
+    first = {
+        name: tensor[:1] for name, tensor in heads.tensors.items() if name.startswith("blocks.")
+    }
+    heads = dataclasses.replace(heads, tensors=first)
+    changes = {"kind": "recurrent", "lm_head": "target", "root_size": size, "prefix_window": 5}
+    spec = dataclasses.replace(heads.spec, **changes)
+    shapes = prefix_shapes(size, size, 5) | {"root.weight": (1, size, size)}
+    return write_with(heads, spec, shapes, tmp_path_factory.mktemp("recurrent") / "heads")
+
+
 def write_with(heads: HeadsCheckpoint, spec: HeadsSpec, shapes: Shapes, path: Path) -> Path:
     """Write heads with additional random tensors."""
     generator = torch.Generator().manual_seed(0)

@@ -169,7 +169,7 @@ def test_kernels_and_waits_of_a_step(counts: Any, tiny_heads: Path, num_reqs: in
     check(f"batch {num_reqs}", *counts(spec(tiny_heads, NUM_NODES), num_reqs), OURS)
 
 
-@pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads", "prefix_heads"])
+@pytest.mark.parametrize("heads", ["tiny_heads", "seeing_heads", "prefix_heads", "recurrent_heads"])
 def test_dynamic_trees_take_one_kernel_more(
     counts: Any, heads: str, request: pytest.FixtureRequest
 ) -> None:
