@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from tests import checkpoints
-from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, engine_config, run_python
+from tests.integration.command_line import (
+    DEMO_MODEL,
+    MEDUSA_HEADS,
+    RECURRENT_HEADS,
+    engine_config,
+    run_python,
+)
 from tests.integration.conftest import counters, greedy, open_engine, spec_metrics, token_ids
 from tests.integration.seeing_heads import write_seeing_heads
 from vllm_medusa.heads import load_heads
@@ -204,7 +210,7 @@ def own_lm_heads(directory: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["target", "own", "seeing"])
+@pytest.mark.parametrize("kind", ["target", "own", "seeing", "recurrent"])
 def test_tensor_parallel(
     prompts: list[str],
     reference: list[list[int]],
@@ -217,6 +223,8 @@ def test_tensor_parallel(
         heads = own_lm_heads(tmp_path / "own")
     elif kind == "seeing":
         heads = write_seeing_heads(tmp_path / "seeing", has_prefix=True)
+    elif kind == "recurrent":
+        heads = RECURRENT_HEADS
     spec = {**SPEC, "model": str(heads)}
     with demo_engine(**two_ranks, speculative_config=spec) as llm:
         check(llm, prompts, reference)
@@ -227,7 +235,9 @@ def test_tensor_parallel(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("heads", [MEDUSA_HEADS, RECURRENT_HEADS], ids=lambda path: path.name)
 def test_tensor_parallel_with_dynamic_trees(
+    heads: Path,
     prompts: list[str],
     reference: list[list[int]],
     two_ranks: dict[str, Any],
@@ -236,7 +246,7 @@ def test_tensor_parallel_with_dynamic_trees(
 ) -> None:
     """Costs differ from rank to rank where they are measured, trees do not."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    spec = {"method": "medusa", "model": str(MEDUSA_HEADS)}
+    spec = {"method": "medusa", "model": str(heads)}
     for _ in range(2):
         with demo_engine(**two_ranks, speculative_config=spec) as llm:
             assert greedy(llm, prompts, MAX_TOKENS) == reference
