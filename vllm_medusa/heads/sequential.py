@@ -167,27 +167,29 @@ class SequentialTree:
         width: int | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The nodes' tokens, and for each level [B, m, C] scores and tokens below its parents."""
-        num_requests = len(roots)
+        num_requests, device = len(roots), hidden.device
         num_nodes = sum(len(level.nodes) for level in self.levels)
-        drafted = torch.empty(num_requests, 1 + num_nodes, dtype=torch.int64, device=hidden.device)
+        drafted = torch.empty(num_requests, 1 + num_nodes, dtype=torch.int64, device=device)
         drafted[:, 0] = roots
-        likelihood = torch.zeros(num_requests, 1 + num_nodes, device=hidden.device)
+        likelihood = torch.zeros(num_requests, 1 + num_nodes, device=device)
         states = heads.first_state(hidden)[:, None]
+        # [B, m] the row among the states of what each of a level's parents goes on from.
+        rows = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
         all_scores, all_tokens = [], []
         for head, level in enumerate(self.levels):
-            above = drafted[:, level.parents]
-            chosen = None
-            if width is not None and width < len(level.parents):
+            above, size, chosen = drafted[:, level.parents], len(level.parents), None
+            if width is not None and width < size:
                 chosen = likelihood[:, level.parents].topk(width).indices
-                above = above.gather(1, chosen)
-                states = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1]))
+                above, rows = above.gather(1, chosen), rows.gather(1, chosen)
+            states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
             new, features = heads.advance(head, states.flatten(0, 1), above.flatten())
             states, scores, tokens = (
                 part.view(*above.shape, -1) for part in (new, *guess(head, features))
             )
+            rows = torch.arange(above.shape[1], device=device).expand_as(above)
             if chosen is not None:
-                size = len(level.parents)
-                states, tokens = _spread(states, chosen, size, 0), _spread(tokens, chosen, size, 0)
+                rows = _spread(rows[..., None], chosen, size, 0)[..., 0]
+                tokens = _spread(tokens, chosen, size, 0)
                 scores = _spread(scores, chosen, size, -torch.inf)
             cells = (slice(None), level.parent_places, level.ranks)
             drafted[:, level.nodes] = tokens[cells]
@@ -198,7 +200,7 @@ class SequentialTree:
             all_scores.append(scores)
             all_tokens.append(tokens)
             if head < len(self.sources):
-                states = states[:, self.sources[head]]
+                rows = rows[:, self.sources[head]]
         return drafted[:, 1:], all_scores, all_tokens
 
 

@@ -270,7 +270,9 @@ class MedusaProposer:
     def _probable(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """As `_best`, with log-probabilities in place of logits."""
         values, tokens = self._best(parts)
-        scaled = [part.float() * self._logit_scale for part in parts]
+        scaled = [part.float() for part in parts]
+        if self._logit_scale != 1.0:
+            scaled = [part * self._logit_scale for part in scaled]
         totals = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in scaled])
         if get_tensor_model_parallel_world_size() > 1:
             totals = tensor_model_parallel_all_gather(totals, dim=-1)
