@@ -148,6 +148,8 @@ def trained(
     }
     if sees_tokens:
         seeing = seeing_tensors(demo, 4096)
+        parts = seeing.pop("prefix.query")[None], seeing.pop("prefix.key_value")
+        seeing["prefix.projection"] = torch.cat(parts)
         state |= {name.replace("root.weight", "blocks.root"): seeing[name] for name in seeing}
     training._heads.load_state_dict(state)
     directory = RunDirectory(heads)
