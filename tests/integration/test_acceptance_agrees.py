@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.integration.command_line import DEMO_MODEL, MEDUSA_HEADS, REPO
 from tests.integration.seeing_heads import RANK, WINDOW, seeing_tensors
