@@ -69,7 +69,7 @@ class SlowDrafts:
         for item in kept:
             end = item.position + 1
             wanted = [
-                self._draft(hidden[:end], following[:end], item.root, paths, first_known)
+                self._draft(hidden[:end], following[:end], paths, first_known)
                 for text, (hidden, following) in zip(texts, found, strict=True)
                 if end < len(text) and text[end] == item.root
             ]
@@ -82,7 +82,6 @@ class SlowDrafts:
         self,
         hidden: torch.Tensor,
         following: torch.Tensor,
-        root: int,
         paths: Sequence[TreePath],
         first_known: int,
     ) -> list[int]:

@@ -234,7 +234,7 @@ class MedusaProposer:
             roots: as for `propose`.
             ends: as for `propose`.
             max_rows: most nodes of a level that heads which run in turn go on from, of all
-                requests, the most probable of each; None: all.
+                requests, the most probable of each, and one at least; None: all.
 
         Returns:
             [T, B, k] float32 log-probabilities and [T, B, k] int64 tokens of the target's

@@ -21,8 +21,8 @@ from vllm_medusa.plugin.worker.v1.drafting import NO_DRAFT, Draft, DraftingBatch
 
 logger = plugin_logger(__name__)
 
-#: Rows of a level that heads which run in turn compute: the more requests, the fewer nodes of each
-#: are drafted.
+#: Rows of a level that heads which run in turn compute, at least one for each request: the more
+#: requests, the fewer nodes of each are drafted.
 MAX_ROWS = 32
 
 _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
