@@ -89,6 +89,39 @@ def make_heads(
     return HeadsCheckpoint(spec, tensors)
 
 
+def make_recurrent(
+    *,
+    num_heads: int = 3,
+    num_layers: int = 1,
+    hidden_size: int = 8,
+    inner_size: int = 6,
+    vocab_size: int = 20,
+    embedding_size: int = 5,
+    window: int = 7,
+    seed: int = 0,
+) -> HeadsCheckpoint:
+    """Random recurrent heads."""
+    made = make_heads(
+        lm_head="target",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        root_size=embedding_size,
+        prefix_window=window,
+        seed=seed,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "gated.embedded": (hidden_size, embedding_size),
+        "gated.gate_up": (num_layers, 2, inner_size, hidden_size),
+        "gated.down": (num_layers, hidden_size, inner_size),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors |= {name: t for name, t in made.tensors.items() if name.startswith("prefix.")}
+    spec = dataclasses.replace(made.spec, kind="recurrent", num_heads=num_heads)
+    return HeadsCheckpoint(spec, tensors)
+
+
 def selector_shapes(num_heads: int, vocab_size: int, rank: int | None) -> Shapes:
     """Of a selector's tensors, if it has a rank."""
     if rank is None:

@@ -38,8 +38,8 @@ def _made(
 ) -> Tensor:
     last = len(hidden) - 1
     made = in_context(tensors, hidden, following, last, known)
-    made = made + tensors["root.weight"][0] @ following[last]
-    layers = zip(tensors["blocks.weight"][0], tensors["blocks.bias"][0], strict=True)
-    for weight, bias in layers:
-        made = made + F.silu(weight @ made + bias)
+    made = made + tensors["gated.embedded"] @ following[last]
+    for (gate, up), down in zip(tensors["gated.gate_up"], tensors["gated.down"], strict=True):
+        scaled = made / (made @ made / len(made) + 1e-6).sqrt()
+        made = made + down @ (F.silu(gate @ scaled) * (up @ scaled))
     return made

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles.recurrent import features
-from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.gated import GatedLayers
 from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
 from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.sequential import SequentialTree
@@ -23,13 +23,13 @@ def make(window: int, generator: torch.Generator) -> tuple[RecurrentHeads, dict[
     """Random heads of two layers, and their tensors."""
     embedding = torch.randn(VOCABULARY, EMBEDDING, generator=generator, dtype=torch.float64)
     layer = PrefixAttention(HIDDEN, EMBEDDING, window, 2, 3, dtype=torch.float64)
-    blocks = MedusaHeads(1, 2, HIDDEN, bias=True, root_size=EMBEDDING, dtype=torch.float64)
-    for module in (layer.requires_grad_(False), blocks.requires_grad_(False)):
+    layers = GatedLayers(HIDDEN, EMBEDDING, 2, 5, dtype=torch.float64)
+    for module in (layer.requires_grad_(False), layers.requires_grad_(False)):
         for parameter in module.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.7 * drawn)
-    heads = RecurrentHeads(layer, blocks, lambda tokens: embedding[tokens])
-    tensors = layer.canonical_tensors() | blocks.canonical_tensors() | {"embedding": embedding}
+    heads = RecurrentHeads(layer, layers, lambda tokens: embedding[tokens])
+    tensors = layer.canonical_tensors() | layers.canonical_tensors() | {"embedding": embedding}
     return heads, tensors
 
 

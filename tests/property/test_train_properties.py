@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training import document
-from vllm_medusa.training.model import low_rank_factors
+from vllm_medusa.training.new_layers import low_rank_factors
 from vllm_medusa.training.packing import build_batch, pack_epoch
 
 masks = st.lists(st.booleans(), min_size=1, max_size=20)

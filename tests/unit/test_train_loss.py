@@ -13,7 +13,7 @@ from tests.oracles.prefix import in_context
 from tests.oracles.recurrent import features as slow_features
 from tests.training import VOCAB_SIZE, make_settings, make_target, random_documents
 from vllm_medusa.data.rows import Row
-from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.gated import GatedLayers
 from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.target.frozen import FrozenTarget, chunk_size
 from vllm_medusa.training.loss import (
@@ -111,14 +111,12 @@ def recurrent_feature(
 ) -> Tensor:
     """[1, H] of one recurrent head at one position of a document."""
     assert heads.prefix is not None
-    assert isinstance(heads.blocks, MedusaHeads)
-    blocks, after = heads.blocks, target.embedding[tokens[1:]]
-    assert blocks.bias is not None
-    assert blocks.root is not None
+    layers, after = heads.blocks, target.embedding[tokens[1:]]
+    assert isinstance(layers, GatedLayers)
     tensors = of_prefix(heads.prefix) | {
-        "blocks.weight": blocks.weight.transpose(0, 1),
-        "blocks.bias": blocks.bias.transpose(0, 1),
-        "root.weight": blocks.root,
+        "gated.embedded": layers.embedded,
+        "gated.gate_up": layers.gate_up,
+        "gated.down": layers.down,
     }
     end = position + 1
     drafted = after[end : end + head]
@@ -147,7 +145,7 @@ CASES = {
     "prefix attention": {"prefix_attention": True, "prefix_window": 3},
     "hydra": {"hydra": True},
     "hydra with prefix attention": {"hydra": True, "prefix_attention": True},
-    "recurrent": {"recurrent": True, "prefix_window": 3, "num_layers": 2},
+    "recurrent": {"recurrent": True, "prefix_window": 3, "num_layers": 2, "inner_size": 5},
     "recurrent without distance": {"recurrent": True, "prefix_window": 9, "feature_weight": 0},
     "hydra of 3 layers": {"hydra": True, "num_layers": 3, "lm_head": "own", "loss": "lk"},
 }

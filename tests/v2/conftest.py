@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.checkpoints import Shapes, prefix_shapes, selector_shapes
+from tests.checkpoints import Shapes, make_recurrent, prefix_shapes, selector_shapes
 from tests.integration.conftest import greedy, open_engine, random_prompts
 from vllm_medusa.heads import HeadsCheckpoint, HeadsSpec, load_heads
 from vllm_medusa.heads.io.write import save_heads
@@ -70,17 +70,18 @@ def prefix_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def recurrent_heads(tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first of the tiny heads, which runs again for each token."""
-    heads = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE)
-    size = heads.spec.hidden_size
-    first = {
-        name: tensor[:1] for name, tensor in heads.tensors.items() if name.startswith("blocks.")
-    }
-    heads = dataclasses.replace(heads, tensors=first)
-    changes = {"kind": "recurrent", "lm_head": "target", "root_size": size, "prefix_window": 5}
-    spec = dataclasses.replace(heads.spec, **changes)
-    shapes = prefix_shapes(size, size, 5) | {"root.weight": (1, size, size)}
-    return write_with(heads, spec, shapes, tmp_path_factory.mktemp("recurrent") / "heads")
+    """Recurrent heads with prefix attention over 5 positions, as deep as the tiny ones."""
+    spec = load_heads(tiny_heads, target_vocab_size=tiny.VOCAB_SIZE).spec
+    heads = make_recurrent(
+        num_heads=spec.num_heads,
+        hidden_size=spec.hidden_size,
+        vocab_size=tiny.VOCAB_SIZE,
+        embedding_size=spec.hidden_size,
+        window=5,
+    )
+    path = tmp_path_factory.mktemp("recurrent") / "heads"
+    save_heads(heads, path)
+    return path
 
 
 def write_with(heads: HeadsCheckpoint, spec: HeadsSpec, shapes: Shapes, path: Path) -> Path:

@@ -88,7 +88,7 @@ class HeadsCheckpoint:
             size D, `speculator.{k}.embedding` [V, D], `speculator.{k}.weight` [D, H or D],
             `speculator.{k}.scale` and `speculator.{k}.bias` [D], of the later heads only where they
             do not share those before; its lm_heads read D features in place of H. Of recurrent
-            heads, the `blocks` and `root.weight` of one head, and `prefix`.
+            heads, `prefix` and `gated.{name}` for the parameters of `gated.GatedLayers`.
         tree_paths: the tree that came with the heads, by descending probability, or None.
         tree_schedule: the trees by batch size that came with the heads, or None.
         base_model: the target that the heads' config.json names, or None.

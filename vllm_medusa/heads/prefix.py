@@ -279,10 +279,11 @@ class PrefixAttention(nn.Module):
 
 def _mixed(hidden: Tensor, following: Tensor) -> Tensor:
     """[..., H] and [..., E] to [..., H + E]."""
-    return torch.cat((_normalised(hidden), _normalised(following.to(hidden.dtype))), dim=-1)
+    return torch.cat((normalised(hidden), normalised(following.to(hidden.dtype))), dim=-1)
 
 
-def _normalised(rows: Tensor) -> Tensor:
+def normalised(rows: Tensor) -> Tensor:
+    """Divide rows [..., n] by their root mean squares."""
     return F.rms_norm(rows, rows.shape[-1:], eps=_EPS)
 
 

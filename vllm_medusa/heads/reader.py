@@ -19,6 +19,7 @@ from vllm_medusa.heads.checkpoint import SCHEDULE_FILE, TREE_FILE, HeadsCheckpoi
 from vllm_medusa.heads.io.config_file import ConfigFile
 from vllm_medusa.heads.io.files import open_store
 from vllm_medusa.heads.io.formats import (
+    GATED_LAYERS,
     PREFIX_ATTENTION,
     ROOT,
     SELECTOR,
@@ -152,15 +153,12 @@ class HeadsReader:
         """
         if self._is_common(name):
             return self._rows(name, (), 0, None).to(self.spec.dtype)
-        if name in ("selector.parent", "selector.child", *PREFIX_ATTENTION):
+        if name in ("selector.parent", "selector.child", *PREFIX_ATTENTION, *GATED_LAYERS):
             return self._part(name).to(self.spec.dtype)
         if name.startswith(("hydra.", "speculator.")):
             return self._whole(name).to(self.spec.dtype)
         has_rows = name == rows_name(self._stored)
-        # Recurrent heads have one head's layers.
-        lead: tuple[int, ...] = (
-            min(num_heads or self.spec.num_heads, self._headers[name].shape[0]),
-        )
+        lead: tuple[int, ...] = (num_heads or self.spec.num_heads,)
         if name.startswith("blocks."):
             lead += (self._headers[name].shape[1],)
         shape = [*lead, *self._headers[name].shape[len(lead) :]]
@@ -173,7 +171,8 @@ class HeadsReader:
 
     def read_blocks(self, num_heads: int | None = None) -> dict[str, torch.Tensor]:
         """Read the canonical tensors before the lm_heads and the selector, of the first heads."""
-        names = [name for name in self._stored if name.startswith("blocks.") or name in ROOT]
+        of_all = (*ROOT, *GATED_LAYERS)
+        names = [name for name in self._stored if name.startswith("blocks.") or name in of_all]
         count = num_heads or self.spec.num_heads
         names += [name for name in native_names(count) if name in self._stored]
         of_heads = tuple(f"speculator.{head}." for head in range(count))

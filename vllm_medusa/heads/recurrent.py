@@ -3,8 +3,8 @@
 Medusa heads guess the tokens at all depths from one state. Here head k reads what head k - 1 has
 made of the text, which stands for the target's hidden state one token further, and the token that
 was drafted there; its attention reads the text and the draft so far. EAGLE's drafter works like
-this (arXiv 2401.15077, section 4.1), with a whole decoder layer and the whole text. The layers are
-those of a root-aware Medusa head, behind a prefix attention, and all depths have the same.
+this (arXiv 2401.15077, section 4.1), with the whole text. The layers are a prefix attention and
+gated layers, together like a decoder layer of the target, and all depths have the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_medusa.heads.module import MedusaHeads
+from vllm_medusa.heads.gated import GatedLayers
 from vllm_medusa.heads.prefix import PrefixAttention, PrefixWindow
 
 
@@ -25,12 +25,12 @@ class RecurrentHeads:
 
     Attributes:
         prefix: the attention.
-        blocks: one root-aware head.
+        layers: what comes after it.
         embed: from tokens [...] to the target's embeddings [..., E].
     """
 
     prefix: PrefixAttention
-    blocks: MedusaHeads
+    layers: GatedLayers
     embed: Callable[[Tensor], Tensor]
 
     @classmethod
@@ -43,8 +43,8 @@ class RecurrentHeads:
     ) -> RecurrentHeads:
         """Build heads of canonical tensors (`HeadsCheckpoint`), which are not trained."""
         prefix = PrefixAttention.from_tensors(tensors, dtype, device)
-        blocks = MedusaHeads.from_tensors(tensors, dtype, device)
-        return cls(prefix.requires_grad_(False), blocks.requires_grad_(False), embed)
+        layers = GatedLayers.from_tensors(tensors, dtype, device)
+        return cls(prefix.requires_grad_(False), layers.requires_grad_(False), embed)
 
     def along(self, num_heads: int, hidden: Tensor, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Run the heads along whole texts, as if they had drafted what follows each position.
@@ -66,8 +66,7 @@ class RecurrentHeads:
                 following = self._embedded(tokens.roll(-1 - head, 1), hidden)
                 drafted.append(self.prefix.keys_and_values(states, following))
             attended = self.prefix.read_texts(states, following, texts, drafted)
-            rows = self.blocks(attended.flatten(0, 1), following.flatten(0, 1))[0]
-            states = rows.view_as(hidden).to(hidden.dtype)
+            states = self.layers(attended, following).to(hidden.dtype)
             made.append(states)
         return torch.cat(made, dim=-1)
 
@@ -123,5 +122,5 @@ class RecurrentDraft:
             drafted.append((keys, values))
             before = torch.cat((before, keys.flatten(1), values.flatten(1)), dim=1)
         attended = prefix.read(last, queries, self.windows, drafted)
-        features: Tensor = self.heads.blocks(attended, following)[0]
+        features: Tensor = self.heads.layers(attended, following)
         return torch.cat((features, before), dim=1), features

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from vllm_medusa.data.rows import Row, read_rows
 from vllm_medusa.errors import UserError
 
@@ -66,6 +68,11 @@ def load_dataset(path: Path, *, vocab_size: int, max_tokens: int, held_out: floa
         num_cut=sum(is_cut for _, is_cut in found),
         num_without_answer=len(found) - len(rows),
     )
+
+
+def learnt_whole(row: Row) -> Row:
+    """Return a row whose tokens are all learnt, not those of its answers alone."""
+    return replace(row, loss_mask=np.ones_like(row.loss_mask))
 
 
 def fingerprint_of(rows: Iterable[Row]) -> str:

@@ -26,7 +26,7 @@ from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.target.config import read_target
 from vllm_medusa.target.frozen import load_target
 from vllm_medusa.training.backbone import Backbone
-from vllm_medusa.training.dataset import Dataset, load_dataset
+from vllm_medusa.training.dataset import Dataset, learnt_whole, load_dataset
 from vllm_medusa.training.evaluate import (
     TREE_SIZES,
     expected_acceptance,
@@ -146,7 +146,10 @@ class Training:
             )
         self._heads, heads_fingerprint = make_heads(settings, self.target)
         self._held_out, self._test_sets = self._rows_to_measure()
-        self._batches = Batches(self.dataset.train, settings.batch_tokens, settings.seed)
+        rows = self.dataset.train
+        if settings.learn_prompts:
+            rows = [learnt_whole(row) for row in rows]
+        self._batches = Batches(rows, settings.batch_tokens, settings.seed)
         if compile_target:
             self.target.compile((self._batches.num_sequences, self._batches.sequence_length))
         self._batches_per_step: int = settings.grad_accumulation * self._accelerator.num_processes

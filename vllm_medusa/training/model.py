@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from vllm_medusa.acceptance.stored_heads import StoredHeads
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import load_heads
-from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsSpec
+from vllm_medusa.heads.checkpoint import HeadsCheckpoint, HeadsKind, HeadsSpec
+from vllm_medusa.heads.gated import GatedLayers
 from vllm_medusa.heads.hydra import HydraHeads
 from vllm_medusa.heads.io.write import WriteFormat, needs_lm_head
 from vllm_medusa.heads.module import MedusaHeads
@@ -20,10 +21,15 @@ from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.selector import Selector
 from vllm_medusa.heads.sequential import features_along
 from vllm_medusa.target.frozen import FrozenTarget
+from vllm_medusa.training.new_layers import (
+    low_rank_factors,
+    new_gated_layers,
+    new_prefix_attention,
+    new_selector,
+)
 from vllm_medusa.training.settings import TrainSettings
 
 #: Of a new prefix attention.
-_ATTENTION_HEAD_SIZE = 64
 _KINDS = {"shared": "target", "own": "own", "low-rank": "low_rank"}
 
 
@@ -53,22 +59,23 @@ class TrainableHeads(nn.Module):
         self.num_heads, self.num_layers = settings.num_heads, settings.num_layers
         shape = (settings.num_heads, settings.num_layers, lm_head.shape[1])
         embedding_size = target.embedding.shape[1]
-        self.blocks: MedusaHeads | HydraHeads
+        self.blocks: MedusaHeads | HydraHeads | GatedLayers
         if settings.hydra:
             self.blocks = HydraHeads(
                 *(*shape, embedding_size, self._embed),
                 dtype=torch.float32,
                 device=lm_head.device,
             )
+        elif settings.recurrent:
+            self.blocks = new_gated_layers(settings, target)
         else:
             self.blocks = MedusaHeads(
-                *((1, *shape[1:]) if settings.recurrent else shape),
+                *shape,
                 bias=True,
-                root_size=embedding_size if settings.root_aware or settings.recurrent else None,
+                root_size=embedding_size if settings.root_aware else None,
                 dtype=torch.float32,
                 device=lm_head.device,
             )
-        self._is_recurrent = settings.recurrent
         self.prefix: PrefixAttention | None = None
         if settings.prefix_attention or settings.recurrent:
             self.prefix = new_prefix_attention(settings, target)
@@ -120,8 +127,7 @@ class TrainableHeads(nn.Module):
         if self.prefix is None:
             return hidden
         with _products_in(hidden):
-            if self._is_recurrent:
-                assert isinstance(self.blocks, MedusaHeads)
+            if isinstance(self.blocks, GatedLayers):
                 heads = RecurrentHeads(self.prefix, self.blocks, self._embed)
                 return heads.along(self.num_heads, hidden, tokens, position_ids)
             attended = self.prefix.along(hidden, self._embed(tokens.roll(-1, 1)), position_ids)
@@ -137,7 +143,7 @@ class TrainableHeads(nn.Module):
         Returns:
             [K, N, H]
         """
-        if self._is_recurrent:
+        if isinstance(self.blocks, GatedLayers):
             return RecurrentHeads.by_head(self.num_heads, hidden)
         with _products_in(hidden):
             if isinstance(self.blocks, HydraHeads):
@@ -176,8 +182,12 @@ class TrainableHeads(nn.Module):
             tensors["lm_head.down"] = torch.stack(list(self.down)).detach()
             tensors["lm_head.up"] = torch.stack(list(self.up)).detach()
         vocab_size, hidden_size = self._shared.shape
-        is_hydra = isinstance(self.blocks, HydraHeads)
-        sees_embeddings = is_hydra or "root.weight" in tensors or self.prefix is not None
+        kind: HeadsKind = "medusa"
+        if isinstance(self.blocks, HydraHeads):
+            kind = "hydra"
+        elif isinstance(self.blocks, GatedLayers):
+            kind = "recurrent"
+        sees_embeddings = kind == "hydra" or "root.weight" in tensors or self.prefix is not None
         spec = HeadsSpec(
             source_format="native",
             num_heads=self.num_heads,
@@ -192,7 +202,7 @@ class TrainableHeads(nn.Module):
             root_size=self._embedding.shape[1] if sees_embeddings else None,
             selector_rank=None if self.selector is None else self.selector.rank,
             prefix_window=None if self.prefix is None else self.prefix.window,
-            kind="hydra" if is_hydra else "recurrent" if self._is_recurrent else "medusa",
+            kind=kind,
         )
         stored = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
         return HeadsCheckpoint(spec, stored, base_model=base_model)
@@ -306,44 +316,6 @@ def settings_of(settings: TrainSettings, checkpoint: HeadsCheckpoint) -> TrainSe
     return replace(settings, **values)  # type: ignore[arg-type]
 
 
-def new_selector(settings: TrainSettings, target: FrozenTarget, num_heads: int) -> Selector:
-    """Make a selector whose table of parents comes from the target's embedding.
-
-    The table holds each token's coordinates on the embedding's first principal axes (not centred),
-    each axis scaled to a mean square of one. So similar tokens learn together.
-
-    Raises:
-        UserError: its rank is above the size of the target's embeddings.
-    """
-    rank, size = settings.selector_rank, target.embedding.shape[1]
-    if rank > size:
-        raise UserError(
-            f"--selector-rank {rank}: the target's embeddings have a size of {size}; give a "
-            "smaller rank"
-        )
-    exact = target.embedding.detach().double()
-    _, axes = torch.linalg.eigh(exact.T @ exact)
-    table = exact @ axes[:, -rank:].flip(1)
-    table /= table.square().mean(dim=0).clamp(min=1e-12).sqrt()
-    return Selector(table.float(), num_heads)
-
-
-def new_prefix_attention(settings: TrainSettings, target: FrozenTarget) -> PrefixAttention:
-    """Make a prefix attention as wide as the target's hidden states."""
-    head_size = min(_ATTENTION_HEAD_SIZE, target.hidden_size)
-    layer = PrefixAttention(
-        target.hidden_size,
-        target.embedding.shape[1],
-        settings.prefix_window,
-        target.hidden_size // head_size,
-        head_size,
-        dtype=torch.float32,
-        device=target.weight.device,
-    )
-    layer.start(settings.seed)
-    return layer
-
-
 def write_format_of(checkpoint: HeadsCheckpoint) -> WriteFormat:
     """Return the published format where it can hold the heads, our own where it cannot."""
     spec = checkpoint.spec
@@ -363,23 +335,3 @@ def _products_in(hidden: Tensor) -> torch.autocast:
 def _copies(tensor: Tensor, count: int) -> nn.ParameterList:
     """One parameter per head: the gradient of a slice would be as large as all of them."""
     return nn.ParameterList(nn.Parameter(tensor.clone()) for _ in range(count))
-
-
-def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the two factors of the best approximation of a matrix by one of lower rank.
-
-    Args:
-        weight: [V, H].
-        rank: at most H.
-
-    Returns:
-        down [rank, H] and up [V, rank], float32, of equal norms along each of the rank dimensions;
-        `up @ down` is the truncated singular value decomposition.
-    """
-    exact = weight.double()
-    # From the small Gram matrix: a decomposition of the V x H matrix itself would take minutes.
-    _, vectors = torch.linalg.eigh(exact.T @ exact)
-    down = vectors[:, -rank:].flip(1).T
-    up = exact @ down.T
-    scale = up.norm(dim=0).clamp(min=1e-12).sqrt()
-    return (down * scale[:, None]).float().contiguous(), (up / scale).float().contiguous()

@@ -15,7 +15,7 @@ from vllm_medusa.target.precision import fast_dtype
 
 _KIND = (
     *("num_heads", "num_layers", "lm_head", "root_aware", "selector", "hydra"),
-    *("prefix_attention", "prefix_window", "recurrent"),
+    *("prefix_attention", "prefix_window", "recurrent", "inner_size"),
 )
 _JOINT = (
     "backbone_lr",
@@ -59,6 +59,8 @@ class TrainSettings:
     """Train Hydra heads, which read all tokens of the path that they continue."""
     recurrent: bool = False
     """Train one head with prefix attention, which runs again for each drafted token."""
+    inner_size: PositiveInt | None = None
+    """Inner size of a recurrent head's layers (three times the hidden size)."""
     feature_weight: NonNegativeFloat | None = None
     """Weight of the distance between a recurrent head's features and the hidden states that they
     stand for, beside its loss (10)."""
@@ -94,8 +96,10 @@ class TrainSettings:
     """Temperature of the target's distribution; a value below 1 sharpens it."""
     decay: Annotated[Share, Field(gt=0)] = 0.8
     """Weight of head k's loss is decay^k (paper, section 2.2.1)."""
+    learn_prompts: bool = False
+    """Learn the tokens of prompts too, not those of answers alone."""
     loss_positions: Share = 1.0
-    """Share of the answers' tokens that the loss uses, drawn again at each step."""
+    """Share of the tokens to learn that the loss uses, drawn again at each step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: PositiveFloat = 1e-3
@@ -159,6 +163,7 @@ class TrainSettings:
             self._refuse("the target is not trained together with recurrent heads", "joint")
         else:
             self._refuse("only --recurrent has features that stand for states", "feature_weight")
+            self._refuse("only --recurrent has layers with an inner size", "inner_size")
         self._check_joint()
 
     @property

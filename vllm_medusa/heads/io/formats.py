@@ -16,7 +16,8 @@ native                stacked over heads: `blocks.weight|bias`, `lm_heads.weight
                       root-aware heads `root.weight`; of heads with a selector
                       `selector.parent`, `selector.child` and `selector.depth`; of Hydra heads
                       `hydra.{h}.weight|bias`, and `blocks` only beyond the first layer; of heads
-                      with prefix attention `PREFIX_ATTENTION`
+                      with prefix attention `PREFIX_ATTENTION`; of recurrent heads these and
+                      `GATED_LAYERS`, without `blocks`
 hydra                 Hydra heads, see `hydra_names`
 mlp_speculator        MLP speculators, see `mlp_names`
 =============== ===== =============================================================================
@@ -44,12 +45,13 @@ PREFIXES = ("medusa_heads.", "medusa_head.", "medusa.", "speculator.")
 SELECTOR = ("selector.parent", "selector.child", "selector.depth")
 ROOT = ("root.weight",)
 PREFIX_ATTENTION = tuple(f"prefix.{part}" for part in ("query", "key_value", "output", "bias"))
+GATED_LAYERS = tuple(f"gated.{part}" for part in ("embedded", "gate_up", "down"))
 LM_HEAD_BIAS = ("lm_heads.bias",)
 
 _BLOCK: dict[NameStyle, re.Pattern[str]] = {
     "sequential": re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)"),
     "vllm": re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)"),
-    "native": re.compile(r"(?:blocks|hydra\.\d+)\.(?P<kind>weight|bias)"),
+    "native": re.compile(r"(?:blocks|hydra\.\d+)\.(?P<kind>weight|bias)|gated\.gate_up"),
     "hydra": hydra_names.BLOCK,
     "mlp_speculator": mlp_names.BLOCK,
 }
@@ -66,6 +68,10 @@ _QUANTISED = re.compile(
     r"\.(weight_scale\w*|weight_packed|input_scale|pre_quant_scale|qweight|qzeros|scales|g_idx)$"
     r"|_quantizer\b|_amax$"
 )
+
+
+# Heads that hold one of these need no blocks.
+_WITHOUT_BLOCKS = ("hydra.0.weight", "gated.gate_up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +216,7 @@ def make_plan(
         num_layers=num_layers,
         lm_head=lm_head,
         has_bias=any(match["kind"] == "bias" for match in _matches(_BLOCK[style], names)),
-        has_blocks="hydra.0.weight" not in names or "blocks.weight" in names,
+        has_blocks="blocks.weight" in names or names.keys().isdisjoint(_WITHOUT_BLOCKS),
         others=_other_names(style, names),
     )
     if style == "vllm" and original_lm_head and "lm_heads.0.weight" in names:
@@ -296,7 +302,7 @@ def _other_names(style: NameStyle, names: Collection[str]) -> list[str]:
         groups.append(("token_map",) if "token_map" in names else ("d2t", "t2d"))
     if style == "native":
         heads = [int(match["head"]) for match in _matches(hydra_names.NATIVE, names)]
-        groups += [ROOT, SELECTOR, PREFIX_ATTENTION]
+        groups += [ROOT, SELECTOR, PREFIX_ATTENTION, GATED_LAYERS]
         if "lm_heads.weight" in names:  # only these are applied with their biases
             groups.append(LM_HEAD_BIAS)
         # Not more than there are names, whatever number one of them has.

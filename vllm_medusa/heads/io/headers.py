@@ -31,6 +31,9 @@ _DIMENSIONS = {
     "prefix.key_value": ("two", "attention_size", "prefix_input_size"),
     "prefix.output": ("hidden_size", "attention_size"),
     "prefix.bias": ("num_attention_heads", "window"),
+    "gated.embedded": ("hidden_size", "embedding_size"),
+    "gated.gate_up": ("num_layers", "two", "inner_size", "hidden_size"),
+    "gated.down": ("num_layers", "hidden_size", "inner_size"),
 }
 # Of Hydra heads, whose input grows from head to head.
 _HYDRA_DIMENSIONS = {

@@ -112,17 +112,10 @@ def _sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _S
                 )
             num_heads = given
         return _Sizes("mlp_speculator", num_heads, 1, headers["speculator.0.weight"].shape[1])
+    if "gated.gate_up" in headers:
+        return _recurrent_sizes(location, headers, config)
     num_heads, num_layers, hidden_size = headers["blocks.weight"].shape[:3]
     root_size = headers["root.weight"].shape[2] if "root.weight" in headers else None
-    if config.flag("recurrent"):
-        count = config.integer("num_heads")
-        is_whole = root_size is not None and "prefix.query" in headers
-        if num_heads != 1 or count is None or not is_whole or rows_name(headers) is not None:
-            raise UserError(
-                f"{config.path}: says recurrent heads, but the tensors are those of others; "
-                "export the heads again"
-            )
-        return _Sizes("recurrent", count, num_layers, hidden_size, root_size)
     return _Sizes("medusa", num_heads, num_layers, hidden_size, root_size)
 
 
@@ -140,6 +133,23 @@ def _embedding_size(location: Path, headers: dict[str, Header], sizes: _Sizes) -
             f"{sizes.hidden_size} + the target's embedding size; export the heads again"
         )
     return size
+
+
+def _recurrent_sizes(location: Path, headers: dict[str, Header], config: ConfigFile) -> _Sizes:
+    """Check which tensors there are; config.json tells how many tokens the heads draft."""
+    if "prefix.query" not in headers or "blocks.weight" in headers or rows_name(headers):
+        raise UserError(
+            f"{location}: tensors 'gated' are those of recurrent heads, which have a prefix "
+            "attention and no blocks or lm_heads; export the heads again"
+        )
+    num_heads = config.integer("num_heads")
+    if num_heads is None:
+        raise UserError(
+            f"{config.path}: says not how many tokens the recurrent heads draft; set num_heads"
+        )
+    num_layers, _, _, hidden_size = headers["gated.gate_up"].shape
+    embedding_size = headers["gated.embedded"].shape[1]
+    return _Sizes("recurrent", num_heads, num_layers, hidden_size, embedding_size)
 
 
 def _hydra_sizes(location: Path, headers: dict[str, Header]) -> _Sizes:

@@ -37,6 +37,7 @@ from vllm_medusa.heads.io.config_file import (
     NATIVE_FORMAT_5,
 )
 from vllm_medusa.heads.io.formats import (
+    GATED_LAYERS,
     LM_HEAD_BIAS,
     PREFIX_ATTENTION,
     ROOT,
@@ -248,7 +249,9 @@ def _named_tensors(
 ) -> dict[str, torch.Tensor]:
     spec, tensors = checkpoint.spec, checkpoint.tensors
     others = [
-        name for name in ("token_map", *ROOT, *SELECTOR, *PREFIX_ATTENTION) if name in tensors
+        name
+        for name in ("token_map", *ROOT, *SELECTOR, *PREFIX_ATTENTION, *GATED_LAYERS)
+        if name in tensors
     ]
     others += [name for name in native_names(spec.num_heads) if name in tensors]
     names = expected_names(
@@ -283,7 +286,6 @@ def _native_config(checkpoint: HeadsCheckpoint) -> dict[str, Any]:
     return {
         "format": version,
         "model_type": "medusa",
-        **({"recurrent": True} if spec.kind == "recurrent" else {}),
         "num_heads": spec.num_heads,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,

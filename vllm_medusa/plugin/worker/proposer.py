@@ -25,6 +25,7 @@ from vllm_medusa.config import CONFIG_KEY, MedusaConfig
 from vllm_medusa.draft.probability import Probabilities, probabilities_of_heads
 from vllm_medusa.draft.superset import Superset
 from vllm_medusa.heads import HeadsReader, MedusaHeads
+from vllm_medusa.heads.gated import GatedLayers
 from vllm_medusa.heads.prefix import PrefixAttention
 from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.selector import NUM_CANDIDATES, Selector, SelectorTree
@@ -120,8 +121,9 @@ class MedusaProposer:
             self.sequential_tree = SequentialTree.of(self._levels())
         if spec.kind == "recurrent":
             assert self._embed is not None
-            blocks = MedusaHeads.from_tensors(tensors, dtype, self._device)
-            self._in_turn = RecurrentHeads(layer, blocks, self._embed)
+            self._in_turn = RecurrentHeads(
+                layer, GatedLayers.from_tensors(tensors, dtype, self._device), self._embed
+            )
         elif spec.is_sequential:
             self._in_turn = make_sequential(
                 spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
