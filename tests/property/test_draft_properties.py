@@ -37,9 +37,12 @@ def nodes_of(case: oracle.Case, pool: int = UNLIMITED) -> Nodes:
     return merge(superset, case.guesses, join(case.proposals), pool, agreement)
 
 
-def ranked_of(case: oracle.Case, limits: list[int], **bounds: float) -> Ranked:
+def ranked_of(
+    case: oracle.Case, limits: list[int], weights: list[float] | None = None, **bounds: float
+) -> Ranked:
     leaves = np.full(len(limits), int(bounds.pop("max_leaves", UNLIMITED)))
-    return rank(nodes_of(case), np.array(limits), leaves, **bounds)
+    worth = None if weights is None else np.array(weights)
+    return rank(nodes_of(case), np.array(limits), leaves, weights=worth, **bounds)
 
 
 def as_dicts(drafts: Drafts) -> list[dict[oracle.Path, tuple[float, int]]]:
@@ -186,48 +189,61 @@ rising_costs = st.lists(st.floats(0.05, 3), min_size=9, max_size=9).map(
 )
 
 
-@given(oracle.cases(num_requests=2, max_nodes=2, max_depth=2), rising_costs)
-def test_budget_is_the_best_of_all_choices(case: oracle.Case, costs: list[float]) -> None:
+weights_of_two = st.lists(st.floats(0.2, 5), min_size=2, max_size=2)
+
+
+def worth_of(drafts: Drafts, weights: list[float]) -> float:
+    """All that a step is expected to emit."""
+    return sum(w * (1 + d.probability.sum()) for w, d in zip(weights, drafts, strict=True))
+
+
+@given(oracle.cases(num_requests=2, max_nodes=2, max_depth=2), rising_costs, weights_of_two)
+def test_budget_is_the_best_of_all_choices(
+    case: oracle.Case, costs: list[float], weights: list[float]
+) -> None:
     case.rank_paths = case.rank_paths[:2]
-    ranked = ranked_of(case, [4, 4])
-    best, _ = best_size(ranked, 2, curves(costs))
+    ranked = ranked_of(case, [4, 4], weights)
+    best, _ = best_size(ranked, curves(costs))
     drafts = take(ranked, best)
-    probability = {
-        (b, path): p
+    worth = {
+        (b, path): p * weights[b]
         for b, tree in enumerate(as_dicts(ranked.drafts))
         for path, (p, _) in tree.items()
     }
     rates = [
-        (2 + sum(probability[name] for name in chosen)) / costs[len(chosen)]
-        for chosen in oracle.closed_sets(probability)
+        (sum(weights) + sum(worth[name] for name in chosen)) / costs[len(chosen)]
+        for chosen in oracle.closed_sets(worth)
     ]
-    assert (2 + drafts.probability.sum()) / costs[best] == pytest.approx(max(rates))
+    assert worth_of(drafts, weights) / costs[best] == pytest.approx(max(rates))
     assert drafts.num_nodes.sum() == best
 
 
-@given(oracle.cases(num_requests=2), rising_costs)
+@given(oracle.cases(num_requests=2), rising_costs, weights_of_two)
 def test_best_rate_of_candidates_is_that_of_their_trees(
-    case: oracle.Case, costs: list[float]
+    case: oracle.Case, costs: list[float], weights: list[float]
 ) -> None:
     case.guesses = None
     limits, others, model = np.array([4, 3]), join(case.proposals), curves(costs)
-    _, rates = best_size(ranked_of(case, limits.tolist()), 2, model)
+    _, rates = best_size(ranked_of(case, limits.tolist(), weights), model)
     ms = model.by_drafts(2, int(limits.sum()))
-    rate = best_rate(others.request, others.parents, others.probability, limits, ms)
+    of_others = others.request, others.parents, others.probability
+    rate = best_rate(*of_others, limits, np.array(weights), ms)
     assert rate == pytest.approx(rates.max())
 
 
-@given(oracle.cases(num_requests=2), rising_costs, st.floats(0, 2))
-def test_forks_cost(case: oracle.Case, costs: list[float], fork_ms: float) -> None:
+@given(oracle.cases(num_requests=2), rising_costs, st.floats(0, 2), weights_of_two)
+def test_forks_cost(
+    case: oracle.Case, costs: list[float], fork_ms: float, weights: list[float]
+) -> None:
     """The rate of every number of nodes counts the forks that its trees have."""
-    ranked = ranked_of(case, [4, 4])
+    ranked = ranked_of(case, [4, 4], weights)
     model = CostCurve({2: [(2 + n, ms) for n, ms in enumerate(costs)]}, fork_ms=fork_ms)
-    best, rate = best_size(ranked, 2, model)
+    best, rate = best_size(ranked, model)
     for size in range(len(ranked.order) + 1):
         drafts = take(ranked, size)
         forks = sum(oracle.num_forks(oracle.paths_of(draft)) for draft in drafts)
         assert rate[size] == pytest.approx(
-            (2 + drafts.probability.sum()) / (costs[size] + fork_ms * forks)
+            worth_of(drafts, weights) / (costs[size] + fork_ms * forks)
         )
     assert rate[best] == rate.max()
 

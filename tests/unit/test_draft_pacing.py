@@ -67,3 +67,28 @@ def test_drafts_now_and_then_although_nothing_pays() -> None:
 
 def test_waits_are_short_at_first_and_bounded() -> None:
     assert pacing._SHORTEST_PAUSE < pacing._LONGEST_PAUSE <= 256
+
+
+def test_forks_are_tried_with_and_without() -> None:
+    pacer = Pacer()
+    tries = []
+    for _ in range(400):
+        tries.append(pacer.may_fork(4))
+        if tries[-1]:
+            pacer.record_forks(4, 2)
+    assert tries[:16] == [True, False] * 8
+    # They pay, but what steps cost without them must stay known.
+    assert 0 < tries[16:].count(False) < 10
+
+
+def test_forks_that_never_pay_are_tried_now_and_then() -> None:
+    pacer = Pacer()
+    pays, tries = False, []
+    for step in range(600):
+        pays = step >= 400
+        tries.append(pacer.may_fork(4))
+        if tries[-1]:
+            pacer.record_forks(4, int(pays))
+    assert 0 < tries[100:400].count(True) < 15
+    assert tries[450:].count(True) > 140
+    assert pacer.may_fork(1)  # another range

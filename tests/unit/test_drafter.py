@@ -249,3 +249,54 @@ def test_all_is_compiled_ahead(batch_size: int) -> None:
     assert untyped <= CALLED_BY_LOOPS
     replay(TEXTS, drafter(CostCurve({1: [(1, 10), (65, 12)]})), batch_size)
     assert [list(loop.signatures) for loop in loops] == before
+
+
+def test_slow_requests_draft_more_nodes() -> None:
+    """Two texts that go on alike, of which one has gone on slowly."""
+    costs = CostCurve({2: [(2 + nodes, 10 + 2 * nodes) for nodes in range(17)]})
+    cycle = [1, 2, 3, 4, 5]
+    nodes = []
+    for new in (1, 4):
+        made = drafter(costs, sources=Source.TEXT, learn=False)
+        slow, fast = cycle * 6, cycle * 6
+        for _ in range(30):
+            slow, fast = (
+                [*text, *(cycle * 2)[len(text) % 5 :][:n]] for text, n in ((slow, 1), (fast, new))
+            )
+            drafts = made.propose([request_of("slow", slow), request_of("fast", fast)])
+        nodes.append(drafts.num_nodes.tolist())
+    (alike, other), (slower, faster) = nodes
+    assert alike == other
+    assert slower > alike
+    assert faster < other
+
+
+def test_overhead_makes_more_nodes_pay() -> None:
+    """The step's own times are compared with its costs."""
+    costs = CostCurve({1: [(1 + nodes, 10 + 3 * nodes) for nodes in range(17)]})
+    tokens = [1, 2, 3, 4, 5] * 4
+
+    def num_nodes(step_ms: float | None) -> int:
+        made = drafter(costs, sources=Source.TEXT, learn=False)
+        for _ in range(5):
+            drafts = made.propose([request_of("", tokens)], None, step_ms)
+        return len(drafts[0])
+
+    assert num_nodes(None) == num_nodes(1.0)
+    assert num_nodes(70.0) > num_nodes(None)
+
+
+def test_forks_that_take_long_are_not_drafted() -> None:
+    """What steps with forks take is compared with what those without take."""
+    costs = CostCurve({1: [(1, 10), (33, 13)]}, heads=[(1, 1.0)])
+
+    def share_of_forks(forking_ms: float) -> float:
+        def step_ms(_: int, nodes: int, forks: int) -> float:
+            return 12 + nodes * 3 / 32 + (forking_ms if forks else 0)
+
+        made = drafter(costs, max_nodes=16)
+        steps = replay(TEXTS, made, batch_size=1, step_ms=step_ms).steps[64:]
+        return sum(forks > 0 for _, _, forks, _ in steps) / len(steps)
+
+    assert share_of_forks(0) > 0.8
+    assert share_of_forks(8) < 0.2

@@ -1,9 +1,9 @@
 """The choice of the nodes of all requests that are drafted: those that pay.
 
 A step emits one token per request, and in expectation as many more as the sum of the drafted nodes'
-path probabilities. So the b most probable nodes are drafted, where b maximises (requests + this
-sum) / cost of the step. Path probability falls along a path, so the b most probable nodes are
-always complete trees.
+path probabilities. Tokens count by what they are worth to their requests (`speeds`). So the b most
+valuable nodes are drafted, where b maximises the worth of the expected tokens / cost of the step.
+Path probability falls along a path, so the b most valuable nodes are always complete trees.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Ranked:
     Attributes:
         drafts: all of them.
         request: [T] request of each node.
-        order: [T] the nodes in falling probability, over all requests.
+        order: [T] the nodes in falling worth, over all requests.
+        weights: [B] worth of a token of each request.
         is_fork: [T] whether another child of its parent is more probable. Then the node begins
             another path of its request.
 
@@ -37,10 +38,18 @@ class Ranked:
     drafts: Drafts
     request: Ints
     order: Ints
+    weights: Floats
     is_fork: Bools
 
 
-def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float = 0.0) -> Ranked:
+def rank(
+    nodes: Nodes,
+    limits: Ints,
+    max_leaves: Ints,
+    *,
+    weights: Floats | None = None,
+    min_probability: float = 0.0,
+) -> Ranked:
     """Put the nodes that may be drafted in order.
 
     Args:
@@ -48,39 +57,43 @@ def rank(nodes: Nodes, limits: Ints, max_leaves: Ints, *, min_probability: float
         limits: [B] most nodes of each request.
         max_leaves: [B] most leaves of each request's tree. The most probable forks are kept; the
             other forks and the nodes below them are left out.
+        weights: [B] worth of a token of each request; None: all are worth 1.
         min_probability: nodes that are less likely are left out.
 
     """
+    if weights is None:
+        weights = np.ones(len(limits))
     tokens, parents, depths, probability, source, starts, request, order, is_fork = _ranked(
         *(nodes.ids, nodes.parents, nodes.request, nodes.tokens, nodes.depths),
         nodes.probability,
-        *(nodes.source, limits, max_leaves),
+        *(nodes.source, limits, max_leaves, weights),
         nodes.num_ids,
         min_probability,
     )
     drafts = Drafts(tokens, parents, depths, probability, source, starts)
-    return Ranked(drafts, request, order, is_fork)
+    return Ranked(drafts, request, order, weights, is_fork)
 
 
 def best_size(
-    ranked: Ranked, num_requests: int, costs: CostCurve, more_ms: float = 0.0
+    ranked: Ranked, costs: CostCurve, more_ms: float = 0.0, forking_ms: float = 0.0
 ) -> tuple[int, Floats]:
-    """Return the best number of nodes, and [T + 1] tokens per ms by number of nodes.
+    """Return the best number of nodes, and [T + 1] worth per ms by number of nodes.
 
     Every number is tried with its forks. So a costly fork makes the next numbers worse, until the
     nodes below the fork outweigh its cost.
 
     Args:
         ranked: the nodes.
-        num_requests: that decode in the step.
         costs: of the step.
         more_ms: additional cost of the step, for any number of nodes.
+        forking_ms: additional cost of a step with forks, however many.
 
     """
     rates = _rates_by_size(
-        *(ranked.drafts.probability, ranked.is_fork, ranked.order),
-        costs.by_drafts(num_requests, len(ranked.order)),
-        *(more_ms, costs.fork_ms, num_requests),
+        *(ranked.drafts.probability, ranked.request, ranked.weights),
+        *(ranked.is_fork, ranked.order),
+        costs.by_drafts(len(ranked.weights), len(ranked.order)),
+        *(more_ms, costs.fork_ms, forking_ms),
     )
     return int(np.argmax(rates)), rates
 
@@ -88,50 +101,62 @@ def best_size(
 @compiled
 def _rates_by_size(
     probability: Floats,
+    request: Ints,
+    weights: Floats,
     is_fork: Bools,
     order: Ints,
     ms: Floats,
     more_ms: float,
     fork_ms: float,
-    num_requests: int,
+    forking_ms: float,
 ) -> Floats:
-    """[n + 1] tokens per ms of the first 0, 1, ... nodes of an order [n]; others are [T]."""
-    emitted = float(num_requests)
+    """[n + 1] worth per ms of the first 0, 1, ... nodes of an order [n]; nodes are [T]."""
+    emitted = weights.sum()
     rates = np.empty(len(order) + 1)
     rates[0] = emitted / (ms[0] + more_ms)
     for place, node in enumerate(order):
-        emitted += probability[node]
-        more_ms += fork_ms * is_fork[node]
+        emitted += probability[node] * weights[request[node]]
+        if is_fork[node]:
+            more_ms += fork_ms + forking_ms
+            forking_ms = 0.0
         rates[place + 1] = emitted / (ms[place + 1] + more_ms)
     return rates
 
 
 @compiled
-def best_rate(request: Ints, parents: Ints, probability: Floats, limits: Ints, ms: Floats) -> float:
-    """Return the tokens per ms that the best number of some candidates would give, forks for free.
+def best_rate(
+    request: Ints,
+    parents: Ints,
+    probability: Floats,
+    limits: Ints,
+    weights: Floats,
+    ms: Floats,
+) -> float:
+    """Return the worth per ms that the best number of some candidates would give, forks for free.
 
     Args:
         request, parents, probability: [n] of `Candidates`.
         limits: [B] most nodes of each request.
+        weights: [B] worth of a token of each request.
         ms: cost of the step by its nodes; more nodes than it tells are not drafted.
 
     """
-    paths = along_paths(parents, probability)
+    worth = along_paths(parents, probability) * weights[request]
     left = limits.copy()
-    emitted = float(len(limits))
+    emitted = weights.sum()
     best, size = emitted / ms[0], 0
-    for node in np.argsort(-paths, kind="mergesort"):
+    for node in np.argsort(-worth, kind="mergesort"):
         if left[request[node]] == 0 or size + 1 == len(ms):
             continue
         left[request[node]] -= 1
         size += 1
-        emitted += paths[node]
+        emitted += worth[node]
         best = max(best, emitted / ms[size])
     return float(best)
 
 
 def take(ranked: Ranked, num_nodes: int) -> Drafts:
-    """Return the drafts with the ``num_nodes`` most probable nodes of all requests."""
+    """Return the drafts with the ``num_nodes`` most valuable nodes of all requests."""
     drafts = ranked.drafts
     if num_nodes >= len(ranked.order):
         return drafts
@@ -182,6 +207,7 @@ def _ranked(
     source: Ints,
     limits: Ints,
     max_leaves: Ints,
+    weights: Floats,
     num_ids: int,
     min_probability: float,
 ) -> tuple[Ints, Ints, Ints, Floats, Ints, Ints, Ints, Ints, Bools]:
@@ -196,7 +222,7 @@ def _ranked(
     starts = np.zeros(len(counts) + 1, np.int64)
     for row, count in enumerate(counts):
         starts[row + 1] = starts[row] + count
-    order = np.argsort(-probability[kept], kind="mergesort")
+    order = np.argsort(-probability[kept] * weights[request[kept]], kind="mergesort")
     return (
         *(tokens[kept], parents, depths[kept], probability[kept], source[kept], starts),
         *(request[kept], order, is_fork),

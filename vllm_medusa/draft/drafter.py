@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.agreement import Agreement
-from vllm_medusa.draft.budget import UNLIMITED, best_rate, best_size, rank, take
+from vllm_medusa.draft.budget import UNLIMITED, Ranked, best_rate, best_size, rank, take
 from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.learning import LogisticCurve, Observer
 from vllm_medusa.draft.merge import join, merge
 from vllm_medusa.draft.order import depth_first
+from vllm_medusa.draft.overhead import Overhead
 from vllm_medusa.draft.pacing import Pacer
 from vllm_medusa.draft.probability import AGREEMENT, Probabilities
 from vllm_medusa.draft.proposer import Proposer
 from vllm_medusa.draft.sources.heads import HeadsSource
 from vllm_medusa.draft.sources.shared_text import SharedTextSource
 from vllm_medusa.draft.sources.text import TextSource
-from vllm_medusa.draft.types import Drafts, Emitted, Floats, Ints, Request, Source
+from vllm_medusa.draft.speeds import Speeds
+from vllm_medusa.draft.types import (
+    Candidates,
+    Drafts,
+    Emitted,
+    Floats,
+    Ints,
+    Request,
+    Source,
+)
 
 #: Less probable nodes are never drafted.
 _MIN_PROBABILITY = 1e-3
@@ -55,11 +66,26 @@ class DraftSettings:
     max_shared_tokens: int = 2**18
 
 
+class _Choice(NamedTuple):
+    """How many of some nodes to draft, and [T + 1] worth per ms by their number."""
+
+    ranked: Ranked
+    size: int
+    rates: Floats
+
+
+class _Expected(NamedTuple):
+    """What the step of the last drafts should take, without overhead, and whether it has forks."""
+
+    ms: float
+    has_forks: bool
+
+
 class Drafter:
     """Drafts step by step. The same inputs in the same order give the same drafts.
 
-    In each step: call `runs_heads`, run the heads if it is true, call `propose`. Call `finish` for
-    each request that has ended; a preempted request can continue later.
+    In each step: call `may_fork` and `runs_heads`, run the heads if it is true, call `propose`.
+    Call `finish` for each request that has ended; a preempted request can continue later.
 
     Args:
         settings: settings of the trees.
@@ -96,6 +122,10 @@ class Drafter:
         )
         self._proposers = _proposers(settings, probabilities, observers)
         self._pacer = Pacer()
+        self._speeds = Speeds()
+        self._overhead = Overhead()
+        self._expected: _Expected | None = None
+        self._may_fork = True
         # Each request's place in the last step, and the length of its text then.
         self._last: dict[str, tuple[int, int]] = {}
 
@@ -105,8 +135,18 @@ class Drafter:
             return False
         return self._costs is None or self._pacer.runs_heads(num_requests)
 
+    def may_fork(self, num_requests: int) -> bool:
+        """Whether trees may have forks in this step; if not, one guess for each parent will do."""
+        # Without times there is nothing to learn from steps without forks.
+        is_timed = self._costs is not None and self._overhead.is_known
+        self._may_fork = not is_timed or self._pacer.may_fork(num_requests)
+        return self._may_fork
+
     def propose(
-        self, requests: Sequence[Request], guessed: tuple[Ints, Floats] | None = None
+        self,
+        requests: Sequence[Request],
+        guessed: tuple[Ints, Floats] | None = None,
+        step_ms: float | None = None,
     ) -> Drafts:
         """Draft one tree for each of B requests.
 
@@ -114,9 +154,14 @@ class Drafter:
             requests: those that sampled a token in this step.
             guessed: [B, T, k] the heads' guessed tokens, the most probable first, and their
                 probabilities, in the tables of the superset; None if the heads did not run.
+            step_ms: time since the last call, if nothing but the step of its drafts ran in it.
 
         """
         self._learn(requests)
+        if step_ms is not None and self._expected is not None:
+            ms, has_forks = self._expected
+            self._overhead.record(len(requests), ms, step_ms, has_forks=has_forks)
+        self._expected = None
         if not requests:
             return Drafts.none(0)
         others = join([proposer.propose(requests) for proposer in self._proposers])
@@ -125,23 +170,55 @@ class Drafter:
         nodes = merge(self._superset, guesses, others, pool, self._agreement)
         limits = _bounds(self._settings.max_nodes, [request.max_nodes for request in requests])
         leaves = _bounds(self._settings.max_leaves, [request.max_leaves for request in requests])
-        ranked = rank(nodes, limits, leaves, min_probability=_MIN_PROBABILITY)
+        weights = self._speeds.weights([request.key for request in requests])
+        chains = np.minimum(leaves, 1)
+        options = [
+            rank(nodes, limits, most, weights=weights, min_probability=_MIN_PROBABILITY)
+            for most in ([leaves, chains] if self._may_fork else [chains])
+        ]
         if self._costs is None:
-            return ranked.drafts
+            return options[0].drafts
         heads_ms = 0.0 if guesses is None else self._costs.heads_ms(len(requests))
-        size, rates = best_size(ranked, len(requests), self._costs, heads_ms)
+        best = max((self._best(self._costs, ranked, heads_ms) for ranked in options), key=_rate_of)
         if guesses is not None:
-            # With their own probabilities: those that the heads have changed would be known only
-            # after the heads ran.
-            ms = self._costs.by_drafts(len(requests), int(limits.sum()))
-            alone = best_rate(others.request, others.parents, others.probability, limits, ms)
-            self._pacer.record_gain(len(requests), float(rates[size]) / alone)
-        if self._pacer.drafts_anyway(len(requests), size) and len(rates) > 1:
+            self._pacer.record_gain(len(requests), self._gain(self._costs, best, limits, others))
+        return self._take(self._costs, best, heads_ms)
+
+    def _best(self, costs: CostCurve, ranked: Ranked, heads_ms: float) -> _Choice:
+        """Find the best number of nodes."""
+        num_requests = len(ranked.weights)
+        more_ms = self._overhead.plain_ms(num_requests) + heads_ms
+        forking_ms = self._overhead.forking_ms(num_requests)
+        return _Choice(ranked, *best_size(ranked, costs, more_ms, forking_ms))
+
+    def _gain(self, costs: CostCurve, best: _Choice, limits: Ints, others: Candidates) -> float:
+        """Return what the heads gain.
+
+        Without them candidates have their own probabilities: those that the heads have changed
+        would be known only after the heads ran.
+        """
+        num_requests = len(limits)
+        ms = costs.by_drafts(num_requests, int(limits.sum()))
+        ms = ms + self._overhead.plain_ms(num_requests)
+        of_others = others.request, others.parents, others.probability
+        return _rate_of(best) / best_rate(*of_others, limits, best.ranked.weights, ms)
+
+    def _take(self, costs: CostCurve, best: _Choice, heads_ms: float) -> Drafts:
+        """Draft the chosen nodes, and note what their step should take."""
+        ranked, size, rates = best
+        num_requests = len(ranked.weights)
+        if self._pacer.drafts_anyway(num_requests, size) and len(rates) > 1:
             size = 1 + int(np.argmax(rates[1:]))
+        num_forks = int(ranked.is_fork[ranked.order[:size]].sum())
+        if self._may_fork:
+            self._pacer.record_forks(num_requests, num_forks)
+        ms = costs.by_drafts(num_requests, size)[-1] + costs.fork_ms * num_forks + heads_ms
+        self._expected = _Expected(float(ms), num_forks > 0)
         return take(ranked, size)
 
     def finish(self, key: str) -> None:
         """Drop the data of a request that has ended."""
+        self._speeds.finish(key)
         for proposer in self._proposers:
             proposer.finish(key)
 
@@ -154,6 +231,7 @@ class Drafter:
             place, length = self._last.get(request.key, (0, len(request.tokens)))
             new = request.tokens[length : length + depth]
             if len(new):
+                self._speeds.record(request.key, len(request.tokens) - length)
                 tokens[place, : len(new)] = new
                 counts[place] = len(new)
         emitted = Emitted(tokens, counts)
@@ -175,6 +253,10 @@ def compile_ahead() -> None:
     for stop, guessed in ((5, guesses), (7, None), (8, None)):
         drafts = depth_first(drafter.propose([Request("", text[:stop], 3)], guessed))
         accepted_by_source(drafts, [0], [[]])
+
+
+def _rate_of(choice: _Choice) -> float:
+    return float(choice.rates[choice.size])
 
 
 def _bounds(most: int, wanted: Sequence[int | None]) -> Ints:

@@ -1,8 +1,9 @@
-"""When to run the heads, and when to draft although nothing seems to pay.
+"""When to run the heads, when to fork, and when to draft although nothing seems to pay.
 
 The gain of the heads is known only after they ran. So the recent gain is kept for each range of
 batch sizes. While it is below the cost of the heads, they run only now and then: the longer this
-lasts, the less often.
+lasts, the less often. What forks cost beside their nodes is known only after some steps with them
+and some without (`overhead`), and where they never pay, the heads need not look for them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ _NEWEST = 0.05
 _NEWEST_AFTER_PAUSE = 0.5
 _SHORTEST_PAUSE = 16
 _LONGEST_PAUSE = 256
+#: Number of first steps, every other one of which may not fork.
+_FORK_TRIALS = 16
+#: After so many steps in a row in which forks did not pay, one in `_FORK_PAUSE` looks for them.
+_FORK_PATIENCE = 16
+_FORK_PAUSE = 32
+#: One step in so many may not fork although forks pay.
+_PLAIN_PAUSE = 64
 
 
 @dataclass
@@ -29,6 +37,8 @@ class _Pace:
     paused: int = 0
     num_empty: int = 0
     patience: int = _SHORTEST_PAUSE
+    num_fork_steps: int = 0
+    num_plain: int = 0
 
 
 class Pacer:
@@ -64,6 +74,21 @@ class Pacer:
             pace.pause = _SHORTEST_PAUSE
         elif came_after_pause:
             pace.pause = min(2 * pace.pause, _LONGEST_PAUSE)
+
+    def may_fork(self, num_requests: int) -> bool:
+        """Whether trees may have forks in this step; call it once in each step."""
+        pace = self._pace(num_requests)
+        pace.num_fork_steps += 1
+        if pace.num_fork_steps <= _FORK_TRIALS:
+            return pace.num_fork_steps % 2 == 1
+        if pace.num_plain >= _FORK_PATIENCE:
+            return pace.num_fork_steps % _FORK_PAUSE == 0
+        return pace.num_fork_steps % _PLAIN_PAUSE != 0
+
+    def record_forks(self, num_requests: int, num_forks: int) -> None:
+        """Record the forks that pay in a step that may fork."""
+        pace = self._pace(num_requests)
+        pace.num_plain = 0 if num_forks else pace.num_plain + 1
 
     def drafts_anyway(self, num_requests: int, num_nodes: int) -> bool:
         """Whether to draft although nothing pays; call it once in each step.

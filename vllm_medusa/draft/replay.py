@@ -69,20 +69,25 @@ def replay(
     drafter: Drafter,
     batch_size: int = 32,
     tables: Tables | None = None,
+    step_ms: Callable[[int, int, int], float] | None = None,
 ) -> Replayed:
     """Draft along texts, ``batch_size`` of them at a time, each as a request.
 
-    ``tables`` makes the drafter's tables from the texts' guesses.
+    ``tables`` makes the drafter's tables from the texts' guesses. ``step_ms`` tells what a step
+    takes by its requests, nodes and forks; None: the drafter learns no times.
     """
     result = Replayed()
     waiting = [index for index, text in enumerate(texts) if text.num_positions > 0][::-1]
     position: dict[int, int] = {}
+    took_ms: float | None = None
     while waiting or position:
         while waiting and len(position) < batch_size:
             position[waiting.pop()] = 0
+            took_ms = None
         running = list(position)
         requests = [_request(index, texts[index], position[index]) for index in running]
         guessed = None
+        drafter.may_fork(len(running))
         if runs_heads := drafter.runs_heads(len(running)):
             at = [(texts[index], position[index]) for index in running]
             guessed = (
@@ -91,7 +96,7 @@ def replay(
             )
             if tables is not None:
                 guessed = tables(*guessed, np.array([request.tokens[-1] for request in requests]))
-        drafts = drafter.propose(requests, guessed)
+        drafts = drafter.propose(requests, guessed, took_ms)
         num_forks = 0
         for index, draft in zip(running, drafts, strict=True):
             text = texts[index]
@@ -103,6 +108,10 @@ def replay(
             if position[index] >= text.num_positions:
                 del position[index]
                 drafter.finish(str(index))
+        if step_ms is not None:
+            took_ms = step_ms(len(running), len(drafts.tokens), num_forks)
+        if len(position) < len(running):
+            took_ms = None
         result.num_requests += len(running)
         result.steps.append((len(running), len(drafts.tokens), num_forks, runs_heads))
     return result

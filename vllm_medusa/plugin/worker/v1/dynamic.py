@@ -7,7 +7,11 @@ over the whole batch. This file connects it to the runner.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from vllm.distributed import get_tensor_model_parallel_world_size
 
 from vllm_medusa.draft.accepted import accepted_by_source
 from vllm_medusa.draft.costs import CostCurve
@@ -26,6 +30,13 @@ logger = plugin_logger(__name__)
 MAX_ROWS = 32
 
 _SOURCES = {"heads": Source.HEADS, "text": Source.TEXT}
+
+
+class _Call(NamedTuple):
+    """When trees were drafted, and for which requests, if they all got some."""
+
+    time: float
+    req_ids: tuple[str, ...] | None
 
 
 class DynamicDrafter:
@@ -58,6 +69,9 @@ class DynamicDrafter:
         )
         # The last drafts of each request: the drafts of that step, and the request's place in them.
         self._drafted: dict[str, tuple[Drafts, int]] = {}
+        # Tensor-parallel ranks measure different times and would draft different trees.
+        self._learns_times = get_tensor_model_parallel_world_size() == 1
+        self._last = _Call(0.0, None)
 
     def num_paths(self, batch_size: int) -> int:
         """Return the most fork paths of a tree."""
@@ -72,6 +86,7 @@ class DynamicDrafter:
     def draft(self, batch: DraftingBatch) -> list[Draft]:
         """Return a tree for each request."""
         if not any(batch.max_nodes):
+            self._last = _Call(0.0, None)
             return [NO_DRAFT] * len(batch.req_ids)
         places = [place for place, sampled in enumerate(batch.sampled) if sampled]
         requests = [
@@ -85,7 +100,8 @@ class DynamicDrafter:
             for place in places
         ]
         self._count_accepted(batch, places)
-        drafts = depth_first(self._drafter.propose(requests, self._guess(batch, places)))
+        guessed, step_ms = self._guess(batch, places), self._step_ms(batch, places)
+        drafts = depth_first(self._drafter.propose(requests, guessed, step_ms))
         self._count_drafted(drafts)
         chosen = [NO_DRAFT] * len(batch.req_ids)
         starts, tokens, parents = (
@@ -104,13 +120,24 @@ class DynamicDrafter:
         names = [[str(s.name).lower() for s in Source if bits & s] for bits in draft.source]
         return draft.probability.tolist(), names
 
+    def _step_ms(self, batch: DraftingBatch, places: list[int]) -> float | None:
+        """Return the time since the last call, if only the step of its drafts ran in it."""
+        last, is_all = self._last, len(places) == len(batch.req_ids)
+        self._last = _Call(time.perf_counter(), tuple(batch.req_ids) if is_all else None)
+        if not (self._learns_times and is_all and last.req_ids == self._last.req_ids):
+            return None
+        return 1000 * (self._last.time - last.time)
+
     def _guess(self, batch: DraftingBatch, places: list[int]) -> tuple[Ints, Floats] | None:
         """Run the heads if they are likely to pay."""
-        if not places or not self._drafter.runs_heads(len(places)):
+        if not places:
+            return None
+        max_rows = MAX_ROWS if self._drafter.may_fork(len(places)) else 1
+        if not self._drafter.runs_heads(len(places)):
             return None
         self._counters.heads_runs += 1
         log_probs, tokens = self._proposer.probable_guesses(
-            *batch.inputs_of_heads(places), max_rows=MAX_ROWS
+            *batch.inputs_of_heads(places), max_rows=max_rows
         )
         return (
             tokens.transpose(0, 1).cpu().numpy(),

@@ -27,15 +27,41 @@ _Task: TypeAlias = tuple[str, int]
 #: Tokens of the steps that are timed, the most telling first: a slow model has no time for all.
 #: They are among `step_sizes`. Small steps lie close together, because kernels work on blocks of
 #: rows: a step of 6 tokens can take less than one of 1, and one of 7 a tenth more.
-_SIZES = (1, 18, 5, 32, 9, 3, 64, 13, 7, 128, 16, 48, 6, 8, 11, 2, 4, 24, 80, 10, 15, 40, 56, 20)
+_SIZES = (
+    1,
+    18,
+    5,
+    32,
+    9,
+    64,
+    128,
+    3,
+    13,
+    96,
+    48,
+    7,
+    16,
+    80,
+    24,
+    6,
+    8,
+    11,
+    2,
+    4,
+    40,
+    112,
+    56,
+    10,
+    15,
+)
 #: Numbers of requests with which the heads are timed.
 _BATCH_SIZES = (1, 8, 32)
 _ROUNDS = 5
 #: After this time no other round begins.
-_LIMIT_S = 3.0
+_LIMIT_S = 4.0
 #: In the first round no other size is timed after this time: the curve continues with its last
 #: slope.
-_FIRST_ROUND_S = 1.0
+_FIRST_ROUND_S = 1.5
 #: Cost of each path except the first, as a share of a step of one token: the path reads the
 #: request's context once more.
 _FORK_SHARE = 0.01
