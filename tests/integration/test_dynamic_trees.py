@@ -168,6 +168,27 @@ class TestStepCosts:
         assert len(measured) == 3
         assert len(list((tmp_path / "medusa_step_costs").iterdir())) == 3
 
+    def test_what_steps_take_beside_them_is_learnt(
+        self, engine: Callable[..., Any], tiny_heads: Path
+    ) -> None:
+        """From steps of the same requests only."""
+        spec = dynamic(tiny_heads, measure_costs=True)
+        with engine(speculative_config=spec) as llm:
+
+            def learnt() -> dict[int, float]:
+                (overhead,) = llm.collective_rpc(
+                    lambda w: w.model_runner.tree_drafter._drafter._overhead
+                )
+                return {size: overhead.plain_ms(size) for size in (1, 3, 4) if overhead.is_known}
+
+            assert learnt() == {}
+            greedy(llm, random_prompts(3), 2)
+            assert learnt() == {}
+            greedy(llm, random_prompts(3), 60)
+            found = learnt()
+            assert found[3] > 0
+            assert found[4] == 0
+
     @pytest.mark.parametrize(
         "damage",
         [

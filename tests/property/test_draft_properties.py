@@ -203,7 +203,9 @@ def test_budget_is_the_best_of_all_choices(
 ) -> None:
     case.rank_paths = case.rank_paths[:2]
     ranked = ranked_of(case, [4, 4], weights)
-    best, _ = best_size(ranked, curves(costs))
+    model = curves(costs)
+    ms = model.by_drafts(2, 8)
+    best, _ = best_size(ranked, model)
     drafts = take(ranked, best)
     worth = {
         (b, path): p * weights[b]
@@ -211,10 +213,10 @@ def test_budget_is_the_best_of_all_choices(
         for path, (p, _) in tree.items()
     }
     rates = [
-        (sum(weights) + sum(worth[name] for name in chosen)) / costs[len(chosen)]
+        (sum(weights) + sum(worth[name] for name in chosen)) / ms[len(chosen)]
         for chosen in oracle.closed_sets(worth)
     ]
-    assert worth_of(drafts, weights) / costs[best] == pytest.approx(max(rates))
+    assert worth_of(drafts, weights) / ms[best] == pytest.approx(max(rates))
     assert drafts.num_nodes.sum() == best
 
 
@@ -238,13 +240,12 @@ def test_forks_cost(
     """The rate of every number of nodes counts the forks that its trees have."""
     ranked = ranked_of(case, [4, 4], weights)
     model = CostCurve({2: [(2 + n, ms) for n, ms in enumerate(costs)]}, fork_ms=fork_ms)
+    ms = model.by_drafts(2, len(ranked.order))
     best, rate = best_size(ranked, model)
     for size in range(len(ranked.order) + 1):
         drafts = take(ranked, size)
         forks = sum(oracle.num_forks(oracle.paths_of(draft)) for draft in drafts)
-        assert rate[size] == pytest.approx(
-            worth_of(drafts, weights) / (costs[size] + fork_ms * forks)
-        )
+        assert rate[size] == pytest.approx(worth_of(drafts, weights) / (ms[size] + fork_ms * forks))
     assert rate[best] == rate.max()
 
 

@@ -77,7 +77,7 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     # Halfway between one request and four there is no whole number: two are a third of the way.
     np.testing.assert_allclose(costs.by_drafts(2, 1), [10 + 10 / 3, 11 + 11 / 3])
     # Beyond the last as many tokens cost the same.
-    np.testing.assert_allclose(costs.by_drafts(9, 3), [30, 32, 34, 36])
+    np.testing.assert_allclose(costs.by_drafts(10, 4), [32, 36, 36, 40, 40])
 
 
 def test_more_tokens_can_cost_less() -> None:
@@ -88,19 +88,20 @@ def test_more_tokens_can_cost_less() -> None:
 def test_a_step_costs_what_its_size_costs() -> None:
     sizes = step_sizes(np.arange(1, 300))
     assert np.unique(sizes).tolist() == [
-        *range(1, 17),
-        *range(18, 33, 2),
-        *range(36, 65, 4),
-        *range(72, 129, 8),
-        *range(144, 257, 16),
-        *range(288, 321, 32),
+        *range(1, 9),
+        *range(10, 17, 2),
+        *range(20, 33, 4),
+        *range(40, 65, 8),
+        *range(80, 129, 16),
+        *range(160, 257, 32),
+        320,
     ]
     assert (sizes >= np.arange(1, 300)).all()
-    # With steps of 16, 18 and 20 tokens measured, one of 17 is one of 18.
-    costs = CostCurve({1: [(1, 10), (16, 10), (18, 12), (20, 12)]})
+    # With steps of 16, 20 and 24 tokens measured, one of 17 is one of 20.
+    costs = CostCurve({1: [(1, 10), (16, 10), (20, 12), (24, 12)]})
     np.testing.assert_allclose(costs.by_drafts(14, 6), [10, 10, 10, 12, 12, 12, 12])
     costs = CostCurve({1: [(1, 10), (31, 40)], 29: [(29, 40), (59, 70)]})
-    np.testing.assert_allclose(costs.by_drafts(15, 4), [25, 26, 28, 28, 30])
+    np.testing.assert_allclose(costs.by_drafts(15, 4), [26, 26, 30, 30, 30])
 
 
 def test_costs_of_heads_by_batch_size() -> None:

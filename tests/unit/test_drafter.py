@@ -253,7 +253,7 @@ def test_all_is_compiled_ahead(batch_size: int) -> None:
 
 def test_slow_requests_draft_more_nodes() -> None:
     """Two texts that go on alike, of which one has gone on slowly."""
-    costs = CostCurve({2: [(2 + nodes, 10 + 2 * nodes) for nodes in range(17)]})
+    costs = CostCurve({2: [(2 + nodes, 10 + 4 * nodes) for nodes in range(33)]})
     cycle = [1, 2, 3, 4, 5]
     nodes = []
     for new in (1, 4):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.training import document, make_target, random_documents
+from tests.training import (
+    counting_rows,
+    document,
+    make_settings,
+    make_target,
+    random_documents,
+    save_llama,
+    write_rows,
+)
 from vllm_medusa.errors import UserError
 from vllm_medusa.target.frozen import FrozenTarget
+from vllm_medusa.training.loop import Training
 from vllm_medusa.training.packing import Batches, build_batch
 
 
@@ -123,3 +134,21 @@ def test_target_that_caps_its_logits_is_refused_for_kl() -> None:
 def test_model_without_lm_head_is_refused() -> None:
     with pytest.raises(UserError, match="causal language model"):
         FrozenTarget(make_target().model.model)
+
+
+def test_prompts_are_learnt_too(tmp_path: Path) -> None:
+    """The same rows and steps; the rows held out are measured on their answers."""
+    paths = {
+        "model": str(save_llama(tmp_path / "model")),
+        "data": str(write_rows(tmp_path / "data", counting_rows(60))),
+    }
+    alone, whole = (Training(make_settings(**paths, learn_prompts=p)) for p in (False, True))
+    sequences, same = (next(training._batches.from_batch(0)) for training in (alone, whole))
+    assert sequences == same
+    answers, tokens = (t._batches.build(sequences).learnt.tolist() for t in (alone, whole))
+    assert set(answers) < set(tokens)
+    lengths = [len(whole.dataset.train[i].token_ids) for row in sequences for i in row]
+    assert len(tokens) == sum(lengths) - len(lengths)
+    assert whole._batches.num_learnt(sequences) == len(tokens)
+    pairs = zip(alone.dataset.held_out, whole.dataset.held_out, strict=True)
+    assert all((a.loss_mask == b.loss_mask).all() for a, b in pairs)

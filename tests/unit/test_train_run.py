@@ -336,23 +336,6 @@ def test_loss_positions_learn_from_a_share(inputs: dict[str, str], tmp_path: Pat
     )
 
 
-def test_prompts_are_learnt_too(inputs: dict[str, str]) -> None:
-    """The same rows and steps; the rows held out are measured on their answers."""
-    settings = settings_of(inputs)
-    alone = Training(settings)
-    whole = Training(dataclasses.replace(settings, learn_prompts=True))
-    of_alone, of_whole = (next(t._batches.from_batch(0)) for t in (alone, whole))
-    assert of_alone == of_whole
-    answers, tokens = (t._batches.build(of_alone).learnt.tolist() for t in (alone, whole))
-    assert set(answers) < set(tokens)
-    num_rows = sum(map(len, of_whole))
-    num_tokens = sum(len(whole.dataset.train[i].token_ids) for row in of_whole for i in row)
-    assert len(tokens) == num_tokens - num_rows
-    assert whole._batches.num_learnt(of_whole) == len(tokens)
-    pairs = zip(alone.dataset.held_out, whole.dataset.held_out, strict=True)
-    assert all((a.loss_mask == b.loss_mask).all() for a, b in pairs)
-
-
 def test_full_disk_at_the_very_end(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

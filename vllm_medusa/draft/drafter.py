@@ -171,15 +171,16 @@ class Drafter:
         limits = _bounds(self._settings.max_nodes, [request.max_nodes for request in requests])
         leaves = _bounds(self._settings.max_leaves, [request.max_leaves for request in requests])
         weights = self._speeds.weights([request.key for request in requests])
-        chains = np.minimum(leaves, 1)
-        options = [
-            rank(nodes, limits, most, weights=weights, min_probability=_MIN_PROBABILITY)
-            for most in ([leaves, chains] if self._may_fork else [chains])
-        ]
+
+        def ranked(most: Ints) -> Ranked:
+            return rank(nodes, limits, most, weights=weights, min_probability=_MIN_PROBABILITY)
+
         if self._costs is None:
-            return options[0].drafts
+            return ranked(leaves).drafts
         heads_ms = 0.0 if guesses is None else self._costs.heads_ms(len(requests))
-        best = max((self._best(self._costs, ranked, heads_ms) for ranked in options), key=_rate_of)
+        best = self._best(self._costs, ranked(np.minimum(leaves, 1)), heads_ms)
+        if self._may_fork and leaves.max() > 1:
+            best = max(best, self._best(self._costs, ranked(leaves), heads_ms), key=_rate_of)
         if guesses is not None:
             self._pacer.record_gain(len(requests), self._gain(self._costs, best, limits, others))
         return self._take(self._costs, best, heads_ms)
@@ -246,7 +247,8 @@ def compile_ahead() -> None:
     """Draft once, so that no request waits for code that is compiled at its first run."""
     num_heads, num_guesses = 2, 2
     probabilities = Probabilities.default(num_heads, num_guesses)
-    drafter = Drafter(DraftSettings(max_nodes=4), probabilities, CostCurve({1: [(1, 1.0)]}))
+    costs = CostCurve({1: [(1, 1.0), (3, 1.0), (4, 9.0)]})
+    drafter = Drafter(DraftSettings(max_nodes=4), probabilities, costs)
     text = np.array([1, 2, 3, 1, 2, 3, 1, 2], dtype=np.int32)
     tokens = np.arange(num_heads * num_guesses).reshape(1, num_heads, num_guesses)
     guesses = tokens.astype(np.int64), np.full(tokens.shape, 0.1)

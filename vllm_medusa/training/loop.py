@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_medusa.acceptance.ranks import Continuation, RankMeter
 from vllm_medusa.acceptance.texts import Text
 from vllm_medusa.acceptance.trees import best_paths
-from vllm_medusa.data.rows import temperature_of
+from vllm_medusa.data.rows import Row, temperature_of
 from vllm_medusa.errors import UserError
 from vllm_medusa.reporting.progress import Bar
 from vllm_medusa.target.config import read_target
@@ -146,10 +146,7 @@ class Training:
             )
         self._heads, heads_fingerprint = make_heads(settings, self.target)
         self._held_out, self._test_sets = self._rows_to_measure()
-        rows = self.dataset.train
-        if settings.learn_prompts:
-            rows = [learnt_whole(row) for row in rows]
-        self._batches = Batches(rows, settings.batch_tokens, settings.seed)
+        self._batches = Batches(self._rows_to_learn(), settings.batch_tokens, settings.seed)
         if compile_target:
             self.target.compile((self._batches.num_sequences, self._batches.sequence_length))
         self._batches_per_step: int = settings.grad_accumulation * self._accelerator.num_processes
@@ -228,6 +225,10 @@ class Training:
         )
         paths = settings.test_data
         return held_out, load_test_sets(paths, self.dataset, self.target, end_tokens, num_heads)
+
+    def _rows_to_learn(self) -> list[Row]:
+        rows = self.dataset.train
+        return [learnt_whole(row) for row in rows] if self.settings.learn_prompts else rows
 
     def _count_steps(self) -> int:
         if self.settings.steps is not None:

@@ -22,7 +22,7 @@ from vllm_medusa.reporting.provenance import cpu_name
 logger = plugin_logger(__name__)
 
 #: Raised when other things are measured, so that older files are not read.
-_FORM = 4
+_FORM = 5
 
 
 @dataclass(frozen=True)

@@ -28,31 +28,8 @@ _Task: TypeAlias = tuple[str, int]
 #: They are among `step_sizes`. Small steps lie close together, because kernels work on blocks of
 #: rows: a step of 6 tokens can take less than one of 1, and one of 7 a tenth more.
 _SIZES = (
-    1,
-    18,
-    5,
-    32,
-    9,
-    64,
-    128,
-    3,
-    13,
-    96,
-    48,
-    7,
-    16,
-    80,
-    24,
-    6,
-    8,
-    11,
-    2,
-    4,
-    40,
-    112,
-    56,
-    10,
-    15,
+    *(1, 20, 5, 32, 10, 64, 128, 3, 14, 96, 48, 7, 16, 80, 24, 6, 8, 12, 2, 4),
+    *(40, 112, 56, 28),
 )
 #: Numbers of requests with which the heads are timed.
 _BATCH_SIZES = (1, 8, 32)
