@@ -72,7 +72,8 @@ def test_lossless(prompts: list[str], reference: list[list[int]], case: str) -> 
         demo_engine(speculative_config=with_heads(**tree), **options) as llm,
     ):
         outputs = llm.generate(prompts, params(), use_tqdm=False)
-        assert counters(llm)["forks_accepted"] > NUM_PROMPTS
+        # With measured costs forks need not pay on this machine.
+        assert case == "costs measured" or counters(llm)["forks_accepted"] > NUM_PROMPTS
         assert spec_metrics(llm)["num_accepted_tokens"] > NUM_PROMPTS * MAX_TOKENS / 3
         preempted = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
         assert (preempted > 0) == ("preempted" in case)
