@@ -54,7 +54,7 @@ def test_lossless(kind: Callable[[Path], Any]) -> None:
         assert llm.llm_engine.vllm_config.use_v2_model_runner
         texts = texts_of(llm.generate(prompts, params, use_tqdm=False))
     assert texts == reference
-    assert taken.num_forks > 1
+    assert taken.num_forks > 0
     if kind is static:
         assert len(kept) > NUM_PROMPTS * MAX_TOKENS / 6
         tree = DraftTree.from_paths(default_paths(NUM_HEADS, NUM_NODES))
