@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracles.prefix import in_context
+from tests.training import make_settings, make_target
 from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
+from vllm_medusa.training.new_layers import new_prefix_attention
 
 HIDDEN, EMBEDDING, HEADS, SIZE = 6, 4, 2, 3
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -100,9 +102,9 @@ def test_with_a_memory(window: int, seed: int, data: st.DataObject) -> None:
 
 
 def test_new_layer_changes_nothing() -> None:
-    prefix = PrefixAttention(HIDDEN, EMBEDDING, 4, HEADS, SIZE, dtype=torch.float32)
-    prefix.start(0)
-    hidden, following = (part.float() for part in text(9, torch.Generator().manual_seed(0)))
-    found = prefix.along(hidden[None], following[None], torch.arange(9)[None])
-    assert torch.equal(found[0], hidden)
+    target = make_target()
+    prefix = new_prefix_attention(make_settings(prefix_attention=True, prefix_window=4), target)
+    hidden, following = torch.randn(2, 1, 9, target.hidden_size)
+    found = prefix.along(hidden, following, torch.arange(9)[None])
+    assert torch.equal(found, hidden)
     assert prefix.projection.abs().sum() > 0

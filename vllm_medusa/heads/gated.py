@@ -65,13 +65,6 @@ class GatedLayers(nn.Module):
                 parameter.copy_(tensors[f"gated.{name}"])
         return layers
 
-    @torch.no_grad()
-    def start(self, seed: int) -> None:
-        """Draw the matrices that read the states; those that write them stay zero."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.gate_up.shape, generator=generator)
-        self.gate_up.copy_(drawn * drawn.shape[-1] ** -0.5)
-
     @property
     def matrices(self) -> list[nn.Parameter]:
         """The parameters, which are matrices or stacks of them [..., out, in]."""

@@ -92,13 +92,6 @@ class PrefixAttention(nn.Module):
             layer.bias.copy_(tensors["prefix.bias"])
         return layer
 
-    @torch.no_grad()
-    def start(self, seed: int) -> None:
-        """Draw the matrices that read the inputs; the one that writes the output stays zero."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.projection.shape, generator=generator)
-        self.projection.copy_(drawn * drawn.shape[-1] ** -0.5)
-
     @property
     def window(self) -> int:
         """W."""

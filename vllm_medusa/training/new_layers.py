@@ -51,7 +51,7 @@ def new_prefix_attention(settings: TrainSettings, target: FrozenTarget) -> Prefi
         dtype=torch.float32,
         device=target.weight.device,
     )
-    layer.start(settings.seed)
+    _draw(layer.projection, settings.seed)
     return layer
 
 
@@ -65,8 +65,16 @@ def new_gated_layers(settings: TrainSettings, target: FrozenTarget) -> GatedLaye
         dtype=torch.float32,
         device=target.weight.device,
     )
-    layers.start(settings.seed)
+    _draw(layers.gate_up, settings.seed)
     return layers
+
+
+@torch.no_grad()
+def _draw(parameter: Tensor, seed: int) -> None:
+    """Draw matrices [..., out, in] that read states; those that write them stay zero."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(parameter.shape, generator=generator)
+    parameter.copy_(drawn * drawn.shape[-1] ** -0.5)
 
 
 def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

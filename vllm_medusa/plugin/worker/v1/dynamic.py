@@ -71,6 +71,8 @@ class DynamicDrafter:
         self._drafted: dict[str, tuple[Drafts, int]] = {}
         # Tensor-parallel ranks measure different times and would draft different trees.
         self._learns_times = get_tensor_model_parallel_world_size() == 1
+        if costs is not None and not self._learns_times:
+            logger.info("Medusa: with tensor parallelism trees do not learn from times of steps")
         self._last = _Call(0.0, None)
 
     def num_paths(self, batch_size: int) -> int:
