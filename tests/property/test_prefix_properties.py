@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.oracles.prefix import in_context
 from tests.training import make_settings, make_target
-from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
+from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.heads.prefix_memory import PrefixMemory
 from vllm_medusa.training.new_layers import new_prefix_attention
 
 HIDDEN, EMBEDDING, HEADS, SIZE = 6, 4, 2, 3
@@ -95,7 +96,8 @@ def test_with_a_memory(window: int, seed: int, data: st.DataObject) -> None:
         states = torch.stack([texts[i][0][done[i] - 1] for i in ready])
         embedded = torch.stack([texts[i][1][done[i] - 1] for i in ready])
         queries = prefix.queries(states, embedded)
-        found = prefix.read(states, queries, memory.windows(torch.tensor(ready), last))
+        windows = memory.windows(torch.tensor(ready), last)
+        found = prefix.read(states, queries, windows, prefix.bias_by_distance(windows, 0))
         for row, i in enumerate(ready):
             wanted = in_context(prefix.canonical_tensors(), *texts[i], done[i] - 1, known[i])
             torch.testing.assert_close(found[row], wanted, **TIGHT)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.oracles.recurrent import features
 from vllm_medusa.heads.gated import GatedLayers
-from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory
+from vllm_medusa.heads.prefix import PrefixAttention
+from vllm_medusa.heads.prefix_memory import PrefixMemory
 from vllm_medusa.heads.recurrent import RecurrentHeads
 from vllm_medusa.heads.sequential import SequentialTree
 from vllm_medusa.tree.draft_tree import DraftTree
@@ -98,7 +99,7 @@ def test_trees(window: int, num_texts: int, seed: int, data: st.DataObject) -> N
     ends = torch.tensor(lengths) - 1
     made = SequentialTree.of(TreeLayout.build(tree).levels)
     drafted = made.draft(
-        heads.reading(memory.windows(places, ends)),
+        heads.reading(tree.depth, memory.windows(places, ends)),
         torch.stack([hidden[-1] for hidden, _ in texts]),
         torch.stack([tokens[-1] for _, tokens in texts]),
         guess,

@@ -6,28 +6,33 @@ hidden states there and in the tokens that followed them: at position t it reads
 t and the target's embedding of token t + 1. Hydra++ has such a layer (arXiv 2402.05109:
 prefix attention), and EAGLE reads the same pairs (arXiv 2401.15077).
 
-A window in place of the whole text bounds the memory of a request: `PrefixMemory` is a ring of W
-keys and values. It holds positions that the target has verified, so nothing of it is ever undone.
-Positions that the engine did not compute (those of a cached prefix) are missing in it. Distances
+A window in place of the whole text bounds the memory of a request (`prefix_memory`). Distances
 count through a learned bias for each one, so that keys do not depend on their position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPS = 1e-6
-#: Position of an entry that holds nothing: so far back that no window reaches it.
-_NOTHING = -(2**62)
 
-#: Keys and values of the tokens of drafts, the first token first.
-Drafted: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+class Drafted(NamedTuple):
+    """What N drafts of m tokens hold, the first token first, the last one that of the query itself.
+
+    Attributes:
+        keys: [m, N, A, d]; along whole texts [m, B, S, A, d].
+        values: as the keys.
+    """
+
+    keys: Tensor
+    values: Tensor
 
 
 class PrefixAttention(nn.Module):
@@ -160,7 +165,11 @@ class PrefixAttention(nn.Module):
         )
 
     def read_texts(
-        self, states: Tensor, following: Tensor, texts: PrefixWindow, drafted: Drafted = ()
+        self,
+        states: Tensor,
+        following: Tensor,
+        texts: PrefixWindow,
+        drafted: Drafted | None = None,
     ) -> Tensor:
         """Run the layer along whole texts, or along drafts that go on from each position.
 
@@ -168,14 +177,20 @@ class PrefixAttention(nn.Module):
             states: [B, S, H].
             following: [B, S, E].
             texts: of `texts`.
-            drafted: [B, S, A, d] keys and values of each token of the drafts.
+            drafted: of the drafts.
 
         Returns:
             [B, S, H]
         """
         queries = self._in_blocks(self.queries(states, following))
-        in_blocks = [(self._in_blocks(keys), self._in_blocks(values)) for keys, values in drafted]
-        attended = self._attend(queries, texts, in_blocks)
+        ahead = 0
+        if drafted is not None:
+            ahead = len(drafted.keys)
+            drafted = Drafted(
+                *(torch.stack([self._in_blocks(rows) for rows in part]) for part in drafted)
+            )
+        bias = self.bias_by_distance(texts, ahead).to(queries.dtype)
+        attended = self._attend(queries, texts, bias, drafted)
         rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
         return states + F.linear(rows[:, : states.shape[1]], self.output)
 
@@ -210,7 +225,12 @@ class PrefixAttention(nn.Module):
         return rows.view(*rows.shape[:-1], len(matrices), *self.head_shape).unbind(-3)
 
     def read(
-        self, states: Tensor, queries: Tensor, windows: PrefixWindow, drafted: Drafted = ()
+        self,
+        states: Tensor,
+        queries: Tensor,
+        windows: PrefixWindow,
+        bias: Tensor,
+        drafted: Drafted | None = None,
     ) -> Tensor:
         """Run the layer at one position of each of B texts, or for drafts that go on from there.
 
@@ -218,7 +238,8 @@ class PrefixAttention(nn.Module):
             states: [N, H], as many for each text, in their order.
             queries: [N, A, d], of `queries`.
             windows: of `PrefixMemory.windows`.
-            drafted: [N, A, d] keys and values of each token of the drafts.
+            bias: [B, A, 1, M], of `bias_by_distance`, for drafts of as many tokens.
+            drafted: of the drafts.
 
         Returns:
             [N, H]
@@ -226,47 +247,62 @@ class PrefixAttention(nn.Module):
         num_texts = len(windows.keys)
 
         def by_text(rows: Tensor) -> Tensor:
-            """[N, A, d] to [B, A, N / B, d]."""
-            return rows.view(num_texts, -1, *self.head_shape).transpose(1, 2)
+            """[..., N, A, d] to [..., B, A, N / B, d]."""
+            shape = (*rows.shape[:-3], num_texts, -1, *self.head_shape)
+            return rows.view(shape).transpose(-3, -2)
 
-        of_drafts = [(by_text(keys), by_text(values)) for keys, values in drafted]
-        attended = self._attend(by_text(queries), windows, of_drafts)
+        if drafted is not None:
+            drafted = Drafted(*map(by_text, drafted))
+        attended = self._attend(by_text(queries), windows, bias, drafted)
         rows = attended.transpose(1, 2).reshape(len(states), -1)
         return states + F.linear(rows, self.output)
+
+    def bias_by_distance(self, read: PrefixWindow, ahead: int | Tensor) -> Tensor:
+        """Return what the distances add to the scores; minus infinity where nothing is read.
+
+        Args:
+            read: the texts.
+            ahead: tokens of a draft between its query and the text; [K, 1, 1, 1] for several.
+
+        Returns:
+            [..., A, n, M]; for several [K, ..., A, n, M]
+        """
+        distance = read.distance + ahead
+        is_seen = read.is_seen & (distance < self.window)
+        bias = self.bias[:, distance.clamp(0, self.window - 1)].movedim(0, -3)
+        return bias.masked_fill(~is_seen.unsqueeze(-3), -torch.inf)
 
     def _in_blocks(self, rows: Tensor) -> Tensor:
         """[B, S, A, d] to [B, S / W, A, W, d]."""
         rows = F.pad(rows, (0, 0, 0, 0, 0, -rows.shape[1] % self.window))
         return rows.view(len(rows), -1, self.window, *self.head_shape).transpose(2, 3)
 
-    def _attend(self, queries: Tensor, read: PrefixWindow, drafted: Drafted) -> Tensor:
+    def _attend(
+        self, queries: Tensor, read: PrefixWindow, bias: Tensor, drafted: Drafted | None
+    ) -> Tensor:
         """[..., A, n, d] that n queries of each text find, in it and in their own drafts.
 
         Args:
             queries: [..., A, n, d].
             read: the texts.
-            drafted: [..., A, n, d] keys and values of each token of the drafts, the last one that
-                of the query itself.
+            bias: of `bias_by_distance`.
+            drafted: [m, ..., A, n, d].
 
         """
-        ahead = len(drafted)
-        distance = read.distance + ahead
-        is_seen = read.is_seen & (distance < self.window)
-        bias = self.bias[:, distance.clamp(0, self.window - 1)].movedim(0, -3)
-        bias = bias.masked_fill(~is_seen.unsqueeze(-3), -torch.inf).to(queries.dtype)
-        if not drafted:
+        if drafted is None:
             return F.scaled_dot_product_attention(queries, read.keys, read.values, attn_mask=bias)
-        scale = queries.shape[-1] ** -0.5
-        scores = scale * queries @ read.keys.mT + bias
-        near = drafted[-self.window :]
-        keys, values = (torch.stack(part, dim=-2) for part in zip(*near, strict=True))
-        near_scores = scale * torch.linalg.vecdot(queries.unsqueeze(-2), keys)
-        near_scores = near_scores + self.bias[:, None, : len(near)].flip(-1)
+        # Tokens of the draft that are a window away or further are not read.
+        keys, values = (part[-self.window :] for part in drafted)
+        near = len(keys)
+        queries = queries * queries.shape[-1] ** -0.5
+        near_scores = torch.linalg.vecdot(queries, keys).movedim(0, -1)
+        near_scores = near_scores + self.bias[:, None, :near].flip(-1)
+        scores = queries @ read.keys.mT + bias
         scores = torch.cat((scores, near_scores.to(scores.dtype)), dim=-1)
         exact = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=exact).to(values.dtype)
-        of_text, of_drafts = weights[..., : -len(near)], weights[..., -len(near) :]
-        found: Tensor = of_text @ read.values + (of_drafts.unsqueeze(-1) * values).sum(dim=-2)
+        of_text, of_drafts = weights[..., :-near], weights[..., -near:].movedim(-1, 0)
+        found: Tensor = of_text @ read.values + (of_drafts.unsqueeze(-1) * values).sum(dim=0)
         return found
 
 
@@ -295,66 +331,3 @@ class PrefixWindow:
     values: Tensor
     distance: Tensor
     is_seen: Tensor
-
-
-@dataclass(frozen=True)
-class PrefixMemory:
-    """Keys and values of the last W positions of up to R texts, a ring for each.
-
-    Position p lies in entry p mod W. One place more, the last one, takes what is not to be kept.
-
-    Attributes:
-        keys: [R + 1, W, A, d].
-        values: [R + 1, W, A, d].
-        positions: [R + 1, W] int64, the position that each entry holds, or `_NOTHING`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-
-    @classmethod
-    def make(cls, layer: PrefixAttention, num_texts: int) -> PrefixMemory:
-        """Allocate for as many texts, on the layer's device and in its dtype."""
-        like = layer.projection
-        shape = (num_texts + 1, layer.window)
-        return cls(
-            like.new_zeros(*shape, *layer.head_shape),
-            like.new_zeros(*shape, *layer.head_shape),
-            torch.full(shape, _NOTHING, dtype=torch.int64, device=like.device),
-        )
-
-    @property
-    def nowhere(self) -> int:
-        """The place for what is not to be kept."""
-        return len(self.positions) - 1
-
-    def windows(self, places: Tensor, positions: Tensor) -> PrefixWindow:
-        """Return what is read at one position of each of B texts, which is kept already.
-
-        Args:
-            places: [B] int64.
-            positions: [B] int64.
-        """
-        distance = (positions[:, None] - self.positions[places])[:, None]
-        keys, values = self.keys[places].transpose(1, 2), self.values[places].transpose(1, 2)
-        return PrefixWindow(keys, values, distance, distance >= 0)
-
-    def forget(self, place: int) -> None:
-        """Empty a place, for a text that begins or is computed again."""
-        self.positions[place] = _NOTHING
-
-    def keep(self, places: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep T positions.
-
-        Args:
-            places: [T] int64. Of each place, at most W positions in a row; the same position may
-                come twice with the same keys and values.
-            positions: [T] int64.
-            keys: [T, A, d].
-            values: [T, A, d].
-        """
-        entries = positions % self.positions.shape[1]
-        self.keys[places, entries] = keys
-        self.values[places, entries] = values
-        self.positions[places, entries] = positions

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_medusa.heads.gated import GatedLayers
-from vllm_medusa.heads.prefix import PrefixAttention, PrefixWindow
+from vllm_medusa.heads.prefix import Drafted, PrefixAttention, PrefixWindow
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ class RecurrentHeads:
         Returns:
             [B, S, K H], the features that the lm_heads read, head by head
         """
-        states, made, drafted = hidden, [], []
+        states, made, pairs = hidden, [], []
         following = self._embedded(tokens.roll(-1, 1), hidden)
         texts = self.prefix.texts(hidden, following, position_ids)
         for head in range(num_heads):
+            drafted = None
             if head > 0:
                 following = self._embedded(tokens.roll(-1 - head, 1), hidden)
-                drafted.append(self.prefix.keys_and_values(states, following))
+                pairs.append(self.prefix.keys_and_values(states, following))
+                drafted = Drafted(*map(torch.stack, zip(*pairs, strict=True)))
             attended = self.prefix.read_texts(states, following, texts, drafted)
             states = self.layers(attended, following).to(hidden.dtype)
             made.append(states)
@@ -75,9 +77,11 @@ class RecurrentHeads:
         """[N, K H] rows of what `along` returns to features [K, N, H]."""
         return made.view(len(made), num_heads, -1).transpose(0, 1)
 
-    def reading(self, windows: PrefixWindow) -> RecurrentDraft:
-        """Return the heads for drafts that go on from these texts."""
-        return RecurrentDraft(self, windows)
+    def reading(self, num_heads: int, windows: PrefixWindow) -> RecurrentDraft:
+        """Return K heads for drafts that go on from these texts."""
+        ahead = torch.arange(num_heads, device=windows.keys.device).view(-1, 1, 1, 1)
+        biases = self.prefix.bias_by_distance(windows, ahead).to(windows.keys.dtype)
+        return RecurrentDraft(self, windows, biases)
 
     def _embedded(self, tokens: Tensor, like: Tensor) -> Tensor:
         return self.embed(tokens).to(like.dtype)
@@ -92,10 +96,12 @@ class RecurrentDraft:
     Attributes:
         heads: the layers.
         windows: of B texts; the paths [N] are as many for each, in their order.
+        biases: [K, B, A, 1, M], of the prefix attention, for each head.
     """
 
     heads: RecurrentHeads
     windows: PrefixWindow
+    biases: Tensor
 
     def first_state(self, hidden: Tensor) -> Tensor:
         """Return the states [N, H] of empty paths."""
@@ -115,12 +121,12 @@ class RecurrentDraft:
         prefix = self.heads.prefix
         last, before = states[:, : len(prefix.output)], states[:, len(prefix.output) :]
         following = self.heads.embed(tokens).to(states.dtype)
-        pairs = before.view(len(before), max(0, head - 1), 2, *prefix.head_shape)
-        drafted = [(pair[:, 0], pair[:, 1]) for pair in pairs.unbind(1)]
         queries, keys, values = prefix.queries_keys_and_values(last, following)
+        drafted = None
         if head > 0:
-            drafted.append((keys, values))
             before = torch.cat((before, keys.flatten(1), values.flatten(1)), dim=1)
-        attended = prefix.read(last, queries, self.windows, drafted)
+            pairs = before.view(len(before), head, 2, *prefix.head_shape)
+            drafted = Drafted(*pairs.permute(2, 1, 0, 3, 4))
+        attended = prefix.read(last, queries, self.windows, self.biases[head], drafted)
         features: Tensor = self.heads.layers(attended, following)
         return torch.cat((features, before), dim=1), features

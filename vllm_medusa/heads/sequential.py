@@ -102,26 +102,41 @@ Guess = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 class SequentialTree:
     """A tree of N draft nodes which sequential heads fill level by level.
 
-    A node's rank is its place among the guesses of its parent's path.
+    A node's rank is its place among the guesses of its parent's path. T nodes have children, the
+    root first, and each of them has a row in tables. A row more, the last one, is that of no node.
 
     Attributes:
-        levels: of the tree, from depth 1.
-        sources: for each level but the last, where the states of the next level's parents come
-            from: their parents' places among the parents of this level.
+        sizes: number of rows of each level, from the root's on.
+        rows: [N] int64, the row of each node's parent.
+        ranks: [N] int64.
+        children: [T + 1, R] int64, the row of the child of each rank; T if there is none.
     """
 
-    levels: Sequence[Level]
-    sources: Sequence[Tensor]
+    sizes: Sequence[int]
+    rows: Tensor
+    ranks: Tensor
+    children: Tensor
 
     @classmethod
     def of(cls, levels: Sequence[Level]) -> SequentialTree:
-        """Find out which node goes on from which."""
-        # Nodes and parents of a level are in ascending order.
-        sources = [
-            level.parent_places[torch.searchsorted(level.nodes, below.parents)]
-            for level, below in itertools.pairwise(levels)
-        ]
-        return cls(levels, sources)
+        """Find out which node goes on from which; `levels` are those from depth 1."""
+        sizes = [len(level.parents) for level in levels]
+        starts = itertools.accumulate(sizes, initial=0)
+        nodes, ranks = (
+            torch.cat([getattr(level, name) for level in levels]) for name in ("nodes", "ranks")
+        )
+        rows = torch.cat(
+            [start + level.parent_places for start, level in zip(starts, levels, strict=False)]
+        )
+        num_rows, num_ranks = sum(sizes), int(ranks.max()) + 1
+        row_of = nodes.new_full((1 + len(nodes),), num_rows)
+        row_of[torch.cat([level.parents for level in levels])] = torch.arange(
+            num_rows, device=nodes.device
+        )
+        children = nodes.new_full((num_rows + 1, num_ranks), num_rows)
+        children[rows, ranks] = row_of[nodes]
+        by_node = nodes.argsort()
+        return cls(sizes, rows[by_node], ranks[by_node], children)
 
     def draft(self, heads: SequentialHeads, hidden: Tensor, roots: Tensor, guess: Guess) -> Tensor:
         """Return [B, N] int64, the token of each node.
@@ -132,7 +147,7 @@ class SequentialTree:
             roots: [B] int64 tokens after them.
             guess: for the heads.
         """
-        return self._place(heads, hidden, roots, guess)[0]
+        return self._guesses(heads, hidden, roots, guess)[1][:, self.rows, self.ranks]
 
     def probable(
         self,
@@ -155,56 +170,56 @@ class SequentialTree:
         Returns:
             [T, B, C] scores and [T, B, C] int64 tokens
         """
-        _, scores, tokens = self._place(heads, hidden, roots, guess, width)
-        return torch.cat(scores, dim=1).transpose(0, 1), torch.cat(tokens, dim=1).transpose(0, 1)
+        scores, tokens = self._guesses(heads, hidden, roots, guess, width)
+        return scores.transpose(0, 1), tokens.transpose(0, 1)
 
-    def _place(
+    def _guesses(
         self,
         heads: SequentialHeads,
         hidden: Tensor,
         roots: Tensor,
         guess: Guess,
         width: int | None = None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The nodes' tokens, and for each level [B, m, C] scores and tokens below its parents."""
-        num_requests, device = len(roots), hidden.device
-        num_nodes = sum(len(level.nodes) for level in self.levels)
-        drafted = torch.empty(num_requests, 1 + num_nodes, dtype=torch.int64, device=device)
-        drafted[:, 0] = roots
-        likelihood = torch.zeros(num_requests, 1 + num_nodes, device=device)
-        states = heads.first_state(hidden)[:, None]
-        # [B, m] the row among the states of what each of a level's parents goes on from.
-        rows = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
-        all_scores, all_tokens = [], []
-        for head, level in enumerate(self.levels):
-            above, size, chosen = drafted[:, level.parents], len(level.parents), None
-            if width is not None and width < size:
-                chosen = likelihood[:, level.parents].topk(width).indices
-                above, rows = above.gather(1, chosen), rows.gather(1, chosen)
-            states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
-            new, features = heads.advance(head, states.flatten(0, 1), above.flatten())
-            states, scores, tokens = (
-                part.view(*above.shape, -1) for part in (new, *guess(head, features))
-            )
-            rows = torch.arange(above.shape[1], device=device).expand_as(above)
-            if chosen is not None:
-                rows = _spread(rows[..., None], chosen, size, 0)[..., 0]
-                tokens = _spread(tokens, chosen, size, 0)
-                scores = _spread(scores, chosen, size, -torch.inf)
-            cells = (slice(None), level.parent_places, level.ranks)
-            drafted[:, level.nodes] = tokens[cells]
-            if width is not None:
-                reached = likelihood[:, level.parents]
-                scores = scores.masked_fill(reached[..., None].isneginf(), -torch.inf)
-                likelihood[:, level.nodes] = reached[:, level.parent_places] + scores[cells]
-            all_scores.append(scores)
-            all_tokens.append(tokens)
-            if head < len(self.sources):
-                rows = rows[:, self.sources[head]]
-        return drafted[:, 1:], all_scores, all_tokens
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T, C] scores and tokens below each row.
+
+        A level is w nodes of each request, those that the heads go on from.
+        """
+        nowhere, num_ranks = len(self.children) - 1, self.children.shape[1]
+        states, tokens = heads.first_state(hidden), roots[:, None]
+        # [B, w] the rows of a level, and how likely the paths to them are.
+        rows, likelihood = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32)
+        levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        for head, size in enumerate(self.sizes):
+            if head > 0:
+                children = self.children[rows]
+                _, scores, guesses = levels[-1]
+                reached = likelihood[..., None] + scores[..., :num_ranks]
+                reached = reached.masked_fill(children == nowhere, -torch.inf).flatten(1)
+                likelihood, chosen = reached.topk(size if width is None else min(size, width))
+                rows = children.flatten(1).gather(1, chosen)
+                tokens = guesses[..., :num_ranks].flatten(1).gather(1, chosen)
+                states = states.view(*guesses.shape[:2], -1)
+                states = _gathered(states, chosen // num_ranks).flatten(0, 1)
+            states, features = heads.advance(head, states, tokens.flatten())
+            scores, guesses = (part.view(*rows.shape, -1) for part in guess(head, features))
+            levels.append((rows, scores, guesses))
+        places, scores, guesses = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        return (
+            _placed(scores, places, nowhere, -torch.inf),
+            _placed(guesses, places, nowhere, 0),
+        )
 
 
-def _spread(part: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
-    """[B, w, C] values at their places [B, w] of [B, size, C]; the others are filled."""
-    full = part.new_full((len(part), size, part.shape[-1]), fill)
-    return full.scatter_(1, places[..., None].expand_as(part), part)
+def _gathered(part: Tensor, places: Tensor) -> Tensor:
+    """[B, w, S] rows of [B, v, S] at places [B, w]."""
+    return part.gather(1, places[..., None].expand(-1, -1, part.shape[-1]))
+
+
+def _placed(part: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
+    """[B, w, C] rows at their places [B, w] of [B, size, C]; the others are filled.
+
+    Rows at the place `size` are left out.
+    """
+    full = part.new_full((len(part), size + 1, part.shape[-1]), fill)
+    return full.scatter_(1, places[..., None].expand_as(part), part)[:, :size]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_medusa.heads.prefix import PrefixAttention, PrefixMemory, PrefixWindow
+from vllm_medusa.heads.prefix import PrefixAttention, PrefixWindow
+from vllm_medusa.heads.prefix_memory import PrefixMemory
 
 
 class PrefixPlaces(NamedTuple):
@@ -109,5 +110,6 @@ class PrefixContext:
             [B, H]
 
         """
-        queries = self._layer.queries(hidden, self._embed(roots))
-        return self._layer.read(hidden, queries, self.windows(where))
+        queries, windows = self._layer.queries(hidden, self._embed(roots)), self.windows(where)
+        bias = self._layer.bias_by_distance(windows, 0).to(queries.dtype)
+        return self._layer.read(hidden, queries, windows, bias)

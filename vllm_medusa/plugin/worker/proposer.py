@@ -197,7 +197,7 @@ class MedusaProposer:
         if isinstance(heads, RecurrentHeads):
             assert self.prefix is not None
             assert ends is not None
-            return hidden_states, heads.reading(self.prefix.windows(ends))
+            return hidden_states, heads.reading(self.config.tree.depth, self.prefix.windows(ends))
         if self.prefix is not None:
             assert ends is not None
             hidden_states = self.prefix.at(hidden_states, roots, ends)
