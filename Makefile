@@ -91,7 +91,7 @@ bench-gpu: ## time the kernels, and steps with trees, on a GPU machine (GPU_PYTH
 bench: venv ## time engine steps: chains, trees, vLLM's own Medusa
 	@$(VENV)/bin/python examples/bench_steps.py
 
-bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes 20 minutes (BENCH_ARGS)
+bench-ab: venv out/inflated-400M/config.json ## trees against all else vLLM offers; takes half an hour (BENCH_ARGS)
 	@$(VENV)/bin/vllm-medusa bench --config examples/bench_ab.yaml $(BENCH_ARGS)
 
 bench-online: venv out/inflated-152M/config.json ## the same as servers under load; takes 20 minutes (BENCH_ARGS)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_medusa.heads.prefix import normalised
+from vllm_medusa.heads.prefix import Product, normalised
 
 
 class GatedLayers(nn.Module):
@@ -27,6 +27,9 @@ class GatedLayers(nn.Module):
         inner_size: M.
         dtype: of the parameters.
         device: of the parameters.
+
+    Attributes:
+        product: multiplies by the matrices.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class GatedLayers(nn.Module):
         # Gate and up in one, because a product of both is faster.
         self.gate_up = zeros(num_layers, 2, inner_size, hidden_size)
         self.down = zeros(num_layers, hidden_size, inner_size)
+        self.product: Product = F.linear
 
     @classmethod
     def from_tensors(
@@ -89,8 +93,8 @@ class GatedLayers(nn.Module):
         Returns:
             [..., H]
         """
-        x = states + F.linear(following, self.embedded)
+        x = states + self.product(following, self.embedded)
         for gate_up, down in zip(self.gate_up, self.down, strict=True):
-            gate, up = F.linear(normalised(x), gate_up.flatten(0, 1)).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            gate, up = self.product(normalised(x), gate_up.flatten(0, 1)).chunk(2, dim=-1)
+            x = x + self.product(F.silu(gate) * up, down)
         return x

@@ -12,15 +12,20 @@ count through a learned bias for each one, so that keys do not depend on their p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPS = 1e-6
+
+
+#: From rows [..., in] and a matrix [out, in] to [..., out]. An engine has faster ones than
+#: ``F.linear`` for matrices that do not change.
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Drafted(NamedTuple):
@@ -48,6 +53,9 @@ class PrefixAttention(nn.Module):
         head_size: d.
         dtype: of the parameters.
         device: of the parameters.
+
+    Attributes:
+        product: multiplies by the matrices.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class PrefixAttention(nn.Module):
         self.output = zeros(hidden_size, width)
         self.bias = zeros(num_attention_heads, window)
         self.head_shape = (num_attention_heads, head_size)
+        self.product: Product = F.linear
 
     @classmethod
     def from_tensors(
@@ -192,7 +201,7 @@ class PrefixAttention(nn.Module):
         bias = self.bias_by_distance(texts, ahead).to(queries.dtype)
         attended = self._attend(queries, texts, bias, drafted)
         rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
-        return states + F.linear(rows[:, : states.shape[1]], self.output)
+        return states + self.product(rows[:, : states.shape[1]], self.output)
 
     def keys_and_values(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """Return what other positions read of these, and a `PrefixMemory` keeps.
@@ -221,7 +230,7 @@ class PrefixAttention(nn.Module):
 
     def _projected(self, states: Tensor, following: Tensor, matrices: Tensor) -> tuple[Tensor, ...]:
         """[..., A, d] for each of n matrices [n, A d, H + E]."""
-        rows = F.linear(_mixed(states, following), matrices.flatten(0, 1))
+        rows = self.product(_mixed(states, following), matrices.flatten(0, 1))
         return rows.view(*rows.shape[:-1], len(matrices), *self.head_shape).unbind(-3)
 
     def read(
@@ -255,7 +264,7 @@ class PrefixAttention(nn.Module):
             drafted = Drafted(*map(by_text, drafted))
         attended = self._attend(by_text(queries), windows, bias, drafted)
         rows = attended.transpose(1, 2).reshape(len(states), -1)
-        return states + F.linear(rows, self.output)
+        return states + self.product(rows, self.output)
 
     def bias_by_distance(self, read: PrefixWindow, ahead: int | Tensor) -> Tensor:
         """Return what the distances add to the scores; minus infinity where nothing is read.

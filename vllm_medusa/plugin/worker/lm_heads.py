@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from vllm_medusa.errors import UserError
 from vllm_medusa.heads import HeadsReader
+from vllm_medusa.plugin.worker.products import platform_linear
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def read_lm_heads(
     assert num_rows is not None, "lm_heads have rows"
     start, stop = (num_rows * part // world_size for part in (rank, rank + 1))
 
-    def layer(head: int) -> ReplicatedLinear:
+    def layer(head: int) -> nn.Module:
         bias = reader.read_biases(head, start, stop)
-        return _linear(reader.read_rows(head, start, stop), bias, dtype, device)
+        return platform_linear(reader.read_rows(head, start, stop), bias, dtype, device)
 
     if reader.spec.lm_head == "common":
         common = layer(0)
@@ -117,28 +117,6 @@ def read_lm_heads(
         lambda features: logits(features.bmm(down)),
         lambda features, head: layers[head](features @ down[head]),
     )
-
-
-def _linear(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> ReplicatedLinear:
-    """A layer of the platform with these weights [out, in] and biases [out]."""
-    out_features, in_features = weight.shape
-    with device:
-        # Not split by vLLM: the weights are this rank's rows already.
-        layer = ReplicatedLinear(
-            in_features,
-            out_features,
-            bias=bias is not None,
-            params_dtype=dtype,
-            return_bias=False,
-            disable_tp=True,
-        )
-    layer.weight_loader(layer.weight, weight)
-    if bias is not None:
-        layer.weight_loader(layer.bias, bias)
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def _find_lm_head(target: Any) -> nn.Module | None:

@@ -33,6 +33,7 @@ from vllm_medusa.heads.sequential import SequentialHeads, SequentialTree, make_s
 from vllm_medusa.plugin.worker.embedding import target_embedding
 from vllm_medusa.plugin.worker.lm_heads import LmHeads, read_lm_heads, target_lm_heads
 from vllm_medusa.plugin.worker.prefix import PrefixContext, PrefixPlaces
+from vllm_medusa.plugin.worker.products import PlatformProduct
 from vllm_medusa.tree.layout import Level, TreeLayout, levels_of
 
 #: [B] the token that the target sampled last for each request; goes to the device if needed.
@@ -115,15 +116,17 @@ class MedusaProposer:
             layer = PrefixAttention.from_tensors(
                 reader.read_prefix_attention(), dtype, self._device
             )
+            if self._device.type == "cpu":
+                layer.product = PlatformProduct()
             num_requests = self._vllm_config.scheduler_config.max_num_seqs
             self.prefix = PrefixContext(layer, self._embed, vocab_size, num_requests)
         if spec.is_sequential:
             self.sequential_tree = SequentialTree.of(self._levels())
         if spec.kind == "recurrent":
             assert self._embed is not None
-            self._in_turn = RecurrentHeads(
-                layer, GatedLayers.from_tensors(tensors, dtype, self._device), self._embed
-            )
+            layers = GatedLayers.from_tensors(tensors, dtype, self._device)
+            layers.product = layer.product
+            self._in_turn = RecurrentHeads(layer, layers, self._embed)
         elif spec.is_sequential:
             self._in_turn = make_sequential(
                 spec, tensors, self.config.tree.depth, self._embed, dtype, self._device
