@@ -32,7 +32,7 @@ class Drafted(NamedTuple):
     """What N drafts of m tokens hold, the first token first, the last one that of the query itself.
 
     Attributes:
-        keys: [m, N, A, d]; along whole texts [m, B, S, A, d].
+        keys: [N, m, A, d]; along whole texts [B, S, m, A, d].
         values: as the keys.
     """
 
@@ -194,12 +194,9 @@ class PrefixAttention(nn.Module):
         queries = self._in_blocks(self.queries(states, following))
         ahead = 0
         if drafted is not None:
-            ahead = len(drafted.keys)
-            drafted = Drafted(
-                *(torch.stack([self._in_blocks(rows) for rows in part]) for part in drafted)
-            )
+            ahead = drafted.keys.shape[2]
         bias = self.bias_by_distance(texts, ahead).to(queries.dtype)
-        attended = self._attend(queries, texts, bias, drafted)
+        attended = self._attend_along(queries, texts, bias, drafted)
         rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
         return states + self.product(rows[:, : states.shape[1]], self.output)
 
@@ -253,18 +250,28 @@ class PrefixAttention(nn.Module):
         Returns:
             [N, H]
         """
-        num_texts = len(windows.keys)
+        num_texts, keys, values = len(windows.keys), windows.keys, windows.values
 
         def by_text(rows: Tensor) -> Tensor:
-            """[..., N, A, d] to [..., B, A, N / B, d]."""
-            shape = (*rows.shape[:-3], num_texts, -1, *self.head_shape)
-            return rows.view(shape).transpose(-3, -2)
+            """[N, ..., A, d] to [B, A, N / B ..., d]."""
+            return rows.reshape(num_texts, -1, *self.head_shape).transpose(1, 2)
 
         if drafted is not None:
-            drafted = Drafted(*map(by_text, drafted))
-        attended = self._attend(by_text(queries), windows, bias, drafted)
+            num_paths, num_tokens = len(states) // num_texts, drafted.keys.shape[1]
+            own = self._bias_of_drafts(num_paths, num_tokens).expand(num_texts, -1, -1, -1)
+            bias = torch.cat((bias.expand(-1, -1, num_paths, -1), own), dim=-1)
+            keys = torch.cat((keys, by_text(drafted.keys)), dim=2)
+            values = torch.cat((values, by_text(drafted.values)), dim=2)
+        attended = F.scaled_dot_product_attention(by_text(queries), keys, values, attn_mask=bias)
         rows = attended.transpose(1, 2).reshape(len(states), -1)
         return states + self.product(rows, self.output)
+
+    def _bias_of_drafts(self, num_paths: int, num_tokens: int) -> Tensor:
+        """[A, n, n m]: each of n paths reads its own m tokens only, as far as the window goes."""
+        too_far = max(0, num_tokens - self.window)
+        bias = F.pad(self.bias[:, :num_tokens].flip(-1), (too_far, 0), value=-torch.inf)
+        is_own = torch.eye(num_paths, dtype=torch.bool, device=bias.device)[..., None]
+        return torch.where(is_own, bias[:, None, None], -torch.inf).flatten(2)
 
     def bias_by_distance(self, read: PrefixWindow, ahead: int | Tensor) -> Tensor:
         """Return what the distances add to the scores; minus infinity where nothing is read.
@@ -286,32 +293,35 @@ class PrefixAttention(nn.Module):
         rows = F.pad(rows, (0, 0, 0, 0, 0, -rows.shape[1] % self.window))
         return rows.view(len(rows), -1, self.window, *self.head_shape).transpose(2, 3)
 
-    def _attend(
-        self, queries: Tensor, read: PrefixWindow, bias: Tensor, drafted: Drafted | None
+    def _attend_along(
+        self, queries: Tensor, texts: PrefixWindow, bias: Tensor, drafted: Drafted | None
     ) -> Tensor:
-        """[..., A, n, d] that n queries of each text find, in it and in their own drafts.
+        """[B, n, A, W, d] that each position finds, in its text and in its own draft.
 
         Args:
-            queries: [..., A, n, d].
-            read: the texts.
+            queries: [B, n, A, W, d].
+            texts: as for `read_texts`.
             bias: of `bias_by_distance`.
-            drafted: [m, ..., A, n, d].
+            drafted: as for `read_texts`.
 
         """
         if drafted is None:
-            return F.scaled_dot_product_attention(queries, read.keys, read.values, attn_mask=bias)
+            return F.scaled_dot_product_attention(queries, texts.keys, texts.values, attn_mask=bias)
         # Tokens of the draft that are a window away or further are not read.
-        keys, values = (part[-self.window :] for part in drafted)
+        keys, values = (
+            torch.stack([self._in_blocks(rows) for rows in part[:, :, -self.window :].unbind(2)])
+            for part in drafted
+        )
         near = len(keys)
         queries = queries * queries.shape[-1] ** -0.5
         near_scores = torch.linalg.vecdot(queries, keys).movedim(0, -1)
         near_scores = near_scores + self.bias[:, None, :near].flip(-1)
-        scores = queries @ read.keys.mT + bias
+        scores = queries @ texts.keys.mT + bias
         scores = torch.cat((scores, near_scores.to(scores.dtype)), dim=-1)
         exact = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=exact).to(values.dtype)
         of_text, of_drafts = weights[..., :-near], weights[..., -near:].movedim(-1, 0)
-        found: Tensor = of_text @ read.values + (of_drafts.unsqueeze(-1) * values).sum(dim=0)
+        found: Tensor = of_text @ texts.values + (of_drafts.unsqueeze(-1) * values).sum(dim=0)
         return found
 
 

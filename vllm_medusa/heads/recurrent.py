@@ -66,7 +66,7 @@ class RecurrentHeads:
             if head > 0:
                 following = self._embedded(tokens.roll(-1 - head, 1), hidden)
                 pairs.append(self.prefix.keys_and_values(states, following))
-                drafted = Drafted(*map(torch.stack, zip(*pairs, strict=True)))
+                drafted = Drafted(*(torch.stack(part, dim=2) for part in zip(*pairs, strict=True)))
             attended = self.prefix.read_texts(states, following, texts, drafted)
             states = self.layers(attended, following).to(hidden.dtype)
             made.append(states)
@@ -126,7 +126,7 @@ class RecurrentDraft:
         if head > 0:
             before = torch.cat((before, keys.flatten(1), values.flatten(1)), dim=1)
             pairs = before.view(len(before), head, 2, *prefix.head_shape)
-            drafted = Drafted(*pairs.permute(2, 1, 0, 3, 4))
+            drafted = Drafted(*pairs.unbind(2))
         attended = prefix.read(last, queries, self.windows, self.biases[head], drafted)
         features: Tensor = self.heads.layers(attended, following)
         return torch.cat((features, before), dim=1), features
