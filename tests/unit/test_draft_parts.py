@@ -72,12 +72,12 @@ def test_bad_superset(paths: list[tuple[int, ...]], message: str) -> None:
 
 def test_costs_between_and_beyond_what_was_measured() -> None:
     costs = CostCurve({1: [(1, 10), (5, 14)], 4: [(4, 20), (8, 28)]})
-    np.testing.assert_allclose(costs.by_drafts(1, 6), [10, 11, 12, 13, 14, 15, 16])
-    np.testing.assert_allclose(costs.by_drafts(4, 3), [20, 22, 24, 26])
+    np.testing.assert_allclose(costs.by_drafts(1, 6), [10, 11, 12, 13, 15, 15, 17])
+    np.testing.assert_allclose(costs.by_drafts(4, 3), [20, 24, 24, 28])
     # Halfway between one request and four there is no whole number: two are a third of the way.
     np.testing.assert_allclose(costs.by_drafts(2, 1), [10 + 10 / 3, 11 + 11 / 3])
     # Beyond the last as many tokens cost the same.
-    np.testing.assert_allclose(costs.by_drafts(10, 4), [32, 36, 36, 40, 40])
+    np.testing.assert_allclose(costs.by_drafts(10, 4), [36, 36, 36, 44, 44])
 
 
 def test_more_tokens_can_cost_less() -> None:
@@ -88,20 +88,15 @@ def test_more_tokens_can_cost_less() -> None:
 def test_a_step_costs_what_its_size_costs() -> None:
     sizes = step_sizes(np.arange(1, 300))
     assert np.unique(sizes).tolist() == [
-        *range(1, 9),
-        *range(10, 17, 2),
-        *range(20, 33, 4),
-        *range(40, 65, 8),
-        *range(80, 129, 16),
-        *range(160, 257, 32),
-        320,
+        *(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384),
     ]
     assert (sizes >= np.arange(1, 300)).all()
-    # With steps of 16, 20 and 24 tokens measured, one of 17 is one of 20.
-    costs = CostCurve({1: [(1, 10), (16, 10), (20, 12), (24, 12)]})
+    # With steps of 16, 24 and 32 tokens measured, one of 17 is one of 24.
+    costs = CostCurve({1: [(1, 10), (16, 10), (24, 12), (32, 12)]})
     np.testing.assert_allclose(costs.by_drafts(14, 6), [10, 10, 10, 12, 12, 12, 12])
+    # Halfway between 1 and 29 requests.
     costs = CostCurve({1: [(1, 10), (31, 40)], 29: [(29, 40), (59, 70)]})
-    np.testing.assert_allclose(costs.by_drafts(15, 4), [26, 26, 30, 30, 30])
+    np.testing.assert_allclose(costs.by_drafts(15, 4), [26, 26, 34, 34, 34])
 
 
 def test_costs_of_heads_by_batch_size() -> None:

@@ -18,8 +18,8 @@ def test_a_token_of_a_slow_request_is_worth_more() -> None:
     slow, new, fast = speeds.weights(["slow", "new", "fast"])
     assert new == pytest.approx(1)
     # About the mean, 2.5, over each one's own tokens per step; less, by the first steps' guess.
-    assert 1.9 < slow < 2.5
-    assert 2.5 / 4 < fast < 0.7
+    assert 1.9**2 < slow < 2.5**2
+    assert (2.5 / 4) ** 2 < fast < 0.7**2
     # Compared with those of the step.
     assert speeds.weights(["slow"]) == pytest.approx([1])
 
@@ -31,7 +31,7 @@ def test_speeds_are_those_of_late() -> None:
             speeds.record("slower", tokens)
             speeds.record("other", 2)
     slower, other = speeds.weights(["slower", "other"])
-    assert slower > 1.3 > 1 > other
+    assert slower > 1.3**2 > 1 > other
     speeds.finish("slower")
     new, other = speeds.weights(["slower", "other"])
     assert new == pytest.approx(1)

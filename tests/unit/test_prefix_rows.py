@@ -22,12 +22,14 @@ class Kept:
     def __init__(self) -> None:
         self.entries: dict[tuple[int, int], tuple[int, int]] = {}
         self.forgotten: list[int] = []
+        self.num_rows = 0
 
     def forget(self, place: int) -> None:
         self.forgotten.append(place)
         self.entries = {key: value for key, value in self.entries.items() if key[0] != place}
 
     def keep(self, hidden: Tensor, following: Tensor, places: Tensor, positions: Tensor) -> None:
+        self.num_rows = len(hidden)
         rows = (hidden[:, 0], following, places, positions)
         for row, token, place, position in zip(*(r.tolist() for r in rows), strict=True):
             if place != self.nowhere:
@@ -73,6 +75,14 @@ def test_prompts_chunks_and_accepted_paths() -> None:
         (b, 8): (8, 29),
         (b, 9): (9, 30),
     }
+
+
+def test_no_rows_for_what_no_tree_accepted() -> None:
+    context = Kept()
+    path = torch.arange(9).expand(2, -1)
+    rows = PrefixRows(context)
+    rows.keep(step(a=(9, 5, [0] * 8), b=(9, 7, [0] * 8)), [[1, 2], [1]], TEXTS, hidden_of(18), path)
+    assert context.num_rows == 2 * 2
 
 
 def test_path_longer_than_the_window() -> None:

@@ -3,6 +3,8 @@
 A request leaves when it has all its tokens. One that emits E tokens per step takes a step less for
 E more tokens, so a token of a slow request is worth more than one of a fast request. To count all
 tokens alike would serve the fast requests at the cost of the slow ones, which then stay alone.
+With the worth 1 / E the mean time of the requests would be the least, and with a high power of it
+that of the last one. The square is between them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import numpy as np
 
 from vllm_medusa.draft.types import Floats
 
+#: Power of 1 / E.
+_POWER = 2
 #: What the steps before the last one still count.
 _DECAY = 0.95
 #: Number of steps in which a new request is taken to be as fast as the others.
@@ -46,7 +50,8 @@ class Speeds:
         if not steps.any():
             return np.ones(len(keys))
         mean = tokens.sum() / steps.sum()
-        weights: Floats = mean * (steps + _PRIOR_STEPS) / (tokens + _PRIOR_STEPS * mean)
+        slowness = mean * (steps + _PRIOR_STEPS) / (tokens + _PRIOR_STEPS * mean)
+        weights: Floats = slowness**_POWER
         return weights
 
     def finish(self, key: str) -> None:

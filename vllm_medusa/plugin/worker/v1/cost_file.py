@@ -22,7 +22,7 @@ from vllm_medusa.reporting.provenance import cpu_name
 logger = plugin_logger(__name__)
 
 #: Raised when other things are measured, so that older files are not read.
-_FORM = 5
+_FORM = 6
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class PrefixRows:
         root_positions = step.num_computed + step.num_tokens - num_drafts - 1
         last = root_positions + lengths
 
+        # No deeper than any tree was accepted.
+        path = path[:, : 1 + lengths.max(initial=0)]
         depths = np.minimum(np.arange(path.shape[1]), lengths[:, None])
         before, back = _tokens_before(root_positions - step.num_computed, self._context.window)
         owners = np.concatenate((before, requests.repeat(path.shape[1])))
