@@ -25,8 +25,8 @@ logger = plugin_logger(__name__)
 #: A timed task: "step" or "heads", and its number of tokens or requests.
 _Task: TypeAlias = tuple[str, int]
 #: Tokens of the steps that are timed, the most telling first: a slow model has no time for all.
-#: They are among `step_sizes`. Small steps lie close together, because kernels work on blocks of
-#: rows: a step of 6 tokens can take less than one of 1, and one of 7 a tenth more.
+#: They are among `step_sizes`. Kernels work on blocks of rows: a step of 6 tokens can take less
+#: than one of 1.
 _SIZES = (1, 16, 6, 32, 64, 128, 3, 12, 96, 48, 24, 8, 4, 2)
 #: Numbers of requests with which the heads are timed.
 _BATCH_SIZES = (1, 8, 32)
