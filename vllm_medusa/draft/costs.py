@@ -18,7 +18,7 @@ _MAX_CURVES = 256
 #: Steps have all numbers of tokens up to 4, and of larger ones two between two powers of two.
 #: Kernels work on blocks of rows. On a CPU vLLM keeps the kernels of 32 numbers of tokens for each
 #: weight (``model_executor/layers/utils.py``, `create_onednn_mm`), those of prompts among them, and
-#: makes others anew: a step of 56 tokens then took a seventh longer.
+#: makes others anew.
 _SIZES_BITS = 2
 
 

@@ -192,9 +192,7 @@ class PrefixAttention(nn.Module):
             [B, S, H]
         """
         queries = self._in_blocks(self.queries(states, following))
-        ahead = 0
-        if drafted is not None:
-            ahead = drafted.keys.shape[2]
+        ahead = 0 if drafted is None else drafted.keys.shape[2]
         bias = self.bias_by_distance(texts, ahead).to(queries.dtype)
         attended = self._attend_along(queries, texts, bias, drafted)
         rows = attended.transpose(2, 3).reshape(len(states), -1, self.output.shape[1])
