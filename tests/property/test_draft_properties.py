@@ -203,9 +203,8 @@ def test_budget_is_the_best_of_all_choices(
 ) -> None:
     case.rank_paths = case.rank_paths[:2]
     ranked = ranked_of(case, [4, 4], weights)
-    model = curves(costs)
-    ms = model.by_drafts(2, 8)
-    best, _ = best_size(ranked, model)
+    ms = curves(costs).by_drafts(2, 8)
+    best, _ = best_size(ranked, ms)
     drafts = take(ranked, best)
     worth = {
         (b, path): p * weights[b]
@@ -225,9 +224,9 @@ def test_best_rate_of_candidates_is_that_of_their_trees(
     case: oracle.Case, costs: list[float], weights: list[float]
 ) -> None:
     case.guesses = None
-    limits, others, model = np.array([4, 3]), join(case.proposals), curves(costs)
-    _, rates = best_size(ranked_of(case, limits.tolist(), weights), model)
-    ms = model.by_drafts(2, int(limits.sum()))
+    limits, others = np.array([4, 3]), join(case.proposals)
+    ms = curves(costs).by_drafts(2, int(limits.sum()))
+    _, rates = best_size(ranked_of(case, limits.tolist(), weights), ms)
     of_others = others.request, others.parents, others.probability
     rate = best_rate(*of_others, limits, np.array(weights), ms)
     assert rate == pytest.approx(rates.max())
@@ -239,9 +238,8 @@ def test_forks_cost(
 ) -> None:
     """The rate of every number of nodes counts the forks that its trees have."""
     ranked = ranked_of(case, [4, 4], weights)
-    model = CostCurve({2: [(2 + n, ms) for n, ms in enumerate(costs)]}, fork_ms=fork_ms)
-    ms = model.by_drafts(2, len(ranked.order))
-    best, rate = best_size(ranked, model)
+    ms = curves(costs).by_drafts(2, len(ranked.order))
+    best, rate = best_size(ranked, ms, fork_ms)
     for size in range(len(ranked.order) + 1):
         drafts = take(ranked, size)
         forks = sum(oracle.num_forks(oracle.paths_of(draft)) for draft in drafts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_medusa.draft.overhead import Overhead
 from vllm_medusa.draft.speeds import Speeds
@@ -38,19 +40,41 @@ def test_speeds_are_those_of_late() -> None:
     assert other == pytest.approx(1)
 
 
-def test_overhead_is_the_mean_beside_the_expected_time() -> None:
+def corrected(overhead: Overhead, num_requests: int, *ms: float) -> list[float]:
+    return overhead.corrected(num_requests, np.array(ms)).tolist()
+
+
+def test_times_are_corrected_by_a_factor_while_all_steps_are_alike() -> None:
     overhead = Overhead()
-    assert overhead.plain_ms(3) == 0
+    assert corrected(overhead, 3, 10, 20) == [10, 20]
     overhead.record(3, 10, 14, has_forks=False)
-    assert overhead.plain_ms(3) == 4
-    assert overhead.plain_ms(2) == 4  # of the same range
-    assert overhead.plain_ms(4) == 0
+    assert corrected(overhead, 3, 10, 20) == pytest.approx([14, 28])
+    assert corrected(overhead, 2, 10) == pytest.approx([14])  # of the same range
+    assert corrected(overhead, 4, 10) == [10]
     for _ in range(300):
         overhead.record(3, 10, 12, has_forks=False)
         overhead.record(3, 10, 14, has_forks=False)
         overhead.record(3, 10, 15, has_forks=True)
-    assert overhead.plain_ms(3) == pytest.approx(3, abs=0.1)
+    assert corrected(overhead, 3, 10, 20) == pytest.approx([13, 26], rel=0.01)
     assert overhead.forking_ms(3) == pytest.approx(2, abs=0.5)
+
+
+@given(st.floats(0, 8), st.floats(0.2, 1.0), st.lists(st.floats(8, 16), min_size=2, max_size=9))
+def test_different_steps_tell_the_constant_from_the_factor(
+    constant: float, factor: float, expected: list[float]
+) -> None:
+    """The line found is between the true one and that of a factor alone."""
+    overhead = Overhead()
+    for _ in range(100):
+        for ms in expected:
+            overhead.record(1, ms, constant + factor * ms, has_forks=False)
+    low, high = corrected(overhead, 1, 8, 16)
+    assert factor * 8 < high - low + 1e-6 < 2e-6 + max(high / 2, factor * 8)
+    spread = np.std(expected) / np.mean(expected)
+    if spread > 0.3:
+        assert (low, high) == pytest.approx(
+            (constant + factor * 8, constant + factor * 16), rel=0.1
+        )
 
 
 def test_delays_count_little() -> None:
@@ -60,10 +84,8 @@ def test_delays_count_little() -> None:
             overhead.record(1, 10, 12, has_forks=has_forks)
     for has_forks in (False, True):
         overhead.record(1, 10, 5000, has_forks=has_forks)
-    assert overhead.plain_ms(1) < 2.2
-    assert overhead.forking_ms(1) < 0.2
-    overhead.record(1, 10, 3, has_forks=False)
-    assert 1.9 < overhead.plain_ms(1) < 2.2
+    assert 12 < corrected(overhead, 1, 10)[0] < 12.5
+    assert overhead.forking_ms(1) < 0.5
 
 
 def test_forks_that_were_slow_once_are_tried_again() -> None:

@@ -272,18 +272,21 @@ def test_slow_requests_draft_more_nodes() -> None:
 
 
 def test_overhead_makes_more_nodes_pay() -> None:
-    """The step's own times are compared with its costs."""
+    """But a machine that is slower as a whole changes nothing."""
     costs = CostCurve({1: [(1 + nodes, 10 + 3 * nodes) for nodes in range(17)]})
-    tokens = [1, 2, 3, 4, 5] * 4
 
-    def num_nodes(step_ms: float | None) -> int:
+    def nodes_per_step(constant: float, factor: float) -> float:
+        def step_ms(num_requests: int, nodes: int, _: int) -> float:
+            expected = costs.by_drafts(num_requests, nodes)[nodes]
+            return float(constant + factor * expected)
+
         made = drafter(costs, sources=Source.TEXT, learn=False)
-        for _ in range(5):
-            drafts = made.propose([request_of("", tokens)], None, step_ms)
-        return len(drafts[0])
+        steps = replay(TEXTS, made, batch_size=1, step_ms=step_ms).steps[64:]
+        return sum(nodes for _, nodes, _, _ in steps) / len(steps)
 
-    assert num_nodes(None) == num_nodes(1.0)
-    assert num_nodes(70.0) > num_nodes(None)
+    alone = nodes_per_step(0, 1)
+    assert nodes_per_step(0, 1.7) == pytest.approx(alone, rel=0.05)
+    assert nodes_per_step(10, 1) > 1.2 * alone
 
 
 def test_forks_that_take_long_are_not_drafted() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_medusa.draft.compiled import along_paths, compiled
-from vllm_medusa.draft.costs import CostCurve
 from vllm_medusa.draft.merge import Nodes
 from vllm_medusa.draft.types import Bools, Drafts, Floats, Ints
 
@@ -75,7 +74,7 @@ def rank(
 
 
 def best_size(
-    ranked: Ranked, costs: CostCurve, more_ms: float = 0.0, forking_ms: float = 0.0
+    ranked: Ranked, ms: Floats, fork_ms: float = 0.0, forking_ms: float = 0.0
 ) -> tuple[int, Floats]:
     """Return the best number of nodes, and [T + 1] worth per ms by number of nodes.
 
@@ -84,16 +83,15 @@ def best_size(
 
     Args:
         ranked: the nodes.
-        costs: of the step.
-        more_ms: additional cost of the step, for any number of nodes.
+        ms: [at least T + 1] of the step, by its nodes.
+        fork_ms: additional cost of each fork.
         forking_ms: additional cost of a step with forks, however many.
 
     """
     rates = _rates_by_size(
         *(ranked.drafts.probability, ranked.request, ranked.weights),
-        *(ranked.is_fork, ranked.order),
-        costs.by_drafts(len(ranked.weights), len(ranked.order)),
-        *(more_ms, costs.fork_ms, forking_ms),
+        *(ranked.is_fork, ranked.order, ms),
+        *(fork_ms, forking_ms),
     )
     return int(np.argmax(rates)), rates
 
@@ -106,14 +104,14 @@ def _rates_by_size(
     is_fork: Bools,
     order: Ints,
     ms: Floats,
-    more_ms: float,
     fork_ms: float,
     forking_ms: float,
 ) -> Floats:
     """[n + 1] worth per ms of the first 0, 1, ... nodes of an order [n]; nodes are [T]."""
     emitted = weights.sum()
     rates = np.empty(len(order) + 1)
-    rates[0] = emitted / (ms[0] + more_ms)
+    rates[0] = emitted / ms[0]
+    more_ms = 0.0
     for place, node in enumerate(order):
         emitted += probability[node] * weights[request[node]]
         if is_fork[node]:

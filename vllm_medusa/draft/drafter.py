@@ -188,9 +188,10 @@ class Drafter:
     def _best(self, costs: CostCurve, ranked: Ranked, heads_ms: float) -> _Choice:
         """Find the best number of nodes."""
         num_requests = len(ranked.weights)
-        more_ms = self._overhead.plain_ms(num_requests) + heads_ms
+        ms = costs.by_drafts(num_requests, len(ranked.order)) + heads_ms
+        ms = self._overhead.corrected(num_requests, ms)
         forking_ms = self._overhead.forking_ms(num_requests)
-        return _Choice(ranked, *best_size(ranked, costs, more_ms, forking_ms))
+        return _Choice(ranked, *best_size(ranked, ms, costs.fork_ms, forking_ms))
 
     def _gain(self, costs: CostCurve, best: _Choice, limits: Ints, others: Candidates) -> float:
         """Return what the heads gain.
@@ -200,7 +201,7 @@ class Drafter:
         """
         num_requests = len(limits)
         ms = costs.by_drafts(num_requests, int(limits.sum()))
-        ms = ms + self._overhead.plain_ms(num_requests)
+        ms = self._overhead.corrected(num_requests, ms)
         of_others = others.request, others.parents, others.probability
         return _rate_of(best) / best_rate(*of_others, limits, best.ranked.weights, ms)
 
