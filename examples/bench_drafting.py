@@ -85,7 +85,7 @@ def measure(batch_size: int, num_nodes: int, prompt_length: int) -> dict[str, fl
             texts.grow(row, int(texts.random.integers(1, 6)))
         requests, guesses = texts.requests(), texts.guesses()
         started = time.thread_time()
-        drafter.runs_heads(batch_size)
+        drafter.levels(batch_size)
         drafts = depth_first(drafter.propose(requests, guesses))
         times.append(time.thread_time() - started)
         nodes.append(len(drafts.tokens))

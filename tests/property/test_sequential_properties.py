@@ -109,3 +109,26 @@ def test_narrow_levels(tree: DraftTree, width: int, seed: int) -> None:
                 table = parents.index(found[place])
                 score = float(narrow[0][table, row, rank])
                 likelihood[node] = likelihood[found[place]] + score
+
+
+@given(tree=trees(), num_levels=st.integers(1, 4), seed=st.integers(0, 2**16))
+def test_fewer_levels(tree: DraftTree, num_levels: int, seed: int) -> None:
+    """The first levels are as they were, and nothing is known below the others."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(3, 8, generator=generator)
+    roots = torch.randint(20, (3,), generator=generator)
+    fast = HydraHeads.from_tensors(HEADS.tensors, lambda tokens: EMBEDDING[tokens], torch.float32)
+
+    def guess(head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        assert head < num_levels
+        return tuple((features @ HEADS.tensors["lm_head.weight"][head].T).topk(NUM_GUESSES))
+
+    made = SequentialTree.of(TreeLayout.build(tree).levels)
+    num_first = sum(made.sizes[:num_levels])
+    with torch.no_grad():
+        cut = made.probable(fast, hidden, roots, guess, num_levels=num_levels)
+        num_levels = len(made.sizes)
+        whole = made.probable(fast, hidden, roots, guess)
+    for part, of_whole in zip(cut, whole, strict=True):
+        torch.testing.assert_close(part[:num_first], of_whole[:num_first])
+    assert cut[0][num_first:].isneginf().all()

@@ -1,8 +1,10 @@
-"""When heads run, and when to draft although nothing pays."""
+"""How far heads run, and when to draft although nothing pays."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+
+import numpy as np
 
 from vllm_medusa.draft import pacing
 from vllm_medusa.draft.pacing import Pacer
@@ -12,9 +14,9 @@ def run(pacer: Pacer, num_steps: int, gain: float, num_requests: int = 1) -> lis
     """Whether the heads ran in each of so many steps, each of which brings so much if they do."""
     ran = []
     for _ in range(num_steps):
-        ran.append(pacer.runs_heads(num_requests))
+        ran.append(pacer.levels(num_requests) > 0)
         if ran[-1]:
-            pacer.record_gain(num_requests, gain)
+            pacer.record_rates(num_requests, np.array([1, gain]))
     return ran
 
 
@@ -53,7 +55,21 @@ def test_one_bad_step_stops_nothing() -> None:
     pacer = Pacer()
     run(pacer, 100, gain=1.2)
     run(pacer, 1, gain=0.5)
-    assert pacer.runs_heads(1)
+    assert pacer.levels(1) == 1
+
+
+def test_as_many_levels_run_as_are_best() -> None:
+    pacer = Pacer(4)
+    rates = np.array([0.9, 1.2, 1.3, 1.1, 1.0])
+    levels = []
+    for _ in range(700):
+        levels.append(pacer.levels(8))
+        if levels[-1] == 4:
+            pacer.record_rates(8, rates)
+    assert levels[:32] == [4] * 32
+    # Two, except to try all of them now and then: after 16 steps, 32, 64, ...
+    assert set(levels[32:700]) == {2, 4}
+    assert 4 < levels[32:700].count(4) < 8
 
 
 def test_drafts_now_and_then_although_nothing_pays() -> None:

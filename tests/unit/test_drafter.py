@@ -156,7 +156,7 @@ def test_heads_that_are_surer_of_the_text_run() -> None:
     sure = np.full(guessed.shape, 0.01)
     sure[0, 0, 0] = 0.95
     for _ in range(100):
-        assert made.runs_heads(1)
+        assert made.levels(1) == 1
         (draft,) = made.propose([request], (guessed, sure))
     assert (draft.tokens[0], draft.source[0]) == (3, Source.HEADS | Source.TEXT)
     (without,) = text_only.propose([request])
@@ -207,8 +207,8 @@ def test_requests_come_and_go() -> None:
 
 
 def test_heads_are_asked_for_if_they_are_a_source() -> None:
-    assert drafter().runs_heads(1)
-    assert not drafter(sources=Source.TEXT).runs_heads(1)
+    assert drafter().levels(1) == 1
+    assert drafter(sources=Source.TEXT).levels(1) == 0
 
 
 def test_accepted_nodes() -> None:
@@ -303,3 +303,23 @@ def test_forks_that_take_long_are_not_drafted() -> None:
 
     assert share_of_forks(0) > 0.8
     assert share_of_forks(8) < 0.2
+
+
+@pytest.mark.parametrize(("heads_ms", "expected"), [(0.01, K), (6.0, 1), (60.0, 0)])
+def test_levels_that_do_not_pay_do_not_run(heads_ms: float, expected: int) -> None:
+    """The guesses of the first level are mostly right, those of the others hardly."""
+    costs = CostCurve({1: [(1, 10), (33, 12)]}, heads=[(1, heads_ms)])
+    settings = DraftSettings(sources=Source.HEADS, learn=False)
+    made = Drafter(settings, Probabilities.default(K, GUESSES), costs, num_levels=K)
+    tokens = np.arange(K * GUESSES).reshape(1, K, GUESSES)
+    probability = np.full((1, K, GUESSES), 0.01)
+    probability[0, 0, 0], probability[0, 1:, 0] = 0.9, 0.2
+    levels = []
+    for length in range(100, 300):
+        levels.append(made.levels(1))
+        guesses = probability.copy()
+        guesses[:, levels[-1] :] = 0
+        guessed = (tokens, guesses) if levels[-1] else None
+        made.propose([request_of("", list(range(length)))], guessed)
+    assert levels[:32] == [K] * 32
+    assert max(set(levels[32:]), key=levels[32:].count) == expected

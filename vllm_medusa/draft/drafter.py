@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ class _Expected(NamedTuple):
 class Drafter:
     """Drafts step by step. The same inputs in the same order give the same drafts.
 
-    In each step: call `may_fork` and `runs_heads`, run the heads if it is true, call `propose`.
+    In each step: call `may_fork` and `levels`, run so many levels of the heads, call `propose`.
     Call `finish` for each request that has ended; a preempted request can continue later.
 
     Args:
@@ -94,6 +94,7 @@ class Drafter:
         observers: by source, get the outcomes of its candidates; None: the curves learn, if the
             settings say so.
         by_parent: whether the heads' guesses depend on the token above (`Superset.by_parent`).
+        num_levels: levels of the heads' tree that run one after the other; 1 if heads run at once.
 
     """
 
@@ -105,6 +106,7 @@ class Drafter:
         observers: Mapping[Source, Observer] | None = None,
         *,
         by_parent: bool = False,
+        num_levels: int = 1,
     ) -> None:
         self._settings = settings
         self._costs = costs
@@ -121,7 +123,8 @@ class Drafter:
             probabilities.curves[AGREEMENT], observers.get(AGREEMENT), self._superset
         )
         self._proposers = _proposers(settings, probabilities, observers)
-        self._pacer = Pacer()
+        self._pacer = Pacer(num_levels)
+        self._num_levels = self._levels = num_levels
         self._speeds = Speeds()
         self._overhead = Overhead()
         self._expected: _Expected | None = None
@@ -129,11 +132,15 @@ class Drafter:
         # Each request's place in the last step, and the length of its text then.
         self._last: dict[str, tuple[int, int]] = {}
 
-    def runs_heads(self, num_requests: int) -> bool:
-        """Whether the heads should run for the requests of this step."""
+    def levels(self, num_requests: int) -> int:
+        """Return how many levels of the heads should run for the requests of this step."""
         if Source.HEADS not in self._settings.sources or len(self._superset) == 0:
-            return False
-        return self._costs is None or self._pacer.runs_heads(num_requests)
+            self._levels = 0
+        elif self._costs is None:
+            self._levels = self._num_levels
+        else:
+            self._levels = self._pacer.levels(num_requests)
+        return self._levels
 
     def may_fork(self, num_requests: int) -> bool:
         """Whether trees may have forks in this step; if not, one guess for each parent will do."""
@@ -177,33 +184,53 @@ class Drafter:
 
         if self._costs is None:
             return ranked(leaves).drafts
-        heads_ms = 0.0 if guesses is None else self._costs.heads_ms(len(requests))
+        levels = 0 if guesses is None else self._levels
+        heads_ms = self._heads_ms(self._costs, len(requests), levels)
         best = self._best(self._costs, ranked(np.minimum(leaves, 1)), heads_ms)
         if self._may_fork and leaves.max() > 1:
             best = max(best, self._best(self._costs, ranked(leaves), heads_ms), key=_rate_of)
-        if guesses is not None:
-            self._pacer.record_gain(len(requests), self._gain(self._costs, best, limits, others))
+        if levels == self._num_levels:
+            self._pacer.record_rates(len(requests), self._rates(self._costs, best, limits, others))
         return self._take(self._costs, best, heads_ms)
+
+    def _heads_ms(self, costs: CostCurve, num_requests: int, levels: int) -> float:
+        """Return the time of some levels of the heads; all take about the same."""
+        return costs.heads_ms(num_requests) * levels / self._num_levels
 
     def _best(self, costs: CostCurve, ranked: Ranked, heads_ms: float) -> _Choice:
         """Find the best number of nodes."""
-        num_requests = len(ranked.weights)
-        ms = costs.by_drafts(num_requests, len(ranked.order)) + heads_ms
-        ms = self._overhead.corrected(num_requests, ms)
-        forking_ms = self._overhead.forking_ms(num_requests)
+        ms = self._step_ms(costs, len(ranked.weights), len(ranked.order), heads_ms)
+        forking_ms = self._overhead.forking_ms(len(ranked.weights))
         return _Choice(ranked, *best_size(ranked, ms, costs.fork_ms, forking_ms))
 
-    def _gain(self, costs: CostCurve, best: _Choice, limits: Ints, others: Candidates) -> float:
-        """Return what the heads gain.
+    def _step_ms(
+        self, costs: CostCurve, num_requests: int, max_drafts: int, heads_ms: float = 0.0
+    ) -> Floats:
+        """Return [max_drafts + 1] what a step without forks should take, by its drafts."""
+        ms = costs.by_drafts(num_requests, max_drafts) + heads_ms
+        return self._overhead.corrected(num_requests, ms)
+
+    def _rates(self, costs: CostCurve, best: _Choice, limits: Ints, others: Candidates) -> Floats:
+        """Return [levels + 1] the best worth per ms by the number of the heads' levels.
 
         Without them candidates have their own probabilities: those that the heads have changed
         would be known only after the heads ran.
         """
-        num_requests = len(limits)
-        ms = costs.by_drafts(num_requests, int(limits.sum()))
-        ms = self._overhead.corrected(num_requests, ms)
+        ranked, num_requests = best.ranked, len(limits)
+        rates = np.empty(self._num_levels + 1)
+        rates[-1] = _rate_of(best)
+        ms = self._step_ms(costs, num_requests, int(limits.sum()))
         of_others = others.request, others.parents, others.probability
-        return _rate_of(best) / best_rate(*of_others, limits, best.ranked.weights, ms)
+        rates[0] = best_rate(*of_others, limits, ranked.weights, ms)
+        drafts, forking_ms = ranked.drafts, self._overhead.forking_ms(num_requests)
+        of_heads = (drafts.source[ranked.order] & ~Source.HEADS) == 0
+        for levels in range(1, self._num_levels):
+            stays = ~of_heads | (drafts.depths[ranked.order] <= levels)
+            cut = replace(ranked, order=ranked.order[stays])
+            heads_ms = self._heads_ms(costs, num_requests, levels)
+            ms = self._step_ms(costs, num_requests, len(cut.order), heads_ms)
+            rates[levels] = best_size(cut, ms, costs.fork_ms, forking_ms)[1].max()
+        return rates
 
     def _take(self, costs: CostCurve, best: _Choice, heads_ms: float) -> Drafts:
         """Draft the chosen nodes, and note what their step should take."""

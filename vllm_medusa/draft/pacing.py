@@ -1,18 +1,24 @@
-"""When to run the heads, when to fork, and when to draft although nothing seems to pay.
+"""How far to run the heads, when to fork, and when to draft although nothing seems to pay.
 
-The gain of the heads is known only after they ran. So the recent gain is kept for each range of
-batch sizes. While it is below the cost of the heads, they run only now and then: the longer this
-lasts, the less often. What forks cost beside their nodes is known only after some steps with them
-and some without (`overhead`), and where they never pay, the heads need not look for them.
+Heads that run in turn can stop after any level of their tree. What a level brings is known only
+after it ran. So the rates of stopping earlier are kept for each range of batch sizes, and the best
+number of levels is run; all of them only now and then, to see whether they pay again: the longer
+this lasts, the less often. Heads that run at once have one level. What forks cost beside their
+nodes is known only after some steps with them and some without (`overhead`), and where they never
+pay, the heads need not look for them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Number of first steps in which the heads always run.
+import numpy as np
+
+from vllm_medusa.draft.types import Floats
+
+#: Number of first steps in which all levels run.
 _TRIAL_STEPS = 32
-#: Weight of the newest step in the mean.
+#: Weight of the newest step in the means.
 _NEWEST = 0.05
 #: The same for a step after a pause.
 _NEWEST_AFTER_PAUSE = 0.5
@@ -29,10 +35,13 @@ _PLAIN_PAUSE = 64
 
 @dataclass
 class _Pace:
-    """The state of one range of batch sizes."""
+    """The state of one range of batch sizes.
 
-    gain: float = 1.0
-    num_heads_steps: int = 0
+    `rates` are by number of levels, over that of all of them.
+    """
+
+    rates: Floats
+    num_whole_steps: int = 0
     pause: int = _SHORTEST_PAUSE
     paused: int = 0
     num_empty: int = 0
@@ -42,38 +51,51 @@ class _Pace:
 
 
 class Pacer:
-    """Decides in each step; each engine has one."""
+    """Decides in each step; each engine has one.
 
-    def __init__(self) -> None:
+    Args:
+        num_levels: of the heads' tree.
+
+    """
+
+    def __init__(self, num_levels: int = 1) -> None:
+        self._num_levels = num_levels
         # By powers of two: there are few ranges, so each soon has data.
         self._paces: dict[int, _Pace] = {}
 
-    def runs_heads(self, num_requests: int) -> bool:
-        """Whether the heads should run in this step; call it once in each step."""
+    def levels(self, num_requests: int) -> int:
+        """Return the number of levels to run in this step, 0: none; call it once in each step."""
         pace = self._pace(num_requests)
-        if pace.num_heads_steps < _TRIAL_STEPS or pace.gain >= 1 or pace.paused >= pace.pause:
-            return True
-        pace.paused += 1
-        return False
+        best = self._best(pace)
+        if pace.num_whole_steps < _TRIAL_STEPS or pace.paused >= pace.pause:
+            return self._num_levels
+        if best < self._num_levels:
+            pace.paused += 1
+        return best
 
-    def record_gain(self, num_requests: int, gain: float) -> None:
-        """Record a step in which the heads ran.
+    def record_rates(self, num_requests: int, rates: Floats) -> None:
+        """Record a step in which all levels ran.
 
         Args:
             num_requests: number of requests that drafted.
-            gain: tokens per second, heads included, divided by those without the heads.
+            rates: [levels + 1] worth per second by number of levels, the time of the levels
+                included.
 
         """
         pace = self._pace(num_requests)
         came_after_pause = pace.paused > 0
         newest = _NEWEST_AFTER_PAUSE if came_after_pause else _NEWEST
-        pace.gain += newest * (gain - pace.gain)
-        pace.num_heads_steps += 1
+        pace.rates += newest * (rates / rates[-1] - pace.rates)
+        pace.num_whole_steps += 1
         pace.paused = 0
-        if pace.gain >= 1:
+        if self._best(pace) == self._num_levels:
             pace.pause = _SHORTEST_PAUSE
         elif came_after_pause:
             pace.pause = min(2 * pace.pause, _LONGEST_PAUSE)
+
+    def _best(self, pace: _Pace) -> int:
+        """Return the best number of levels; of equal ones the greatest."""
+        return self._num_levels - int(np.argmax(pace.rates[::-1]))
 
     def may_fork(self, num_requests: int) -> bool:
         """Whether trees may have forks in this step; call it once in each step."""
@@ -111,4 +133,7 @@ class Pacer:
         return True
 
     def _pace(self, num_requests: int) -> _Pace:
-        return self._paces.setdefault(num_requests.bit_length(), _Pace())
+        key = num_requests.bit_length()
+        if key not in self._paces:
+            self._paces[key] = _Pace(np.ones(self._num_levels + 1))
+        return self._paces[key]

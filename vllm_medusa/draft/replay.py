@@ -88,7 +88,7 @@ def replay(
         requests = [_request(index, texts[index], position[index]) for index in running]
         guessed = None
         drafter.may_fork(len(running))
-        if runs_heads := drafter.runs_heads(len(running)):
+        if runs_heads := drafter.levels(len(running)) > 0:
             at = [(texts[index], position[index]) for index in running]
             guessed = (
                 np.stack([text.guessed_tokens[place] for text, place in at]),

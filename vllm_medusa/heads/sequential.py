@@ -156,6 +156,7 @@ class SequentialTree:
         roots: Tensor,
         guess: Guess,
         width: int | None = None,
+        num_levels: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the guesses below each of the T nodes that have children, the root first.
 
@@ -166,11 +167,12 @@ class SequentialTree:
             guess: for the heads, with log-probabilities as scores.
             width: most nodes of a level that each request goes on from, the most probable; None:
                 all. The guesses below the others have the score minus infinity.
+            num_levels: levels that run, as for `width`; None: all.
 
         Returns:
             [T, B, C] scores and [T, B, C] int64 tokens
         """
-        scores, tokens = self._guesses(heads, hidden, roots, guess, width)
+        scores, tokens = self._guesses(heads, hidden, roots, guess, width, num_levels)
         return scores.transpose(0, 1), tokens.transpose(0, 1)
 
     def _guesses(
@@ -180,6 +182,7 @@ class SequentialTree:
         roots: Tensor,
         guess: Guess,
         width: int | None = None,
+        num_levels: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[B, T, C] scores and tokens below each row.
 
@@ -190,7 +193,7 @@ class SequentialTree:
         # [B, w] the rows of a level, and how likely the paths to them are.
         rows, likelihood = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32)
         levels: list[tuple[Tensor, Tensor, Tensor]] = []
-        for head, size in enumerate(self.sizes):
+        for head, size in enumerate(self.sizes[:num_levels]):
             if head > 0:
                 children = self.children[rows]
                 _, scores, guesses = levels[-1]

@@ -102,6 +102,11 @@ class MedusaProposer:
         """Whether a node's guesses depend on the path above it (`Superset.by_parent`)."""
         return self.selector_tree is not None or self.sequential_tree is not None
 
+    @property
+    def num_levels(self) -> int:
+        """Levels of the tree that the heads run one after the other; 1 if they run at once."""
+        return 1 if self.sequential_tree is None else len(self.sequential_tree.sizes)
+
     def _read_layers(self, reader: HeadsReader, target: nn.Module, vocab_size: int) -> None:
         """Read the layers before the lm_heads, and the selector, all of them on every rank.
 
@@ -229,6 +234,7 @@ class MedusaProposer:
         roots: Roots,
         ends: PrefixPlaces | None = None,
         max_rows: int | None = None,
+        num_levels: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the heads' guesses and their probabilities.
 
@@ -240,6 +246,7 @@ class MedusaProposer:
             ends: as for `propose`.
             max_rows: most nodes of a level that heads which run in turn go on from, of all
                 requests, the most probable of each, and one at least; None: all.
+            num_levels: levels that heads which run in turn compute; None: all.
 
         Returns:
             [T, B, k] float32 log-probabilities and [T, B, k] int64 tokens of the target's
@@ -252,7 +259,7 @@ class MedusaProposer:
         if in_turn is not None and self.sequential_tree is not None:
             width = None if max_rows is None else max(1, max_rows // len(roots))
             return self.sequential_tree.probable(
-                in_turn, states, roots, self._guess_probably, width
+                in_turn, states, roots, self._guess_probably, width, num_levels
             )
         parts = self._lm_heads.logits(self._features(states, roots))
         log_probs, tokens = self._probable(parts)

@@ -65,7 +65,11 @@ class DynamicDrafter:
         self._proposer = proposer
         self._counters = counters
         self._drafter = Drafter(
-            settings, proposer.probabilities(), costs, by_parent=proposer.by_parent
+            settings,
+            proposer.probabilities(),
+            costs,
+            by_parent=proposer.by_parent,
+            num_levels=proposer.num_levels,
         )
         # The last drafts of each request: the drafts of that step, and the request's place in them.
         self._drafted: dict[str, tuple[Drafts, int]] = {}
@@ -135,11 +139,12 @@ class DynamicDrafter:
         if not places:
             return None
         max_rows = MAX_ROWS if self._drafter.may_fork(len(places)) else 1
-        if not self._drafter.runs_heads(len(places)):
+        num_levels = self._drafter.levels(len(places))
+        if num_levels == 0:
             return None
         self._counters.heads_runs += 1
         log_probs, tokens = self._proposer.probable_guesses(
-            *batch.inputs_of_heads(places), max_rows=max_rows
+            *batch.inputs_of_heads(places), max_rows=max_rows, num_levels=num_levels
         )
         return (
             tokens.transpose(0, 1).cpu().numpy(),
