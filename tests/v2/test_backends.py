@@ -13,6 +13,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from tests.v2.flashinfer import backend_module
 from vllm_medusa.plugin.worker.v2.backends import tree_backends
 from vllm_medusa.plugin.worker.v2.triton_backend import TreeTritonBackend
 
@@ -32,24 +33,36 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("major", [8, 9, 10])
-def test_flashinfer_is_left_out(platform: Any, major: int) -> None:
-    with tree_backends():
+def test_flashinfer_is_not_chosen(platform: Any, major: int) -> None:
+    with tree_backends(None):
         valid, invalid = platform.get_valid_backends(DeviceCapability(major, 0), ORDINARY)
     assert TreeTritonBackend in [candidate.backend_class for candidate in valid]
     _, (reason,) = invalid[FLASHINFER]
-    assert "no attention to draft trees" in reason
+    assert "only if attention_backend names it" in reason
 
 
-def test_flashinfer_that_the_user_has_set_is_refused(platform: Any) -> None:
+def test_flashinfer_that_the_user_has_set(platform: Any) -> None:
+    with backend_module(), tree_backends(FLASHINFER):
+        path = platform.get_attn_backend_cls(FLASHINFER, ORDINARY)
+    assert path.endswith("TreeFlashInferBackend")
+
+
+def test_flashinfer_on_other_gpus_is_refused(
+    platform: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "get_device_capability", lambda *_: DeviceCapability(9, 0))
+    reason = r"FLASHINFER.*compute capability.*use attention_backend='TRITON_ATTN'"
     with (
-        tree_backends(),
-        pytest.raises(ValueError, match=r"FLASHINFER.*trees; use attention_backend='TRITON_ATTN'"),
+        backend_module(),
+        tree_backends(FLASHINFER),
+        pytest.raises(ValueError, match=reason),
     ):
         platform.get_attn_backend_cls(FLASHINFER, ORDINARY)
 
 
-def test_other_engines_of_the_process_may_have_it() -> None:
+@pytest.mark.parametrize("wanted", [FLASHINFER, None])
+def test_other_engines_of_the_process_may_have_it(wanted: AttentionBackendEnum | None) -> None:
     before = FLASHINFER.get_path()
-    with tree_backends():
+    with tree_backends(wanted):
         assert FLASHINFER.get_path() != before
     assert FLASHINFER.get_path() == before

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.integration.conftest import greedy, spec_metrics
 from tests.v2.conftest import IS_INTERPRETED
 from tests.v2.cuda_graphs import as_kernel, capture_steps, cuda_graphs, runner_of
 from tests.v2.flash import flash_attention
+from tests.v2.flashinfer import flashinfer_attention
 from tests.v2.oracle import oracle
 from tests.v2.trees import dynamic, spec
 
@@ -96,28 +97,33 @@ def test_drafts_of_graphs(
         assert sum(replays.values()) < len(wanted)
 
 
-@pytest.mark.parametrize("with_flash", [False, True])
+@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN", "FLASHINFER"])
 @pytest.mark.usefixtures("attention_of_torch")
 def test_text_of_graphs(
     engine: Callable[..., Any],
     tiny_heads: Path,
     prompts: list[Any],
     reference: list[list[int]],
-    with_flash: bool,
+    backend: str,
 ) -> None:
     """Trees accepted in graphs, among them those of a batch that its graph pads."""
     prompts, reference = prompts[:3], reference[:3]
+    stand_ins: dict[str, Any] = {
+        "TRITON_ATTN": nullcontext(),
+        "FLASH_ATTN": flash_attention(3),
+        "FLASHINFER": flashinfer_attention(),
+    }
     with (
         cuda_graphs(),
-        flash_attention(3) if with_flash else drafts_recorded() as seen,
+        stand_ins[backend] as seen,
         oracle(prompts, reference),
-        engine(speculative_config=spec(tiny_heads)) as llm,
+        engine(attention_backend=backend, speculative_config=spec(tiny_heads)) as llm,
     ):
         runner = capture_steps(llm, SIZES)
-        num_contexts = len(seen.contexts) if with_flash else 0
+        num_contexts = len(seen.contexts) if seen else 0
         assert greedy(llm, prompts, 24) == reference
         assert spec_metrics(llm)["num_accepted_tokens"] > 8 * len(prompts)
-        if with_flash:
+        if seen:
             assert num_contexts > 0
             assert len(seen.contexts) > num_contexts
         assert replays_of(runner.cudagraph_manager)[4] > 2

@@ -17,37 +17,42 @@ _PACKAGE = "vllm_medusa.plugin.worker.v2"
 _BACKENDS = {
     AttentionBackendEnum.TRITON_ATTN: f"{_PACKAGE}.triton_backend.TreeTritonBackend",
     AttentionBackendEnum.FLASH_ATTN: f"{_PACKAGE}.flash_backend.TreeFlashBackend",
-    AttentionBackendEnum.FLASHINFER: f"{_PACKAGE}.backends.NoFlashInfer",
 }
+_FLASHINFER = AttentionBackendEnum.FLASHINFER
 
 logger = plugin_logger(__name__)
 
 
 class NoFlashInfer:
-    """Stands for ``FLASHINFER``: the platform goes on to the next backend of its list.
-
-    If the user has set this backend, vLLM raises an error with the reason.
-    """
+    """Stands for ``FLASHINFER``: the platform goes on to the next backend of its list."""
 
     @staticmethod
     def validate_configuration(**_: Any) -> list[str]:
-        """Return why it cannot be used, as ``AttentionBackend.validate_configuration`` does."""
-        logger.info_once("FLASHINFER has no attention to draft trees; another backend is chosen.")
-        return [
-            "it has no attention to draft trees; use attention_backend='TRITON_ATTN' or "
-            "'FLASH_ATTN', or tree='chain'"
-        ]
+        """Return why it is not chosen, as ``AttentionBackend.validate_configuration`` does."""
+        logger.info_once(
+            "FLASHINFER attends to draft trees only if attention_backend names it; another "
+            "backend is chosen."
+        )
+        return ["it attends to draft trees only if attention_backend names it"]
 
 
 @contextmanager
-def tree_backends() -> Iterator[None]:
+def tree_backends(wanted: AttentionBackendEnum | None) -> Iterator[None]:
     """Replace backends in vLLM's registry by ours with trees, while a model is built.
 
     The platform still chooses the backend of a layer. Another engine of this process must not get
     our backends, so the registry is restored afterwards.
+
+    Args:
+        wanted: the backend that the user has set; None: the platform chooses.
+
     """
-    before = {backend: backend.get_path() for backend in _BACKENDS}
-    for backend, path in _BACKENDS.items():
+    # No GPU has run it yet, so no one gets it without asking.
+    flashinfer = "flashinfer_backend.TreeFlashInferBackend"
+    name = flashinfer if wanted is _FLASHINFER else "backends.NoFlashInfer"
+    paths = {**_BACKENDS, _FLASHINFER: f"{_PACKAGE}.{name}"}
+    before = {backend: backend.get_path() for backend in paths}
+    for backend, path in paths.items():
         register_backend(backend, path)
     selector._cached_get_attn_backend.cache_clear()
     try:

@@ -56,7 +56,8 @@ class TreeRunnerMixin(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Also load the heads, and set our sampler."""
-        with nullcontext() if self.speculator.is_chain else tree_backends():
+        wanted = self.vllm_config.attention_config.backend
+        with nullcontext() if self.speculator.is_chain else tree_backends(wanted):
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         states = self.speculator.states

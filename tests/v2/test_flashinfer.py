@@ -1,0 +1,88 @@
+"""FlashInfer attends to the context and the tree kernel to the tree: the text is the same.
+
+vLLM's FlashInfer backend runs as it is; `flashinfer` stands for the kernels that it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import greedy, spec_metrics
+from tests.v2.conftest import IS_INTERPRETED
+from tests.v2.flashinfer import flashinfer_attention
+from tests.v2.oracle import oracle
+from tests.v2.trees import spec
+
+pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="stands for FlashInfer on a CPU")
+
+NUM_LAYERS = 2
+
+
+@pytest.mark.parametrize("returns_sums", [True, False])
+def test_greedy(
+    engine: Callable[..., Any],
+    tiny_heads: Path,
+    prompts: list[Any],
+    reference: list[list[int]],
+    returns_sums: bool,
+) -> None:
+    """Whole batches with trees, and trees beside parts of prompts."""
+    settings = {"speculative_config": spec(tiny_heads), "max_num_batched_tokens": 96}
+    with (
+        flashinfer_attention(returns_sums=returns_sums) as stand_in,
+        oracle(prompts, reference),
+        engine(attention_backend="FLASHINFER", **settings) as llm,
+    ):
+        assert greedy(llm, prompts[:4], 24) == reference[:4]
+        assert spec_metrics(llm)["num_accepted_tokens"] > 8 * 4
+    assert stand_in.num_causal["prompts"] >= 2 * NUM_LAYERS
+    if returns_sums:
+        assert len(stand_in.contexts) > 6 * NUM_LAYERS
+    else:
+        assert not stand_in.contexts
+
+
+@pytest.mark.parametrize("wrong", ["too short", "too long"])
+def test_a_wrong_context_changes_the_text(
+    engine: Callable[..., Any],
+    tiny_heads: Path,
+    prompts: list[Any],
+    reference: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+) -> None:
+    from vllm_medusa.plugin.worker.v2 import runner
+
+    original = runner.TreeRunnerMixin._prepare_trees
+
+    def prepare(self: Any, input_batch: Any) -> None:
+        original(self, input_batch)
+        self.trees.context_lens += 1 if wrong == "too long" else -1
+
+    monkeypatch.setattr(runner.TreeRunnerMixin, "_prepare_trees", prepare)
+    with (
+        flashinfer_attention(),
+        oracle(prompts, reference),
+        engine(attention_backend="FLASHINFER", speculative_config=spec(tiny_heads)) as llm,
+    ):
+        assert greedy(llm, prompts[:2], 12) != [text[:12] for text in reference[:2]]
+
+
+def test_every_step_has_the_same_addresses(engine: Callable[..., Any], tiny_heads: Path) -> None:
+    """Batches of unlike sizes; see `test_persistent_buffers`."""
+    prompts = [{"prompt_token_ids": [7 + i, 8, 9]} for i in range(2)]
+    with (
+        flashinfer_attention() as stand_in,
+        engine(attention_backend="FLASHINFER", speculative_config=spec(tiny_heads)) as llm,
+    ):
+        for batch in (prompts, prompts[:1]):
+            greedy(llm, batch, 5)
+    assert {len(call["lens"]) for call in stand_in.contexts} == {1, 2}
+    for first in range(NUM_LAYERS):
+        for name in stand_in.contexts[0]:
+            calls = stand_in.contexts[first::NUM_LAYERS]
+            assert len({call[name].data_ptr() for call in calls}) == 1, name
