@@ -88,11 +88,21 @@ def test_delays_count_little() -> None:
     assert overhead.forking_ms(1) < 0.5
 
 
+def test_a_slow_first_step_with_forks_does_not_stop_them() -> None:
+    overhead = Overhead()
+    overhead.record(1, 10, 10, has_forks=False)
+    overhead.record(1, 10, 20, has_forks=True)
+    assert overhead.forking_ms(1) < 1.5
+    for _ in range(8):
+        overhead.record(1, 10, 11, has_forks=True)
+    assert overhead.forking_ms(1) < 1.5
+
+
 def test_forks_that_were_slow_once_are_tried_again() -> None:
     overhead = Overhead()
     for _ in range(50):
         overhead.record(1, 10, 15, has_forks=True)
-    assert overhead.forking_ms(1) == 5
+    assert 4 < overhead.forking_ms(1) <= 5
     for _ in range(500):
         overhead.record(1, 10, 10, has_forks=False)
     assert overhead.forking_ms(1) < 0.5

@@ -24,6 +24,9 @@ _MOST = 2.0
 #: How much steps must differ (standard deviation of the expected times over their mean) for them
 #: to say as much about the line as the assumption that it is a factor alone.
 _TELLING = 0.1
+#: Forks are taken to cost nothing more until about so many steps with them say otherwise: the first
+#: one of an engine takes longer than any other.
+_TRUST = 8
 #: What is left of the time for forks with each step without them: what is not tried is forgotten,
 #: so that it is tried again.
 _KEPT = 0.995
@@ -96,7 +99,7 @@ class Overhead:
         ms = min(ms, _MOST * expected_ms)
         if has_forks:
             found.num_forking += 1
-            newest = max(_NEWEST, 1 / found.num_forking)
+            newest = max(_NEWEST, 1 / (found.num_forking + _TRUST))
             more_ms = max(0.0, ms - found.at(expected_ms))
             found.forking_ms += newest * (more_ms - found.forking_ms)
         else:
