@@ -63,8 +63,8 @@ class Flash:
         if not causal:
             assert return_softmax_lse
             assert others.get("scheduler_metadata") is None
-            of_step = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k}
-            self.contexts.append({**of_step, "block_table": block_table, "k": k, "v": v})
+            of_step = {"lens": seqused_k, "starts": cu_seqlens_q, "block_table": block_table}
+            self.contexts.append({**of_step, "key": k})
         lse = oracles.paged_attention(
             *(q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale, softcap),
             is_causal=causal,
