@@ -178,7 +178,9 @@ def backend_module() -> Iterator[tuple[ModuleType, pytest.MonkeyPatch]]:
 
 
 @contextmanager
-def flashinfer_attention(*, returns_sums: bool = True) -> Iterator[FlashInfer]:
+def flashinfer_attention(
+    *, returns_sums: bool = True, workspace_bytes: int = 2**23
+) -> Iterator[FlashInfer]:
     """Let the platform choose ``FLASHINFER``, and stand for what is compiled for GPUs alone."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -208,7 +210,7 @@ def flashinfer_attention(*, returns_sums: bool = True) -> Iterator[FlashInfer]:
         patch.setattr(module, "trtllm_batch_context_with_kv_cache", attend)
         patch.setattr(module, "trtllm_batch_decode_with_kv_cache", as_kernel(stand_in.decode))
         patch.setattr(module.FlashInferImpl, "do_kv_cache_update", update)
-        workspace = torch.zeros(2**23, dtype=torch.uint8)
+        workspace = torch.zeros(workspace_bytes, dtype=torch.uint8)
         patch.setattr(module, "_get_trtllm_workspace_buffer", lambda: workspace)
         # vLLM 0.33 only.
         for name in ("get_trtllm_gen_multi_ctas_kv_counter_bytes", "get_device_sm_count"):

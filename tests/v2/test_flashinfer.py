@@ -22,25 +22,27 @@ pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="stands for FlashInfe
 NUM_LAYERS = 2
 
 
-@pytest.mark.parametrize("returns_sums", [True, False])
+@pytest.mark.parametrize(
+    "settings_of_kernel", [{}, {"returns_sums": False}, {"workspace_bytes": 2**20}]
+)
 def test_greedy(
     engine: Callable[..., Any],
     tiny_heads: Path,
     prompts: list[Any],
     reference: list[list[int]],
-    returns_sums: bool,
+    settings_of_kernel: dict[str, Any],
 ) -> None:
     """Whole batches with trees, and trees beside parts of prompts."""
     settings = {"speculative_config": spec(tiny_heads), "max_num_batched_tokens": 96}
     with (
-        flashinfer_attention(returns_sums=returns_sums) as stand_in,
+        flashinfer_attention(**settings_of_kernel) as stand_in,
         oracle(prompts, reference),
         engine(attention_backend="FLASHINFER", **settings) as llm,
     ):
         assert greedy(llm, prompts[:4], 24) == reference[:4]
         assert spec_metrics(llm)["num_accepted_tokens"] > 8 * 4
     assert stand_in.num_causal["prompts"] >= 2 * NUM_LAYERS
-    if returns_sums:
+    if not settings_of_kernel:
         assert len(stand_in.contexts) > 6 * NUM_LAYERS
     else:
         assert not stand_in.contexts

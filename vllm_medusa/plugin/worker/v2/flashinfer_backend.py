@@ -24,7 +24,10 @@ from vllm.v1.attention.backends.flashinfer import (
     FlashInferMetadataBuilder,
 )
 
+from vllm_medusa.plugin.compat import plugin_logger
 from vllm_medusa.plugin.worker.v2.attention import TreeBuilderMixin, TreeImplMixin
+
+logger = plugin_logger(__name__)
 
 #: Queries of a request that the kernel keeps sums for at a time, the bytes of the sums of a query
 #: and head, and of what else it keeps (``TrtllmDCPContextWrapper`` of vLLM 0.33).
@@ -72,9 +75,16 @@ class TreeFlashInferBuilder(TreeBuilderMixin, FlashInferMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.supports_draft_decode_metadata_update = False
-        # vLLM 0.32 has an older FlashInfer.
+        # The FlashInfer of vLLM 0.32 may be older, and the user may have ruled this kernel out.
         signature = inspect.signature(flashinfer.trtllm_batch_context_with_kv_cache)
-        self._returns_lse = "return_lse" in signature.parameters
+        self._attends_to_contexts = (
+            "return_lse" in signature.parameters
+            and flashinfer.can_use_trtllm_attention(
+                self.num_qo_heads, self.num_kv_heads, is_prefill=True
+            )
+        )
+        if not self._attends_to_contexts:
+            logger.info_once("FlashInfer cannot attend to contexts of trees; the tree kernel does.")
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -83,7 +93,14 @@ class TreeFlashInferBuilder(TreeBuilderMixin, FlashInferMetadataBuilder):
 
     def _context_metadata(self, common: CommonAttentionMetadata) -> Context | None:
         assert self.buffers is not None
-        if not self._returns_lse or not self._has_room(common):
+        if not self._attends_to_contexts:
+            return None
+        if not self._has_room(common):
+            logger.warning_once(
+                "VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE is too small for %d requests with trees; "
+                "the tree kernel attends to their contexts. A larger one is faster.",
+                common.num_reqs,
+            )
             return None
         return Context(
             query_start_loc=common.query_start_loc,
